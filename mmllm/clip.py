@@ -1,0 +1,170 @@
+"""CLIP's image encoder: pixels to features.
+
+The surprising fact: the most useful picture for a language model is not CLIP's answer. The last layer is trained to
+fill one vector (`pooled`); the layer before it still says what is where (`patches`), as LLaVA found.
+
+Names and arithmetic are those of the published checkpoints (the spelling `pre_layrnorm` too).
+Paper: https://arxiv.org/abs/2103.00020; code: https://github.com/openai/CLIP (clip/model.py).
+
+B pictures, N patches, T = N + 1 tokens (the class token comes first), D hidden size, H heads, K = D / H, P projection size.
+Next: projector.py.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmllm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Sizes of the tower, in the words of the official config.json; the defaults are ViT-B/32."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    projection_dim: int = 512
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise CheckpointError(f"CLIP config: hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
+            raise CheckpointError(
+                f"CLIP config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}, image_size {self.image_size} of patch_size {self.patch_size}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "CLIPVisionConfig":
+        """Reads a whole CLIP config.json or the vision part of one; absent fields mean ViT-B/32, as in the official files."""
+        vision = config.get("vision_config", config)
+        values = {field.name: vision[field.name] for field in fields(cls) if field.name in vision}
+        if "vision_config" in config and "projection_dim" in config:
+            values["projection_dim"] = config["projection_dim"]
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return {"model_type": "clip_vision_model", "num_channels": 3, **asdict(self)}
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)  # the sigmoid approximation that OpenAI's CLIP was trained with
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # LAION's CLIPs use the exact one
+
+
+class CLIPAttention(nn.Module):
+    """Every token looks at every token."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q_BHTK, k_BHTK, v_BHTK = (
+            project(x_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK)
+        return self.out_proj(y_BHTK.transpose(1, 2).flatten(2))
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x_BTD)))
+
+
+class CLIPLayer(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD))
+        return x_BTD + self.mlp(self.layer_norm2(x_BTD))
+
+
+class CLIPEmbeddings(nn.Module):
+    """Cuts the picture into patches, row by row, and says where each one was."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(config.num_patches + 1, config.hidden_size)
+
+    def forward(self, pixels_B3SS: Tensor) -> Tensor:
+        x_BND = self.patch_embedding(pixels_B3SS).flatten(2).transpose(1, 2)
+        class_B1D = self.class_embedding.to(x_BND.dtype).expand(len(x_BND), 1, -1)
+        return torch.cat([class_B1D, x_BND], dim=1) + self.position_embedding.weight
+
+
+class CLIPEncoder(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class CLIPVisionTransformer(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.embeddings = CLIPEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def hidden_state(self, pixels_B3SS: Tensor, num_layers: int) -> Tensor:
+        """The tokens after the first `num_layers` layers, before any closing norm: (B, T, D)."""
+        x_BTD = self.pre_layrnorm(self.embeddings(pixels_B3SS))
+        for layer in self.encoder.layers[:num_layers]:
+            x_BTD = layer(x_BTD)
+        return x_BTD
+
+
+class CLIPVisionTower(nn.Module):
+    """The published vision tower, with or without the projection into CLIP's space of pictures and texts.
+
+    Pixels are (B, 3, S, S) float, S = `config.image_size`, normalised as image.py does; B may be 0.
+    """
+
+    def __init__(self, config: CLIPVisionConfig, with_projection: bool):
+        super().__init__()
+        self.config = config
+        self.vision_model = CLIPVisionTransformer(config)
+        if with_projection:
+            self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def patches(self, pixels_B3SS: Tensor) -> Tensor:
+        """One feature per patch, row by row, from the layer before the last: (B, N, D)."""
+        return self.vision_model.hidden_state(pixels_B3SS, self.config.num_hidden_layers - 1)[:, 1:]
+
+    def pooled(self, pixels_B3SS: Tensor) -> Tensor:
+        """CLIP's image embedding as one token, not normalised: (B, 1, P)."""
+        class_B1D = self.vision_model.hidden_state(pixels_B3SS, self.config.num_hidden_layers)[:, :1]
+        return self.visual_projection(self.vision_model.post_layernorm(class_B1D))

@@ -1,0 +1,246 @@
+"""Qwen2.5: embeddings to logits.
+
+The surprising fact: it differs from Llama in one bias. The query, key and value projections have biases, and some of
+the key biases are huge; whoever drops them (as common int8 code does) gets a model that almost works.
+
+Names and arithmetic are those of the published checkpoints.
+Paper: https://arxiv.org/abs/2412.15115; code: transformers, models/qwen2/modeling_qwen2.py.
+
+B rows, T tokens, S positions in the cache, D hidden size, H query heads, G key/value heads, K head size, V vocabulary.
+Next: projector.py, model.py.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmllm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Qwen2Config:
+    """Sizes of the model, in the words of the official config.json; the defaults are Qwen2.5-0.5B."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 896
+    intermediate_size: int = 4864
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 32768
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise CheckpointError(
+                f"Qwen2 config: num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}, and head_dim {self.head_dim} even"
+            )
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "Qwen2Config":
+        """Reads an official config.json, as published or as transformers 5 writes it; refuses what would change the numbers."""
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(f"Qwen2 config: rope scaling {kind!r} is not supported; use the plain model")
+        if config.get("use_sliding_window"):
+            raise CheckpointError("Qwen2 config: use_sliding_window is on; only full attention is supported")
+        if config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"Qwen2 config: hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
+        missing = [name for name in ("vocab_size", "hidden_size", "num_attention_heads") if name not in config]
+        if missing:
+            raise CheckpointError(f"Qwen2 config: {', '.join(missing)} missing; is this the config.json of a Qwen2 model?")
+        values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        values.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+        values.setdefault("num_key_value_heads", config["num_attention_heads"])
+        values.setdefault("tie_word_embeddings", False)  # what absence means in the format
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(self)}
+
+
+class KVCache:
+    """Keys and values of every layer; those of row b, position p lie at index p.
+
+    So rows of different lengths share one fixed shape, a row's unused tail is never attended to, and what padding
+    wrote there is overwritten by the tokens that come. Two tensors (layers, B, G, S, K).
+    """
+
+    def __init__(self, config: Qwen2Config, rows: int, length: int, *, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows_B1 = torch.arange(rows, device=device)[:, None]
+        self.length = length
+
+    def write(self, layer: int, positions_BT: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of the layer, (B, G, S, K) each, after those of `positions_BT` were put in."""
+        self.keys[layer][self.rows_B1, :, positions_BT] = k_BGTK.transpose(1, 2)
+        self.values[layer][self.rows_B1, :, positions_BT] = v_BGTK.transpose(1, 2)
+        return self.keys[layer], self.values[layer]
+
+    def take_rows_(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was (beam search)."""
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope_tables(config: Qwen2Config, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, float32, (B, 1, T, K).
+
+    Made anew for each forward: a buffer would be rounded by `.to(bfloat16)`, which costs half as much error again.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).float() / config.head_dim
+    angles = positions_BT[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (k, k + K/2) by its position's angle: the half-split form of RoPE, https://arxiv.org/abs/2104.09864."""
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return x_BHTK * cos.to(x_BHTK.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x_BHTK.dtype)
+
+
+class Qwen2Attention(nn.Module):
+    """H query heads share G key/value heads, H/G neighbours each."""
+
+    def __init__(self, config: Qwen2Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries)
+        self.k_proj = nn.Linear(config.hidden_size, keys)
+        self.v_proj = nn.Linear(config.hidden_size, keys)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend_B1TS: Tensor | None,
+        cache: KVCache | None,
+        positions_BT: Tensor,
+    ) -> Tensor:
+        q_BHTK, k_BGTK, v_BGTK = (
+            project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BHTK, k_BGSK, v_BGSK = rotate(q_BHTK, *rope), rotate(k_BGTK, *rope), v_BGTK
+        if cache is not None:
+            k_BGSK, v_BGSK = cache.write(self.layer, positions_BT, k_BGSK, v_BGSK)
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BGSK, v_BGSK, attn_mask=attend_B1TS, is_causal=attend_B1TS is None, enable_gqa=True
+        )
+        return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
+
+
+class Qwen2MLP(nn.Module):
+    """SwiGLU: one half of the width decides how much of the other passes."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Qwen2Layer(nn.Module):
+    def __init__(self, config: Qwen2Config, layer: int):
+        super().__init__()
+        self.self_attn = Qwen2Attention(config, layer)
+        self.mlp = Qwen2MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend_B1TS: Tensor | None,
+        cache: KVCache | None,
+        positions_BT: Tensor,
+    ) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attend_B1TS, cache, positions_BT)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Qwen2Model(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Qwen2Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Qwen2(nn.Module):
+    """The published language model. `embed`, the forward pass and `logits` are apart, so that pictures can join between
+    the first two and a caller can ask for few of the V-wide rows of the last."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.config = config
+        self.model = Qwen2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes the head the embedding again where the configuration says so; needed after every load that assigns."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        return self.model.embed_tokens(ids_BT)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        positions_BT: Tensor | None = None,
+        *,
+        attend_BTS: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the closing norm, (B, T, D).
+
+        Alone, every token sees itself and what is to its left, at positions 0 .. T-1: right for rows padded on the
+        right. `attend_BTS` (True: may look) replaces that rule. With a `cache`, `positions_BT` says where each token
+        is written, and it sees its row up to itself.
+        """
+        if positions_BT is None:
+            positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[:2])
+        if cache is not None:
+            attend_BTS = torch.arange(cache.length, device=x_BTD.device) <= positions_BT[:, :, None]
+        attend_B1TS = None if attend_BTS is None else attend_BTS[:, None]
+        rope = rope_tables(self.config, positions_BT)
+        for layer in self.model.layers:
+            x_BTD = layer(x_BTD, rope, attend_B1TS, cache, positions_BT)
+        return self.model.norm(x_BTD)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., V), float32."""
+        return self.lm_head(x).float()
