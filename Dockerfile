@@ -1,0 +1,17 @@
+# CPU: docker build -t mmllm .
+# CUDA: docker build --build-arg BASE=pytorch/pytorch:2.11.0-cuda13.0-cudnn9-runtime -t mmllm .
+ARG BASE=python:3.12-slim
+FROM ${BASE}
+WORKDIR /app
+COPY requirements.txt .
+RUN pip install --no-cache-dir -r requirements.txt
+COPY mmllm mmllm
+COPY configs configs
+COPY train.py sample.py serve.py convert_weights.py ./
+RUN useradd --create-home mmllm && mkdir /cache && chown mmllm /cache
+USER mmllm
+ENV HF_HOME=/cache
+VOLUME ["/cache", "/app/outputs"]
+EXPOSE 8000
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"]
+CMD ["python", "serve.py", "--host", "0.0.0.0"]

@@ -1,0 +1,116 @@
+"""Pictures and questions in, text out: the model as a person uses it.
+
+Next: sample.py and server.py, which only put this on a command line and on the network.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmllm.chat import Message, assistant, user
+from mmllm.device import choose_device
+from mmllm.errors import UserError
+from mmllm.generate import Generated, GenerationConfig, Prompt, generate
+from mmllm.model import MultimodalLLM
+
+ImageSource = str | Path | bytes | Image.Image  # a path, encoded bytes, a data URI, or a PIL image
+
+DEFAULT_PROMPT = "Describe this image."
+
+
+class MultimodalInferencePipeline:
+    """Captions, answers about a picture, and a conversation that remembers.
+
+        pipeline = MultimodalInferencePipeline(MultimodalLLM.from_pretrained("outputs/demo/best_model"))
+        pipeline.caption_image("cat.jpg")
+        pipeline.answer_question("cat.jpg", "What color is the cat?")
+        pipeline.chat("What do you see?", image="cat.jpg")
+        pipeline.chat("And where is it?")
+
+    Every method raises ImageError for a picture that cannot be used and UserError for settings out of range.
+    """
+
+    def __init__(self, model: MultimodalLLM):
+        if model.processor is None:
+            raise UserError("the model has no processor; load it with MultimodalLLM.from_pretrained")
+        self.model = model.eval()
+        self.processor = model.processor
+        self.reset()
+
+    def caption_image(
+        self, image: ImageSource, prompt: str = DEFAULT_PROMPT, config: GenerationConfig | None = None
+    ) -> str:
+        return self.answer_question(image, prompt, config)
+
+    def answer_question(self, image: ImageSource, question: str, config: GenerationConfig | None = None) -> str:
+        return self.generate(self.prompt([user(question, images=1)], [image]), config).text
+
+    def chat(self, message: str, image: ImageSource | None = None, config: GenerationConfig | None = None) -> str:
+        """The answer to the next message of one conversation; a turn that fails leaves the conversation as it was."""
+        images = [] if image is None else [self.processor.image_processor(image)]
+        messages = [*self.messages, user(message, images=len(images))]
+        pixels = [*self.pixels, *images]
+        answer = self.generate(self.prompt(messages, pixels), config)
+        self.messages, self.pixels = [*messages, assistant(answer.text)], pixels
+        return answer.text
+
+    def reset(self) -> None:
+        """Begins a new conversation."""
+        self.messages: list[Message] = []
+        self.pixels: list[Tensor] = []
+
+    def prompt(self, messages: list[Message], images: list[ImageSource | Tensor]) -> Prompt:
+        """Messages and their pictures, in order, as the model reads them; a Tensor is pixels (3, S, S) already."""
+        process = self.processor.image_processor
+        pixels = [image if isinstance(image, Tensor) else process(image) for image in images]
+        side = self.model.config.vision.image_size
+        pixels_N3SS = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
+        return Prompt(tuple(self.processor.encode_prompt(messages)), pixels_N3SS)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generated:
+        """The answer; `on_text` hears it piece by piece, each of whole characters, `cancelled` may end it early."""
+        stream = self.processor.tokenizer.stream()
+
+        def on_token(row: int, token: int) -> None:
+            if piece := stream.step(token):
+                on_text(piece)
+
+        config = config or GenerationConfig()
+        return generate(
+            self.model, [prompt], config, on_token=on_token if on_text else None, cancelled=cancelled
+        )[0]
+
+
+def default_model(outputs: str | Path = "outputs") -> Path:
+    """The newest trained model under `outputs`: the best of the run that was written to last."""
+    models = [path for path in Path(outputs).glob("*/best_model") if (path / "config.json").is_file()]
+    if not models:
+        raise UserError(
+            f"no trained model under {outputs}; run `make demo`, or train one with `python train.py configs/full.py`, "
+            "or name one with --model"
+        )
+    return max(models, key=lambda path: (path.resolve() / "config.json").stat().st_mtime)
+
+
+def load_pipeline(
+    source: str | Path | None = None, *, device: str = "auto", dtype: str | None = None
+) -> MultimodalInferencePipeline:
+    """A pipeline for `source` (directory or hub name; None: the newest trained model), on the device by name.
+
+    `dtype` None means bfloat16 on CUDA and float32 elsewhere.
+    """
+    place = choose_device(device)
+    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    source = source or default_model()
+    model = MultimodalLLM.from_pretrained(source, device=place, dtype=getattr(torch, dtype))
+    return MultimodalInferencePipeline(model)
