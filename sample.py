@@ -1,8 +1,8 @@
 """Ask a trained model about pictures.
 
-    python sample.py --image x.jpg                                 # a caption
-    python sample.py --image a.jpg b.jpg --prompt "What is this?"   # one answer a picture
-    python sample.py --image x.jpg --chat                          # a conversation; an empty line ends it
+python sample.py --image x.jpg                                 # a caption
+python sample.py --image a.jpg b.jpg --prompt "What is this?"   # one answer a picture
+python sample.py --image x.jpg --chat                          # a conversation; an empty line ends it
 """
 
 import argparse
@@ -16,7 +16,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, one answer each")
     parser.add_argument("--prompt", default="Describe this image.", help="what to ask (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="talk about the pictures; reads lines from the terminal")
-    parser.add_argument("--model", metavar="DIR", help="model directory or hub name (default: the newest under outputs/)")
+    parser.add_argument(
+        "--model", metavar="DIR", help="model directory or hub name (default: the newest under outputs/)"
+    )
     parser.add_argument("--max-new-tokens", type=at_least_one, default=100, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")

@@ -51,7 +51,9 @@ class GenerationConfig:
             if not is_right:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {wanted}")
         if self.num_beams > 1 and not self.is_greedy:
-            raise UserError(f"num_beams {self.num_beams} with temperature {self.temperature}: beam search does not sample")
+            raise UserError(
+                f"num_beams {self.num_beams} with temperature {self.temperature}: beam search does not sample"
+            )
 
     @property
     def is_greedy(self) -> bool:
@@ -132,7 +134,9 @@ def step(model: MultimodalLLM, tokens_B: Tensor, positions_B: Tensor, cache: KVC
 
 def check_finite(logits_BV: Tensor, token: int) -> None:
     if not torch.isfinite(logits_BV).all():
-        raise GenerationError(f"logits are not finite at token {token}; try float32 (--dtype float32), or check the weights")
+        raise GenerationError(
+            f"logits are not finite at token {token}; try float32 (--dtype float32), or check the weights"
+        )
 
 
 def decode_rows(

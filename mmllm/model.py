@@ -49,7 +49,9 @@ class MultimodalConfig:
         """Reads the config.json that `to_dict` wrote, or the one of a LLaVA checkpoint of the same architecture."""
         kinds = {"llava": "patch", "mmllm_pooled": "pooled"}
         if config.get("model_type") not in kinds:
-            raise CheckpointError(f"config.json: model_type {config.get('model_type')!r}; supported: {', '.join(kinds)}")
+            raise CheckpointError(
+                f"config.json: model_type {config.get('model_type')!r}; supported: {', '.join(kinds)}"
+            )
         fixed = {
             "vision_feature_layer": -2,
             "vision_feature_select_strategy": "default",
@@ -157,4 +159,3 @@ class MultimodalLLM(nn.Module):
     def logits(self, ids_BT: Tensor, pixels_N3SS: Tensor) -> Tensor:
         """Logits of every position, (B, T, V) float32, for rows padded on the right."""
         return self.language_model.logits(self.language_model(self.embed(ids_BT, pixels_N3SS)))
-

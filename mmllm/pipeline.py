@@ -86,9 +86,7 @@ class MultimodalInferencePipeline:
                 on_text(piece)
 
         config = config or GenerationConfig()
-        return generate(
-            self.model, [prompt], config, on_token=on_token if on_text else None, cancelled=cancelled
-        )[0]
+        return generate(self.model, [prompt], config, on_token=on_token if on_text else None, cancelled=cancelled)[0]
 
 
 def default_model(outputs: str | Path = "outputs") -> Path:

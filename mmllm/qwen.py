@@ -55,7 +55,9 @@ class Qwen2Config:
             raise CheckpointError(f"Qwen2 config: hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
         missing = [name for name in ("vocab_size", "hidden_size", "num_attention_heads") if name not in config]
         if missing:
-            raise CheckpointError(f"Qwen2 config: {', '.join(missing)} missing; is this the config.json of a Qwen2 model?")
+            raise CheckpointError(
+                f"Qwen2 config: {', '.join(missing)} missing; is this the config.json of a Qwen2 model?"
+            )
         values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
         values.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         values.setdefault("num_key_value_heads", config["num_attention_heads"])
