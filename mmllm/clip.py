@@ -6,7 +6,8 @@ fill one vector (`pooled`); the layer before it still says what is where (`patch
 Names and arithmetic are those of the published checkpoints (the spelling `pre_layrnorm` too).
 Paper: https://arxiv.org/abs/2103.00020; code: https://github.com/openai/CLIP (clip/model.py).
 
-B pictures, N patches, T = N + 1 tokens (the class token comes first), D hidden size, H heads, K = D / H, P projection size.
+B pictures of side S, N patches, T = N + 1 tokens (the class token first), D hidden size, H heads, K = D / H,
+P projection size.
 Next: projector.py.
 """
 
@@ -48,7 +49,7 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "CLIPVisionConfig":
-        """Reads a whole CLIP config.json or the vision part of one; absent fields mean ViT-B/32, as in the official files."""
+        """Reads a whole CLIP config.json or its vision part; absent fields mean ViT-B/32, as in the official files."""
         vision = config.get("vision_config", config)
         values = {field.name: vision[field.name] for field in fields(cls) if field.name in vision}
         if "vision_config" in config and "projection_dim" in config:

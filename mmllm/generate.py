@@ -26,7 +26,7 @@ GREEDY_BELOW = 1e-3  # a temperature this small divides logits into overflow; it
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How to decode. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off. UserError out of range."""
+    """How to decode: `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 filter nothing. Out of range: UserError."""
 
     max_new_tokens: int = 100
     temperature: float = 0.0

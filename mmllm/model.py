@@ -6,7 +6,8 @@ token in the text, and the projector's outputs take those places.
 In patch mode a saved directory is a `LlavaForConditionalGeneration` checkpoint of transformers, names and all.
 Paper: LLaVA, https://arxiv.org/abs/2304.08485.
 
-B rows, T tokens, N pictures in the whole batch, S their side, Q visual tokens a picture, D hidden size, M labelled positions.
+B rows, T tokens, N pictures in the whole batch, S their side, Q visual tokens a picture, D hidden size, V vocabulary,
+M labelled positions.
 Next: chat.py (what the text looks like), trainer.py, generate.py.
 """
 
@@ -130,7 +131,7 @@ class MultimodalLLM(nn.Module):
         places, features = int(is_image_BT.sum()), image_NQD.shape[0] * image_NQD.shape[1]
         if places != features:  # masked_scatter would take too many features without a word
             raise ValueError(
-                f"{places} image places in the text for {len(image_NQD)} pictures of {image_NQD.shape[1]} tokens ({features})"
+                f"{places} image places in the text for {len(image_NQD)} pictures of {self.config.num_image_tokens} tokens"
             )
         return x_BTD.masked_scatter(is_image_BT[:, :, None], image_NQD.to(x_BTD.dtype))
 
@@ -146,7 +147,7 @@ class MultimodalLLM(nn.Module):
         return self.loss_sum(x_MD, targets_M), is_target.sum()
 
     def loss_sum(self, x_MD: Tensor, targets_M: Tensor) -> Tensor:
-        """Summed cross-entropy; logits are made in pieces and made again in the backward pass when there are several."""
+        """Summed cross-entropy. When it takes several pieces of logits, the backward pass makes each again."""
         rows = max(1, LOGITS_AT_ONCE // self.config.text.vocab_size)
         if len(x_MD) <= rows:
             return self._cross_entropy(x_MD, targets_M)

@@ -38,13 +38,13 @@ class Qwen2Config:
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise CheckpointError(
-                f"Qwen2 config: num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}, and head_dim {self.head_dim} even"
+                f"Qwen2 config: num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}, and head_dim {self.head_dim} even"
             )
 
     @classmethod
     def from_dict(cls, config: dict) -> "Qwen2Config":
-        """Reads an official config.json, as published or as transformers 5 writes it; refuses what would change the numbers."""
+        """Reads a config.json as published or as transformers 5 writes it; refuses what would change the numbers."""
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
