@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmllm.chat import ChatProcessor
+from mmllm.chat import IGNORED, ChatProcessor
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.errors import CheckpointError
 from mmllm.projector import Projector
 from mmllm.qwen import Qwen2, Qwen2Config
 
-IGNORED = -100  # the label of a position that is not learnt
 LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 MiB in float32
 
 
@@ -131,7 +130,7 @@ class MultimodalLLM(nn.Module):
         places, features = int(is_image_BT.sum()), image_NQD.shape[0] * image_NQD.shape[1]
         if places != features:  # masked_scatter would take too many features without a word
             raise ValueError(
-                f"{places} image places in the text for {len(image_NQD)} pictures of {self.config.num_image_tokens} tokens"
+                f"{places} image places in the text for {len(image_NQD)} pictures of {image_NQD.shape[1]} tokens"
             )
         return x_BTD.masked_scatter(is_image_BT[:, :, None], image_NQD.to(x_BTD.dtype))
 

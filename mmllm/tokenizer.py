@@ -1,0 +1,77 @@
+"""Text to ids and back, over the `tokenizers` library.
+
+The surprising fact: text never becomes a control token here. What a user types as `<|im_end|>` is encoded as those ten
+characters; control tokens enter only by name, through `id`. So nobody can close their own turn and speak as the system.
+
+Next: chat.py.
+"""
+
+import shutil
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from mmllm.errors import CheckpointError
+
+FILE = "tokenizer.json"
+
+
+class Tokenizer:
+    """The tokenizer of a model folder (or one `tokenizer.json`), with Qwen2.5's control tokens."""
+
+    def __init__(self, source: str | Path):
+        source = Path(source)
+        self.path = source / FILE if source.is_dir() else source
+        if not self.path.is_file():
+            raise CheckpointError(f"{self.path}: no such file; a model directory needs its {FILE}")
+        try:
+            self.inner = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{self.path}: not a tokenizer; copy it again from its source") from error
+        self.inner.no_padding()
+        self.inner.no_truncation()
+        self.inner.encode_special_tokens = True
+        self.pad_id = self.id("<|endoftext|>")
+        self.stop_ids = frozenset({self.id("<|im_end|>"), self.pad_id})
+        self.image_id = self.id("<|image_pad|>")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; the model may have more rows, never fewer."""
+        return self.inner.get_vocab_size()
+
+    def id(self, token: str) -> int:
+        """The id of a control token, by its name."""
+        number = self.inner.token_to_id(token)
+        if number is None:
+            raise CheckpointError(f"{self.path}: has no token {token}; is this the tokenizer of a Qwen2.5 model?")
+        return number
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. Names of control tokens in it are only text."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int] | tuple[int, ...]) -> str:
+        """The text of `ids` without control tokens."""
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> "TextStream":
+        """A decoder for ids that come one by one."""
+        return TextStream(self.inner)
+
+    def save(self, folder: str | Path) -> None:
+        """Copies the file byte for byte: writing it anew would change it."""
+        shutil.copyfile(self.path, Path(folder) / FILE)
+
+
+class TextStream:
+    """Ids in, text out, in pieces of whole characters: one character may take several tokens."""
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        self.inner = inner
+        self.decoder = DecodeStream(skip_special_tokens=True)
+
+    def step(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is unfinished."""
+        return self.decoder.step(self.inner, token) or ""
