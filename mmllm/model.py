@@ -11,18 +11,24 @@ M labelled positions.
 Next: chat.py (what the text looks like), trainer.py, generate.py.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmllm.chat import IGNORED, ChatProcessor
+from mmllm.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.errors import CheckpointError
+from mmllm.image import ImageProcessor
 from mmllm.projector import Projector
 from mmllm.qwen import Qwen2, Qwen2Config
+from mmllm.tokenizer import Tokenizer
+from mmllm.weights import atomic_directory, load_strict_, locate, read_json, read_tensors
 
 LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 MiB in float32
 
@@ -159,3 +165,150 @@ class MultimodalLLM(nn.Module):
     def logits(self, ids_BT: Tensor, pixels_N3SS: Tensor) -> Tensor:
         """Logits of every position, (B, T, V) float32, for rows padded on the right."""
         return self.language_model.logits(self.language_model(self.embed(ids_BT, pixels_N3SS)))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "MultimodalLLM":
+        """The model of a directory that `save_pretrained` wrote, or of a hub repository with the same files.
+
+        Strict: CheckpointError names what is missing, unexpected, or of another shape.
+        """
+        folder = locate(source)
+        config, system = read_config(folder)
+        processor = ChatProcessor.load(folder, config.num_image_tokens, system)
+        model = cls._empty(config)
+        tensors = {name: value.to(device, dtype) for name, value in read_tensors(folder).items()}
+        if config.text.tie_word_embeddings:
+            tensors.setdefault("language_model.lm_head.weight", tensors.get(EMBEDDING, torch.empty(0)))
+        load_strict_(model, tensors, folder)
+        model.language_model.tie_weights()
+        return model._finished(processor, folder)
+
+    @classmethod
+    def from_towers(
+        cls,
+        clip: str | Path,
+        qwen: str | Path,
+        *,
+        features: str = "patch",
+        system: str = DEFAULT_SYSTEM,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+    ) -> "MultimodalLLM":
+        """Two published models and a new projector (drawn by `seed`). Each source is a folder or a hub name.
+
+        `dtype` None keeps every tensor as its file has it.
+        """
+        clip_folder, qwen_folder = locate(clip), locate(qwen)
+        vision, text = read_tower_configs(clip_folder, qwen_folder)
+        tokenizer = Tokenizer(qwen_folder)
+        config = MultimodalConfig(vision, text, features, tokenizer.image_id)
+        images = ImageProcessor.from_dict(read_json(clip_folder / "preprocessor_config.json"))
+        model = cls._empty(config)
+        load_tower_(model.vision_tower, vision_tensors(clip_folder, features), clip_folder, device, dtype)
+        load_tower_(model.language_model, language_tensors(qwen_folder, text), qwen_folder, device, dtype)
+        model.language_model.tie_weights()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = Projector(model.multi_modal_projector.linear_1.in_features, text.hidden_size)
+        model.multi_modal_projector = fresh.to(device, dtype)
+        return model._finished(ChatProcessor(tokenizer, images, config.num_image_tokens, system), qwen_folder)
+
+    @classmethod
+    def _empty(cls, config: MultimodalConfig) -> "MultimodalLLM":
+        """The architecture without memory for its weights."""
+        with torch.device("meta"):
+            return cls(config)
+
+    def _finished(self, processor: ChatProcessor, where: Path) -> "MultimodalLLM":
+        rows, side = self.config.text.vocab_size, self.config.vision.image_size
+        if processor.tokenizer.vocab_size > rows:
+            raise CheckpointError(
+                f"{where}: tokenizer.json has {processor.tokenizer.vocab_size} tokens, but the model has {rows} rows; "
+                "they belong to different models"
+            )
+        if processor.image_processor.size != side:
+            raise CheckpointError(
+                f"{where}: preprocessor_config.json makes pictures of {processor.image_processor.size} pixels, "
+                f"but the vision tower takes {side}"
+            )
+        self.processor = processor
+        return self.eval()
+
+    def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> None:
+        """Writes the whole model as one directory, all of it or nothing; `replace` allows an old one to go."""
+        with atomic_directory(folder, replace=replace) as temporary:
+            self.write_files(temporary)
+
+    def write_files(self, folder: Path) -> None:
+        """Writes config.json, model.safetensors, mmllm.json and the processor's files into `folder`."""
+        tied = {"language_model.lm_head.weight"} if self.config.text.tie_word_embeddings else set()
+        tensors = {name: value.contiguous() for name, value in self.state_dict().items() if name not in tied}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        ours = {
+            "format_version": 1,
+            "features": self.config.features,
+            "system_prompt": self.processor.system,
+            "surgery": [],
+        }
+        for name, content in (("config.json", self.config.to_dict()), ("mmllm.json", ours)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        self.processor.save(folder)
+
+
+EMBEDDING = "language_model.model.embed_tokens.weight"
+
+
+def read_config(folder: str | Path) -> tuple[MultimodalConfig, str]:
+    """Configuration and system text of a model directory."""
+    folder = Path(folder)
+    ours = read_json(folder / "mmllm.json")
+    if ours.get("format_version") != 1 or ours.get("surgery"):
+        raise CheckpointError(f"{folder / 'mmllm.json'}: written by a newer mmllm; update this one")
+    return MultimodalConfig.from_dict(read_json(folder / "config.json")), ours.get("system_prompt", DEFAULT_SYSTEM)
+
+
+def read_tower_configs(clip_folder: Path, qwen_folder: Path) -> tuple[CLIPVisionConfig, Qwen2Config]:
+    """Configurations of the two published models; refuses folders of other kinds by name."""
+    configs = []
+    for folder, kinds in ((clip_folder, ("clip", "clip_vision_model")), (qwen_folder, ("qwen2",))):
+        config = read_json(folder / "config.json")
+        if config.get("model_type") not in kinds:
+            found = config.get("model_type")
+            raise CheckpointError(
+                f"{folder / 'config.json'}: model_type is {found!r}; {' or '.join(kinds)} is needed here"
+            )
+        if "quantization_config" in config:
+            raise CheckpointError(f"{folder / 'config.json'}: a quantised model; use the plain one")
+        configs.append(config)
+    return CLIPVisionConfig.from_dict(configs[0]), Qwen2Config.from_dict(configs[1])
+
+
+def vision_tensors(folder: Path, features: str) -> dict[str, Tensor]:
+    """The tensors of a CLIP file that the vision tower needs: not the text tower's, not the old files' position ids."""
+    kept = ("vision_model.", "visual_projection.") if features == "pooled" else ("vision_model.",)
+    tensors = read_tensors(folder)
+    return {name: v for name, v in tensors.items() if name.startswith(kept) and not name.endswith(".position_ids")}
+
+
+def language_tensors(folder: Path, config: Qwen2Config) -> dict[str, Tensor]:
+    """The tensors of a Qwen2 file; a tied head that the file holds all the same must be the embedding."""
+    tensors = read_tensors(folder)
+    embedding = tensors.get("model.embed_tokens.weight", torch.empty(0))
+    if config.tie_word_embeddings and not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+        raise CheckpointError(
+            f"{folder}: lm_head.weight differs from the embedding, but config.json says they are tied"
+        )
+    return tensors
+
+
+def load_tower_(
+    tower: nn.Module,
+    tensors: dict[str, Tensor],
+    where: Path,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    load_strict_(tower, {name: value.to(device, dtype) for name, value in tensors.items()}, where)

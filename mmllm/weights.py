@@ -1,0 +1,186 @@
+"""Weights on disk: find them, read them strictly, write them whole or not at all.
+
+The surprising fact: the official CLIP repository holds no safetensors on its main branch, only `pytorch_model.bin`. It
+is read with `weights_only=True`, which runs no code of the file; nothing else in this project reads or writes a pickle.
+
+Tensors are mapped from the file, not copied: pages are read when they are touched.
+Next: model.py.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mmllm.errors import CheckpointError, RunError
+
+SMALL_FILES = ["*.json", "*.jinja", "merges.txt"]
+NAMES_SHOWN = 3
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of `source`: a local one, or a repository of the Hugging Face hub, downloaded once and cached."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{source}: a file; name the folder that holds config.json and the weights")
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+        raise CheckpointError(f"{source}: no such folder; name a folder with config.json and model.safetensors")
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "model*.safetensors"]))
+        if not list(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "pytorch_model.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: neither a folder here nor to be had from the hub ({type(error).__name__}); download it by hand "
+            "and name its folder, which holds config.json and model.safetensors"
+        ) from error
+    return folder
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file of a model folder."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: no such file; is {file.parent} a model folder?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not JSON; copy it again from its source") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: a JSON object is needed; copy it again from its source")
+    return content
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder by name: one safetensors file, shards with an index, or `pytorch_model.bin`."""
+    whole, index, pickled = (
+        folder / name for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    )
+    if whole.exists():
+        return read_safetensors(whole)
+    if index.exists():
+        return read_shards(index)
+    if pickled.exists():
+        return read_bin(pickled)
+    raise CheckpointError(
+        f"{folder}: no weights; it needs model.safetensors, its shards and index, or pytorch_model.bin"
+    )
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    refuse_pointer(file)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: {file.stat().st_size:,} bytes that are not a whole safetensors file; download it again"
+        ) from error
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map", {})
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if name != os.path.basename(name):
+            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name; this index is not to be trusted")
+        if not (index.parent / name).exists():
+            raise CheckpointError(f"{index.parent / name}: missing, but {index.name} names it; download it again")
+        tensors |= read_safetensors(index.parent / name)
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise CheckpointError(f"{index}: {len(missing)} tensors are in no shard, first {missing[0]}; download it again")
+    return tensors
+
+
+def read_bin(file: Path) -> dict[str, Tensor]:
+    """A pickled state dict, read so that no code in it can run."""
+    refuse_pointer(file)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: not a plain file of tensors ({file.stat().st_size:,} bytes); download it again, or use safetensors"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{file}: holds something other than named tensors; use the official file or safetensors")
+    return tensors
+
+
+def refuse_pointer(file: Path) -> None:
+    with file.open("rb") as stream:
+        if stream.read(24).startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{file}: a Git LFS pointer, not weights; run `git lfs pull` in its folder")
+
+
+def load_strict_(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Gives `module` (built on the meta device) exactly `tensors`; CheckpointError on the least difference of names or shapes."""
+    wanted = module.state_dict()
+    problems = []
+    for kind, names in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())):
+        if names:
+            problems.append(f"{len(names)} tensors {kind}, first {', '.join(sorted(names)[:NAMES_SHOWN])}")
+    wrong = [name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape]
+    if wrong:
+        shown = (
+            f"{n} {list(tensors[n].shape)} where {list(wanted[n].shape)} is needed" for n in sorted(wrong)[:NAMES_SHOWN]
+        )
+        problems.append(f"{len(wrong)} of another shape, first {'; '.join(shown)}")
+    if problems:
+        raise CheckpointError(f"{where}: {'; '.join(problems)}; config.json and weights must be of the same model")
+    module.load_state_dict(tensors, assign=True)
+
+
+def refuse_not_finite(tensors: dict[str, Tensor], where: str | Path) -> None:
+    """CheckpointError naming the first tensor with a NaN or an infinity in it."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f"{where}: {name} holds numbers that are not finite; these weights are broken")
+
+
+@contextmanager
+def atomic_directory(folder: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder to write into; it takes the name `folder` only when all of it is on disk, and vanishes on any error."""
+    folder = Path(folder)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    if folder.exists() and not replace:
+        raise CheckpointError(f"{folder}: exists already; choose another name, or replace it with --force")
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            fsync(file)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+        fsync(folder.parent)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror}); nothing was left behind") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Waits until the file, or the folder's list of files, is on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,165 @@
+"""Tiny random models in the official file format, written with weights that show mistakes.
+
+Default initialisation (std 0.02, zero biases, unit norms) hides nearly every error of a port: a forgotten bias or norm
+weight changes nothing. Here every tensor is spread wide and seeded by its name: matrices with std 1/sqrt(fan in), biases
+0.3, some key biases twelve times that, norm weights around 1, the closing norm around 4.
+
+    write_clip(folder, **vision_config)    a CLIP folder: config.json, preprocessor_config.json, model.safetensors
+    write_qwen(folder, **config)           a Qwen2.5 folder: config.json, generation_config.json, tokenizer.json, weights
+    write_tokenizer(folder)                tokenizer.json with all of Qwen2.5's control tokens
+    write_model(folder, features="patch")  both, joined by convert_weights: a whole mmllm directory
+"""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.model import MultimodalLLM
+from mmllm.qwen import Qwen2, Qwen2Config
+
+CLIP = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "projection_dim": 48,
+}
+QWEN = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+CONTROL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+]
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def spread_(module: nn.Module) -> None:
+    """Fills every parameter so that a mistake in any of them shows."""
+    for name, parameter in module.named_parameters():
+        chance = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        noise = torch.randn(parameter.shape, generator=chance)
+        if name.endswith("embed_tokens.weight"):
+            value = 0.1 * noise  # logits of a tied head then have a standard deviation of about 3
+        elif parameter.ndim >= 2:
+            value = noise if "embedding" in name else noise / math.sqrt(parameter[0].numel())
+        elif name.endswith("bias"):
+            value = 0.3 * noise
+            if "k_proj" in name:
+                value[::7] *= 12
+        elif name.endswith("model.norm.weight"):
+            value = 4 + noise
+        elif "norm" in name:
+            value = 1 + 0.25 * noise
+        else:
+            value = noise
+        parameter.data.copy_(value)
+
+
+def published_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that an official file holds: a tied head is not one of them."""
+    tied = {"lm_head.weight"} if isinstance(module, Qwen2) and module.config.tie_word_embeddings else set()
+    return {name: value.contiguous() for name, value in module.state_dict().items() if name not in tied}
+
+
+def write_clip(folder: str | Path, **overrides) -> Path:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CLIPVisionConfig.from_dict(CLIP | overrides)
+    tower = CLIPVisionTower(config, with_projection=True)
+    spread_(tower)
+    save_file(published_tensors(tower), folder / "model.safetensors", {"format": "pt"})
+    whole = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.projection_dim,
+        "vision_config": config.to_dict(),
+    }
+    (folder / "config.json").write_text(json.dumps(whole))
+    images = {"size": config.image_size, "crop_size": config.image_size, "resample": 3, "do_center_crop": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    return folder
+
+
+def write_qwen(folder: str | Path, shards: int = 1, **overrides) -> Path:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = Qwen2Config.from_dict(QWEN | overrides)
+    model = Qwen2(config)
+    spread_(model)
+    write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    tensors = published_tensors(model)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    names = list(tensors)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::shards]}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names[i::shards], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def write_tokenizer(folder: str | Path) -> Path:
+    """All bytes, a few merges, Qwen2.5's splitting rule and its control tokens: 280 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("Ġ", "a"),
+        ("i", "n"),
+        ("Ġ", "the"),
+        ("o", "n"),
+        ("e", "r"),
+        ("Ġ", "c"),
+        ("a", "t"),
+    ]
+    merges += [("in", "g")]
+    vocab = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_model(folder: str | Path, features: str = "patch", clip: dict | None = None, **qwen) -> Path:
+    """A whole mmllm directory of random towers; further arguments change the language model's configuration."""
+    folder = Path(folder)
+    sources = folder.parent / f"{folder.name}-sources"
+    clip_folder, qwen_folder = write_clip(sources / "clip", **(clip or {})), write_qwen(sources / "qwen", **qwen)
+    model = MultimodalLLM.from_towers(clip_folder, qwen_folder, features=features)
+    spread_(model.multi_modal_projector)
+    model.save_pretrained(folder)
+    return folder
