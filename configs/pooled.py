@@ -1,0 +1,14 @@
+"""The one-token model: CLIP's 512-number image embedding is the whole picture. As full.py otherwise.
+
+    torchrun --nproc_per_node=4 train.py configs/pooled.py data.train_data_path=train.json data.image_dir=images
+
+Cheaper (1 visual token instead of 49), and enough for captions; it cannot say where things are.
+"""
+
+from pathlib import Path
+
+from mmllm.config import ExperimentConfig
+
+config = ExperimentConfig.load(Path(__file__).with_name("full.py"))
+config.experiment_name = "pooled"
+config.model.features = "pooled"

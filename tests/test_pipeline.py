@@ -1,0 +1,103 @@
+"""The model as a person uses it."""
+
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+from mmllm import MultimodalInferencePipeline, MultimodalLLM
+from mmllm.chat import IMAGE, user
+from mmllm.errors import ImageError, UserError
+from mmllm.generate import GenerationConfig
+from mmllm.model import MultimodalConfig
+from mmllm.pipeline import default_model, load_pipeline
+from official import write_model
+
+SHORT = GenerationConfig(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module", params=["patch", "pooled"])
+def pipeline(request, tmp_path_factory) -> MultimodalInferencePipeline:
+    folder = write_model(tmp_path_factory.mktemp(request.param), features=request.param)
+    return load_pipeline(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "x.png"
+    Image.radial_gradient("L").save(path)
+    return path
+
+
+def test_a_caption_is_the_answer_to_the_default_prompt(pipeline, picture):
+    caption = pipeline.caption_image(picture, config=SHORT)
+    assert caption == pipeline.answer_question(picture, "Describe this image.", SHORT)
+
+
+def test_a_picture_is_the_same_as_path_bytes_and_pil(pipeline, picture):
+    answers = {
+        pipeline.caption_image(image, config=SHORT)
+        for image in (picture, str(picture), picture.read_bytes(), Image.open(picture))
+    }
+    assert len(answers) == 1
+
+
+def test_a_conversation_remembers_its_turns_and_its_picture(pipeline, picture):
+    pipeline.reset()
+    first = pipeline.chat("What do you see?", image=picture, config=SHORT)
+    second = pipeline.chat("And where is it?", config=SHORT)
+    messages = [user("What do you see?", images=1), *pipeline.messages[1:3]]
+    assert pipeline.messages[1].parts == (first,) and pipeline.messages[3].parts == (second,)
+    assert pipeline.generate(pipeline.prompt(messages, [picture]), SHORT).text == second
+
+
+def test_a_failed_turn_leaves_the_conversation_as_it_was(pipeline, picture, tmp_path):
+    pipeline.reset()
+    pipeline.chat("What do you see?", image=picture, config=SHORT)
+    before = list(pipeline.messages)
+    with pytest.raises(ImageError):
+        pipeline.chat("And here?", image=tmp_path / "missing.png", config=SHORT)
+    assert pipeline.messages == before and len(pipeline.pixels) == 1
+
+
+def test_what_is_heard_piece_by_piece_is_the_whole_answer(pipeline, picture):
+    pieces = []
+    prompt = pipeline.prompt([user("Describe this image.", images=1)], [picture])
+    answer = pipeline.generate(prompt, GenerationConfig(max_new_tokens=40), on_text=pieces.append)
+    assert answer.text.startswith("".join(pieces))
+
+
+def test_a_picture_without_a_place_is_refused(pipeline):
+    prompt = pipeline.prompt([user("hello")], [torch.zeros(3, 32, 32)])
+    with pytest.raises(ValueError, match="0 image places in the text for 1 pictures"):
+        pipeline.generate(prompt, SHORT)
+
+
+def test_the_places_of_the_prompt_are_the_visual_tokens(pipeline, picture):
+    ids = pipeline.prompt([user("Look", images=1)], [picture]).ids
+    assert ids.count(pipeline.model.config.image_token_id) == pipeline.model.config.num_image_tokens
+    assert IMAGE in user("Look", images=1).parts
+
+
+def test_a_model_built_for_its_shapes_cannot_answer():
+    with torch.device("meta"):
+        model = MultimodalLLM(MultimodalConfig())
+    with pytest.raises(UserError, match="no processor"):
+        MultimodalInferencePipeline(model)
+
+
+def test_the_default_model_is_the_one_trained_last(tmp_path):
+    for age, name in enumerate(("newer", "older")):
+        checkpoint = tmp_path / name / "checkpoint-epoch-1-step-5"
+        checkpoint.mkdir(parents=True)
+        config = checkpoint / "config.json"
+        config.write_text("{}")
+        (tmp_path / name / "best_model").symlink_to(checkpoint.name)
+        os.utime(config, (1e9 - age, 1e9 - age))
+    assert default_model(tmp_path) == tmp_path / "newer" / "best_model"
+
+
+def test_without_a_trained_model_the_command_that_makes_one_is_named(tmp_path):
+    with pytest.raises(UserError, match="no trained model under .*make demo"):
+        default_model(tmp_path)
