@@ -11,13 +11,15 @@ Next: train.py.
 
 import difflib
 import json
+import math
+import operator
 import re
 import runpy
 import traceback
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 from mmllm.errors import ConfigError
@@ -62,15 +64,17 @@ class ModelConfig(Section):
 
 @dataclass
 class DataConfig(Section):
-    """What is learnt from. `image_dir` None: the folder of the data file."""
+    """What is learnt from. `image_dir` None: the folder of the data file. The splits are for files that hold several."""
 
     train_data_path: str | None = None
     val_data_path: str | None = None
     image_dir: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
     batch_size: int = 32  # samples of a micro-batch
     max_length: int = 512  # tokens of a sample, pictures included
     num_workers: int = 2
-    bad_samples: str = "error"  # or "skip": written to bad_samples.jsonl
+    bad_samples: str = "error"  # or "skip": listed in bad_samples.jsonl
     max_bad_fraction: float = 0.01
     max_train_samples: int | None = None
     max_val_samples: int | None = None
@@ -78,7 +82,7 @@ class DataConfig(Section):
 
 @dataclass
 class StageConfig(Section):
-    """One stage. What is None is taken from TrainingConfig or DataConfig; a rate of 0 or None keeps a part as it is."""
+    """One stage. A rate, batch size or accumulation of None is the general one; the rates of parts are the stage's."""
 
     epochs: int = 1
     train: tuple[str, ...] = ("projector", "language_model")  # and "vision_tower"
@@ -91,7 +95,7 @@ class StageConfig(Section):
 
 @dataclass
 class TrainingConfig(Section):
-    """How it is learnt. One optimiser step sees batch_size x gradient_accumulation_steps samples."""
+    """How it is learnt. A process sees batch_size x gradient_accumulation_steps samples in one optimiser step."""
 
     learning_rate: float = 2e-5
     weight_decay: float = 0.0
@@ -137,49 +141,86 @@ class ExperimentConfig(Section):
         """Reads a Python file that binds `config`, or JSON in which // comments are allowed."""
         path = Path(path)
         if not path.is_file():
-            raise ConfigError(
-                f"{path}: no such configuration{did_you_mean(str(path), map(str, Path('configs').glob('*.py')))}"
-            )
+            near = difflib.get_close_matches(str(path), map(str, Path("configs").glob("*.py")), n=1)
+            raise ConfigError(f"{path}: no such configuration" + (f" (did you mean {near[0]}?)" if near else ""))
         return load_python(path) if path.suffix == ".py" else load_json(path)
 
-    def validate(self) -> None:
-        """Refuses values that no run could use, by name."""
-        stages = [("training.stage1", self.training.stage1), ("training.stage2", self.training.stage2)]
-        for name, value, allowed in (
-            ("model.features", self.model.features, ("patch", "pooled")),
-            ("data.bad_samples", self.data.bad_samples, ("error", "skip")),
-            *((f"{name}.train", part, PARTS) for name, stage in stages for part in stage.train),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"{name}: {value!r}; it can be {' or '.join(map(repr, allowed))}")
-        positive = ["data.batch_size", "data.max_length", "training.gradient_accumulation_steps"]
-        positive += ["training.keep_checkpoints", "training.log_steps", "training.eval_steps", "training.save_steps"]
-        positive += ["data.max_train_samples", "data.max_val_samples"]
-        positive += [f"{name}.{key}" for name, _ in stages for key in ("batch_size", "gradient_accumulation_steps")]
-        for name in positive:
-            value = self.get(name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: {value}; it must be at least 1")
-        for name in ("data.num_workers", "training.learning_rate", "training.weight_decay", "training.max_grad_norm"):
-            if self.get(name) < 0:
-                raise ConfigError(f"{name}: {self.get(name)}; it must not be negative")
+    def stages(self) -> tuple[StageConfig, StageConfig]:
+        """Both stages, what they leave open filled in from the general settings."""
+        return self._filled(self.training.stage1), self._filled(self.training.stage2)
+
+    def _filled(self, stage: StageConfig) -> StageConfig:
+        rate = first_given(stage.learning_rate, self.training.learning_rate)
+        return replace(
+            stage,
+            learning_rate=rate,
+            projector_learning_rate=first_given(stage.projector_learning_rate, rate),
+            vision_learning_rate=first_given(stage.vision_learning_rate, rate),
+            batch_size=first_given(stage.batch_size, self.data.batch_size),
+            gradient_accumulation_steps=first_given(
+                stage.gradient_accumulation_steps, self.training.gradient_accumulation_steps
+            ),
+        )
+
+    def validate(self, origins: Mapping[str, str] | None = None) -> None:
+        """Refuses values that no run could use, by name and by where they came from."""
+        for full, value in flat(self).items():
+            name = full.rpartition(".")[2]
+            fault = ""
+            for item in value if isinstance(value, tuple) else [value]:
+                if name in CHOICES and item not in CHOICES[name]:
+                    fault = f"it can be {' or '.join(map(repr, CHOICES[name]))}"
+            if name in LIMITS and value is not None and not LIMITS[name][0] <= value <= LIMITS[name][1]:
+                low, high = LIMITS[name]
+                fault = f"it must be at least {low}" + (f" and at most {high}" if high < MOST else "")
+            if fault:
+                source = f"{origins[full]}: " if origins and full in origins else ""
+                raise ConfigError(f"{source}{full} is {value!r}; {fault}")
+        if self.model.load_in_8bit and self.model.load_in_4bit:
+            raise ConfigError("model.load_in_8bit and model.load_in_4bit are both true; choose one")
 
     def get(self, dotted: str) -> object:
         """The value of a setting by its full name."""
-        value = self
-        for name in dotted.split("."):
-            value = getattr(value, name)
-        return value
+        return operator.attrgetter(dotted)(self)
 
-    def set(self, dotted: str, value: object) -> str:
-        """Sets a setting by its full name, or by an end of it that only one setting has; returns the full name."""
-        full = full_name(dotted)
-        section, _, name = full.rpartition(".")
-        setattr(self.get(section) if section else self, name, value)
-        return full
+    def set_text(self, name: str, text: str) -> list[str]:
+        """Sets a setting from text, by its full name or an end of it that only one setting has.
+
+        What a stage had for itself gives way to a general value that is set later: BATCH_SIZE=4 means every batch.
+        Returns the full names of all settings that it changed.
+        """
+        full = full_name(name)
+        path, _, last = full.rpartition(".")
+        section = self.get(path) if path else self
+        setattr(section, last, literal(text, typing.get_type_hints(type(section))[last]))
+        changed = [full]
+        if full in GENERAL:
+            for stage in ("stage1", "stage2"):
+                own, default = f"training.{stage}.{last}", ExperimentConfig()
+                if default.get(own) is None and self.get(own) is not None:
+                    setattr(self.get(f"training.{stage}"), last, None)
+                    changed.append(own)
+        return changed
 
 
-PARTS = ("projector", "language_model", "vision_tower")
+GENERAL = ("data.batch_size", "training.gradient_accumulation_steps", "training.learning_rate")
+MOST = 10**12  # no setting is larger; refuses infinity too
+CHOICES = {
+    "features": ("patch", "pooled"),
+    "bad_samples": ("error", "skip"),
+    "train": ("projector", "language_model", "vision_tower"),
+}
+COUNTS = ("batch_size", "max_length", "gradient_accumulation_steps", "log_steps", "eval_steps", "save_steps", "r")
+COUNTS += ("keep_checkpoints", "max_train_samples", "max_val_samples")
+AMOUNTS = ("num_workers", "epochs", "seed", "num_sample_captions", "max_skipped_steps", "weight_decay", "lora_alpha")
+RATES = ("learning_rate", "projector_learning_rate", "vision_learning_rate", "warmup_ratio", "max_bad_fraction")
+LIMITS = {
+    **dict.fromkeys(COUNTS, (1, MOST)),
+    **dict.fromkeys(AMOUNTS, (0, MOST)),
+    **dict.fromkeys(RATES, (0, 1)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, math.nextafter(1, 0))),
+    "max_grad_norm": (1e-6, MOST),  # at 0 nothing would ever move
+}
 ENVIRONMENT = {
     "BATCH_SIZE": "data.batch_size",
     "GRADIENT_ACCUMULATION_STEPS": "training.gradient_accumulation_steps",
@@ -192,43 +233,59 @@ ENVIRONMENT = {
 def resolve(
     path: str | Path | None, environment: Mapping[str, str], overrides: list[str]
 ) -> tuple[ExperimentConfig, dict[str, str]]:
-    """The configuration of a run, and for each setting that is not the default where its value came from."""
+    """The configuration of a run, and for each setting that some source has changed the name of that source."""
     config = ExperimentConfig.load(path) if path else ExperimentConfig()
     default = flat(ExperimentConfig())
     origins = {name: str(path) for name, value in flat(config).items() if value != default[name]}
-    for variable, name in ENVIRONMENT.items():
-        if variable in environment:
-            set_from(config, name, literal(environment[variable]), f"environment variable {variable}")
-            origins[name] = variable
+    given = [
+        (name, environment[key], f"environment variable {key}")
+        for key, name in ENVIRONMENT.items()
+        if key in environment
+    ]
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"{override!r} on the command line; settings are written key=value")
-        origins[set_from(config, name.lstrip("-"), literal(text), "command line")] = "command line"
-    config.validate()
+            raise ConfigError(f"command line: {override!r}; settings are written key=value")
+        given.append((name, text, "command line"))
+    for name, text, origin in given:
+        try:
+            changed = config.set_text(name, text)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+        origins |= dict.fromkeys(changed, origin)
+    config.validate(origins)
     return config, origins
 
 
-def set_from(config: ExperimentConfig, name: str, value: object, origin: str) -> str:
-    try:
-        return config.set(name, value)
-    except ConfigError as error:
-        raise ConfigError(f"{origin}: {error}") from None
+def explain(config: ExperimentConfig, origins: Mapping[str, str]) -> list[str]:
+    """One line for each setting that some source has changed: its name, value and source."""
+    values = flat(config)
+    return [f"{name} = {values[name]!r}  ({origin})" for name, origin in sorted(origins.items())]
 
 
-def literal(text: str) -> Value:
-    """The value that a shell user means: true, none, 4, 1e-4, [a,b], or else the text itself."""
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    if re.fullmatch(r"\[.*\]|\(.*\)", text):
-        return tuple(part.strip().strip("'\"") for part in text[1:-1].split(",") if part.strip())
-    for kind in (int, float):
+def literal(text: str, hint: object) -> Value:
+    """What a shell user means by `text` where a value of type `hint` is wanted; text that fits no type is returned as is."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    word = text.strip().lower()
+    if types.NoneType in kinds and word in ("none", "null", ""):
+        return None
+    if bool in kinds:
+        return WORDS.get(word, text)
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        return tuple(part.strip().strip("'\"") for part in text.strip("[]() ").split(",") if part.strip())
+    for kind in (kind for kind in (int, float) if kind in kinds):
         try:
             return kind(text)
         except ValueError:
             continue
     return text
+
+
+WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def first_given(*values: int | float | None) -> int | float | None:
+    return next((value for value in values if value is not None), None)
 
 
 def load_python(path: Path) -> ExperimentConfig:
@@ -237,16 +294,25 @@ def load_python(path: Path) -> ExperimentConfig:
         config = runpy.run_path(str(path)).get("config")
     except SyntaxError as error:
         raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-    except (ConfigError, NameError, TypeError, AttributeError) as error:
+    except (AttributeError, ImportError, LookupError, NameError, OSError, TypeError, ValueError) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        raise ConfigError(f"{path}:{lines[-1] if lines else 1}: {error}") from error
+        message = str(error)
+        if isinstance(error, AttributeError) and isinstance(error.obj, Section):
+            message = (
+                f"unknown setting {error.name!r}{did_you_mean(error.name, typing.get_type_hints(type(error.obj)))}"
+            )
+        raise ConfigError(f"{path}:{lines[-1] if lines else 1}: {message}") from error
     if not isinstance(config, ExperimentConfig):
         raise ConfigError(f"{path}: binds no `config`; it needs a line such as `config = ExperimentConfig()`")
     return config
 
 
 def load_json(path: Path) -> ExperimentConfig:
-    text = path.read_text(encoding="utf-8-sig")
+    """Reads nested JSON objects; `//` begins a comment."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text; save it so") from error
     # a string, or a comment to the end of the line: only the comment goes
     text = re.sub(r'("(?:[^"\\]|\\.)*")|//[^\n]*', lambda match: match[1] or "", text)
     try:
@@ -254,7 +320,7 @@ def load_json(path: Path) -> ExperimentConfig:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: {error.msg}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a JSON object is needed")
+        raise ConfigError(f"{path}: a JSON object is needed, written {{...}}")
     config = ExperimentConfig()
     try:
         update(config, content)
@@ -265,15 +331,14 @@ def load_json(path: Path) -> ExperimentConfig:
 
 def update(section: Section, content: dict, prefix: str = "") -> None:
     """Sets every setting that `content`, nested as the sections are, names."""
+    groups = {f.name for f in fields(section) if is_dataclass(getattr(section, f.name))}
     for name, value in content.items():
-        known = {f.name for f in fields(section)}
-        inner = getattr(section, name) if name in known else None
-        if is_dataclass(inner) and isinstance(value, dict):
-            update(inner, value, f"{prefix}{name}.")
-        elif is_dataclass(inner):
-            raise ConfigError(f"{prefix}{name} is {value!r}; it is a group of settings, written {{...}}")
-        else:
+        if name not in groups:
             setattr(section, name, value)
+        elif isinstance(value, dict):
+            update(getattr(section, name), value, f"{prefix}{name}.")
+        else:
+            raise ConfigError(f"{prefix}{name} is {value!r}; it is a group of settings, written {{...}}")
 
 
 def flat(section: Section, prefix: str = "") -> dict[str, Value]:
@@ -286,27 +351,35 @@ def flat(section: Section, prefix: str = "") -> dict[str, Value]:
 
 
 def full_name(name: str) -> str:
-    """The full name of a setting that `name` is, or is the only end of."""
+    """The full name of a setting that `name` is, or is the only end of; a general setting goes before a stage's."""
     names = list(flat(ExperimentConfig()))
     if name in names:
         return name
     matches = [full for full in names if full.endswith(f".{name}")]
-    if len(matches) > 1:  # the general setting, not those of the stages or of LoRA
-        shallow = min(full.count(".") for full in matches)
-        matches = [full for full in matches if full.count(".") == shallow]
-    if len(matches) != 1:
-        choice = f"; say which: {', '.join(matches)}" if matches else did_you_mean(name, names)
-        raise ConfigError(f"unknown setting {name!r}{choice}")
-    return matches[0]
+    shallow = [full for full in matches if full.count(".") == min(map(_depth, matches))]
+    if len(shallow) == 1:
+        return shallow[0]
+    if any(full.startswith(f"{name}.") for full in names):
+        raise ConfigError(f"{name} is a group of settings; write {name}.NAME=value")
+    hint = f"; say which: {', '.join(matches)}" if matches else did_you_mean(name)
+    raise ConfigError(f"{'ambiguous' if matches else 'unknown'} setting {name!r}{hint}")
 
 
-def did_you_mean(name: str, names) -> str:
-    """A hint at the nearest of `names`, or nothing."""
-    ends = {full.rpartition(".")[2]: full for full in names} if "/" not in name else {}
-    near = difflib.get_close_matches(name, [*names, *ends], n=1) or difflib.get_close_matches(
-        name.rpartition(".")[2], list(ends), n=1
-    )
-    return f" (did you mean {ends.get(near[0], near[0])}?)" if near else ""
+def _depth(full: str) -> int:
+    return full.count(".")
+
+
+def did_you_mean(name: str, near: Iterable[str] = ()) -> str:
+    """A hint at the nearest of the names `near`, else of all settings, or nothing."""
+    names = sorted(flat(ExperimentConfig()), key=_depth, reverse=True)
+    ends = {full.rpartition(".")[2]: full for full in names}  # the general setting, where a stage has one too
+    last = name.rpartition(".")[2]
+    if last in ends:
+        return f" (did you mean {ends[last]}?)"
+    for wanted, known in ((name, {n: n for n in near}), (name, {n: n for n in names}), (last, ends)):
+        for match in difflib.get_close_matches(wanted, known, n=1, cutoff=0.7):
+            return f" (did you mean {known[match]}?)"
+    return ""
 
 
 def checked(name: str, value: object, hint: object) -> object:
@@ -314,12 +387,22 @@ def checked(name: str, value: object, hint: object) -> object:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         if typing.get_origin(option) is tuple:
-            values = [value] if isinstance(value, str) else value
-            if isinstance(values, list | tuple) and all(isinstance(item, str) for item in values):
-                return tuple(values)
+            if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+                return tuple(value)
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         elif isinstance(value, option) and not (isinstance(value, bool) and option is not bool):
             return value
-    wanted = " or ".join(getattr(option, "__name__", str(option)).replace("NoneType", "none") for option in options)
-    raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
+    raise ConfigError(
+        f"{name} is {value!r}; it must be {' or '.join(NAME_OF.get(option, 'a group of settings') for option in options)}"
+    )
+
+
+NAME_OF = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    types.NoneType: "none",
+    tuple[str, ...]: "a list of texts",
+}
