@@ -4,12 +4,13 @@ The surprising fact: nothing remembers where an epoch stood. The order of sample
 index), so a run resumes from one integer, on any number of processes.
 
 Read are: conversations (LLaVA's format) and {image, text, prompt}, as a JSON list or one object a line; {image,
-captions}; COCO caption files; Karpathy's dataset_*.json; Flickr8k.token.txt.
+captions}; COCO's caption files; Karpathy's dataset_*.json; Flickr8k.token.txt; VQAv2's questions with their annotations.
 Next: trainer.py.
 """
 
 import json
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,28 +20,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Encoded, Message, assistant, parse_text, user
+from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Encoded, Message, assistant, parse_text
+from mmllm.config import DataConfig
 from mmllm.errors import DataError, ImageError
-from mmllm.image import check_size, open_checked, read
+from mmllm.image import decode, open_checked
 
 CAPTION_PROMPT = "Describe this image."
+HEAD_BYTES = 1 << 16
+END_OF = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation about pictures. `references`: every right answer to its last question, for scores; `kind`: of question."""
+    """A conversation about pictures. `references` are all right answers to its last question, for scores; `kind` is that
+    of the question; `fault` says why the record of the data file makes no sample."""
 
     id: str
     images: tuple[Path, ...]
     messages: tuple[Message, ...]
     references: tuple[str, ...] = ()
     kind: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """Why a sample cannot be used."""
+    """Why the sample `index` cannot be used, and of which file or id it is."""
 
     index: int
     file: str
@@ -51,40 +57,55 @@ def load_samples(path: str | Path, image_dir: str | Path | None = None, split: s
     """The samples of a data file in any known format; pictures are looked for in `image_dir` (default: beside the file).
 
     A picture with several captions becomes one sample a caption, each with all of them as references. `split` chooses
-    a part of Karpathy's files. Raises DataError naming the file, the record and the field.
+    a part of Karpathy's files, other files have no parts. Raises DataError naming the file, the record and the field.
     """
+    samples = read_samples(path, image_dir, split)
+    for index, sample in enumerate(samples):
+        if sample.fault:
+            raise DataError(f"{path}: sample {index}: {sample.fault}")
+    return samples
+
+
+def read_samples(path: str | Path, image_dir: str | Path | None = None, split: str | None = None) -> list[Sample]:
+    """As `load_samples`, but a record that cannot be used becomes a sample with a `fault`."""
     path = Path(path)
     image_dir = path.parent if image_dir is None else Path(image_dir)
+    text = read_text(path)
+    samples: list[Sample] = []
+    for number, record in enumerate(
+        flickr_records(text, path) if path.suffix == ".txt" else json_records(text, path, split)
+    ):
+        try:
+            samples += record_samples(record, str(number), image_dir)
+        except DataError as error:
+            samples.append(Sample(str(number), (), (), fault=str(error)))
+    if not samples:
+        raise DataError(f"{path}: no samples in it")
+    return samples
+
+
+def read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such data file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text; save it so") from error
-    records = flickr_records(text, path) if path.suffix == ".txt" else json_records(text, path, split)
-    samples = []
-    for index, record in enumerate(records):
-        try:
-            samples += record_samples(record, str(index), image_dir)
-        except DataError as error:
-            raise DataError(f"{path}: record {index}: {error}") from None
-    if not samples:
-        raise DataError(f"{path}: no samples in it{f' for split {split!r}' if split else ''}")
-    return samples
 
 
 def json_records(text: str, path: Path, split: str | None) -> list[dict]:
-    """The records of a JSON or JSONL file; COCO's and Karpathy's become {image, captions} records."""
+    """The records of a JSON or JSONL file; those of public datasets become {image, captions} or conversations."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         content = json_lines(text, path, error)
-    if isinstance(content, dict) and "annotations" in content and "images" in content:
-        return coco_records(content, path)
-    if isinstance(content, dict) and isinstance(content.get("images"), list):
-        return karpathy_records(content, split)
     if isinstance(content, dict):
-        content = [content]
+        try:
+            return dataset_records(content, path, split)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: looks like a file of COCO, Karpathy or VQAv2, but is not whole: {error!r}"
+            ) from error
     if not isinstance(content, list):
         raise DataError(f"{path}: a list of records is needed, not {type(content).__name__}")
     return content
@@ -92,7 +113,7 @@ def json_records(text: str, path: Path, split: str | None) -> list[dict]:
 
 def json_lines(text: str, path: Path, whole: json.JSONDecodeError) -> list[dict]:
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold U+2028
         if line.strip():
             try:
                 records.append(json.loads(line))
@@ -102,12 +123,25 @@ def json_lines(text: str, path: Path, whole: json.JSONDecodeError) -> list[dict]
     return records
 
 
+def dataset_records(content: dict, path: Path, split: str | None) -> list[dict]:
+    """The records of a JSON object: a public dataset, or the only line of a JSONL file."""
+    if "questions" in content:
+        return vqa_records(content, path)
+    if "annotations" in content and "images" in content:
+        return coco_records(content, path)
+    if "annotations" in content:
+        raise DataError(
+            f"{path}: annotations without questions or images; name VQAv2's questions file, these lie beside it"
+        )
+    if isinstance(content.get("images"), list) and all(isinstance(image, dict) for image in content["images"]):
+        return karpathy_records(content, path, split)
+    return [content]
+
+
 def coco_records(content: dict, path: Path) -> list[dict]:
     """COCO's captions_*.json."""
     captions = defaultdict(list)
-    for number, annotation in enumerate(content["annotations"]):
-        if not {"image_id", "caption"} <= annotation.keys():
-            raise DataError(f"{path}: annotations[{number}] needs image_id and caption; is this a captions file?")
+    for annotation in content["annotations"]:
         captions[annotation["image_id"]].append(annotation["caption"].strip())
     files = {image["id"]: image["file_name"] for image in content["images"]}
     unknown = sorted(captions.keys() - files.keys())
@@ -116,30 +150,56 @@ def coco_records(content: dict, path: Path) -> list[dict]:
     return [{"id": number, "image": files[number], "captions": texts} for number, texts in captions.items()]
 
 
-def karpathy_records(content: dict, split: str | None) -> list[dict]:
+def karpathy_records(content: dict, path: Path, split: str | None) -> list[dict]:
     """Karpathy's dataset_coco.json and dataset_flickr*.json; "restval" belongs to "train"."""
-    records = []
+    parts = defaultdict(list)
     for image in content["images"]:
-        part = {"restval": "train"}.get(image["split"], image["split"])
-        if split in (None, part):
-            file = str(Path(image.get("filepath", "")) / image["filename"])
-            captions = [sentence["raw"].strip() for sentence in image["sentences"]]
-            records.append({"id": image.get("cocoid", image.get("imgid")), "image": file, "captions": captions})
+        file = os.path.join(image.get("filepath", ""), image["filename"])
+        captions = [sentence["raw"].strip() for sentence in image["sentences"]]
+        record = {"id": image.get("cocoid", image.get("imgid")), "image": file, "captions": captions}
+        parts["train" if image["split"] == "restval" else image["split"]].append(record)
+    if split not in parts:
+        raise DataError(f"{path}: holds the splits {', '.join(parts)}; {split!r} is none of them, say which")
+    return parts[split]
+
+
+def vqa_records(content: dict, path: Path) -> list[dict]:
+    """VQAv2's questions, with the answers of the annotations file beside it (v2_mscoco_train2014_annotations.json for
+    v2_OpenEnded_mscoco_train2014_questions.json); without one they have no answers."""
+    answers_path = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    annotations = json.loads(read_text(answers_path))["annotations"] if answers_path.exists() else []
+    annotation_of = {annotation["question_id"]: annotation for annotation in annotations}
+    subtype = content["data_subtype"].replace("test-dev", "test")  # the questions of test-dev are about images of test
+    records = []
+    for question in content["questions"]:
+        turns = [{"from": "human", "value": question["question"]}]
+        annotation = annotation_of.get(question["question_id"], {"answers": []})
+        answers = [answer["answer"] for answer in annotation["answers"]]
+        if answers:
+            best = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
+            turns.append({"from": "assistant", "value": best})
+        records.append(
+            {
+                "id": question["question_id"],
+                "image": f"COCO_{subtype}_{question['image_id']:012d}.jpg",
+                "conversations": turns,
+                "references": answers,
+                "kind": annotation.get("answer_type", ""),
+            }
+        )
     return records
 
 
 def flickr_records(text: str, path: Path) -> list[dict]:
     """Flickr8k.token.txt: `name.jpg#0<tab>caption` a line."""
     captions = defaultdict(list)
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         name, tab, caption = line.partition("\t")
         if line.strip():
             if not tab or "#" not in name:
-                raise DataError(
-                    f"{path}: line {number}: not `name.jpg#0<tab>caption`; is this a token file of Flickr8k?"
-                )
+                raise DataError(f"{path}: line {number}: not `name.jpg#0<tab>caption`; is it Flickr8k.token.txt?")
             captions[name.rpartition("#")[0]].append(caption.strip())
-    return [{"image": name, "captions": texts} for name, texts in captions.items()]
+    return [{"id": name, "image": name, "captions": texts} for name, texts in captions.items()]
 
 
 def record_samples(record: dict, number: str, image_dir: Path) -> list[Sample]:
@@ -149,39 +209,48 @@ def record_samples(record: dict, number: str, image_dir: Path) -> list[Sample]:
     images = record_images(record, image_dir)
     name, kind = str(record.get("id", number)), str(record.get("kind", ""))
     if "conversations" in record:
+        if "text" in record or "captions" in record:
+            raise DataError("has `conversations` and also `text` or `captions`; keep one of them")
         messages = conversation(record["conversations"], len(images))
-        answers = [message.parts for message in messages if message.role == "assistant"]
-        references = tuple(record.get("references", ())) or tuple("".join(parts) for parts in answers[-1:])
-        return [Sample(name, images, messages, references, kind)]
-    captions = record["captions"] if "captions" in record else [record["text"]] if "text" in record else None
-    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise DataError("needs `conversations` (a list of turns), `text`, or `captions` (a list of texts)")
-    question = user(text_of(record, "prompt", CAPTION_PROMPT), images=len(images))
+        answers = ["".join(message.parts) for message in messages if message.role == "assistant"]
+        references = texts(record, "references") if "references" in record else answers[-1:]
+        return [Sample(name, images, messages, tuple(references), kind)]
+    if not images and "prompt" not in record:
+        raise DataError("has neither an `image` nor a `prompt`, so its text answers nothing")
+    captions = texts(record, "captions" if "captions" in record else "text")
+    question = conversation([{"from": "user", "value": record.get("prompt", CAPTION_PROMPT)}], len(images))
+    names = [name] if len(captions) == 1 else [f"{name}#{i}" for i in range(len(captions))]
+    references = tuple(captions)
     return [
-        Sample(
-            name if len(captions) == 1 else f"{name}#{i}", images, (question, assistant(caption)), tuple(captions), kind
-        )
-        for i, caption in enumerate(captions)
+        Sample(name, images, (*question, assistant(caption)), references, kind)
+        for name, caption in zip(names, captions, strict=True)
     ]
 
 
 def record_images(record: dict, image_dir: Path) -> tuple[Path, ...]:
     """The paths of a record's pictures, which must lie in `image_dir`."""
-    names = record.get("images", record.get("image", []))
-    names = [names] if isinstance(names, str) else names or []
+    names = record.get("images", record.get("image")) or []
+    names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError("`image` must be a file name (`images` a list of them)")
+        raise DataError("`image` must be a file name, `images` a list of them")
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DataError(f"image {name!r} leaves the image directory; name it relative to data.image_dir")
+        inside = os.path.normpath(image_dir / name)
+        if not Path(inside).is_relative_to(os.path.normpath(image_dir)):
+            raise DataError(f"image {name!r} is outside the image directory {image_dir}; set data.image_dir to hold it")
     return tuple(image_dir / name for name in names)
 
 
-def text_of(record: dict, field: str, default: str) -> str:
-    value = record.get(field, default)
-    if not isinstance(value, str):
-        raise DataError(f"`{field}` must be a text")
-    return value
+def texts(record: dict, field: str) -> list[str]:
+    """A field that holds a text or a list of texts, as a list."""
+    value = record.get(field)
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+        raise DataError(
+            f"`{field}` must be a text or a list of texts"
+            if field in record
+            else "needs `conversations` (a list of turns), `text`, or `captions` (a list of texts)"
+        )
+    return values
 
 
 def conversation(turns: object, num_images: int) -> tuple[Message, ...]:
@@ -192,11 +261,10 @@ def conversation(turns: object, num_images: int) -> tuple[Message, ...]:
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise DataError(f"conversations[{number}] needs `from` and `value`, both texts")
-        role = ROLE_OF.get(turn.get("from"))
-        if role is None:
+        if turn.get("from") not in ROLE_OF:
             raise DataError(f"conversations[{number}].from is {turn.get('from')!r}; it can be {', '.join(ROLE_OF)}")
-        parts = parse_text(turn["value"]) if role == "user" else (turn["value"],)
-        messages.append(Message(role, parts))
+        role = ROLE_OF[turn["from"]]
+        messages.append(Message(role, parse_text(turn["value"]) if role == "user" else (turn["value"],)))
     marks = sum(message.num_images for message in messages)
     if marks == 0 and num_images:
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
@@ -204,37 +272,85 @@ def conversation(turns: object, num_images: int) -> tuple[Message, ...]:
             raise DataError("no turn of the user, so its picture has no place")
         messages[first] = Message("user", (*(IMAGE, "\n") * num_images, *messages[first].parts))
     elif marks != num_images:
-        raise DataError(f"{marks} <image> marks for {num_images} pictures")
+        raise DataError(f"<image> marks: {marks}, pictures: {num_images}; each picture needs its mark, or none has one")
     return tuple(messages)
 
 
+def checked_samples(
+    path: str | Path,
+    settings: DataConfig,
+    processor: ChatProcessor,
+    report: Path,
+    *,
+    split: str,
+    limit: int | None = None,
+) -> list[Sample]:
+    """What `path` has for a run: the first `limit` samples, without the bad ones where `settings` allow some."""
+    samples = read_samples(path, settings.image_dir, split)[:limit]
+    bad = check_samples(samples, processor, settings.max_length, num_workers=settings.num_workers)
+    return keep_good(samples, bad, settings.bad_samples, settings.max_bad_fraction, report=report, source=str(path))
+
+
 def check_samples(
-    samples: list[Sample], processor: ChatProcessor, max_length: int, *, num_workers: int = 2
+    samples: list[Sample],
+    processor: ChatProcessor,
+    max_length: int,
+    *,
+    decode_all: bool = False,
+    num_workers: int = 2,
 ) -> list[BadSample]:
-    """Every sample that cannot be trained on, in order: a picture that is missing, broken or too large, a text that
-    does not fit. Pictures are judged by their headers; what is broken further in ends the run with the file's name."""
+    """Every sample that cannot be trained on, in order, and why.
+
+    A picture is judged by its header and by its end, unless these leave a doubt or `decode_all` asks for every pixel:
+    this reads 64 kB a picture. One that is broken in between shows itself when it is used, see BatchLoader.
+    """
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         files = sorted({path for sample in samples for path in sample.images})
-        reason_of = dict(zip(files, pool.map(image_fault, files, chunksize=64), strict=True))
+        faults = pool.map(lambda path: image_fault(path, decode_all), files)
+        reason_of = {path: reason for path, reason in zip(files, faults, strict=True) if reason}
     bad = []
     for index, sample in enumerate(samples):
-        fault = next((str(path) for path in sample.images if reason_of[path]), "")
-        reason = reason_of[Path(fault)] if fault else text_fault(sample, processor, max_length)
+        broken = next((path for path in sample.images if path in reason_of), None)
+        reason = reason_of[broken] if broken else sample.fault or text_fault(sample, processor, max_length)
         if reason:
-            bad.append(BadSample(index, fault or sample.id, reason))
+            bad.append(BadSample(index, str(broken or sample.id), reason))
     return bad
 
 
-def image_fault(path: Path) -> str:
-    """What is wrong with a picture's file, by its header; "" when nothing is."""
+def image_fault(path: Path, decode_all: bool = False) -> str:
+    """What is wrong with a picture file; "" when nothing is."""
+    if seems_whole(path) and not decode_all:
+        return ""
     try:
-        check_size(open_checked(read(path), path.name), path.name)
+        decode(path)
     except ImageError as error:
         return str(error)
     return ""
 
 
+def seems_whole(path: Path) -> bool:
+    """Whether a file begins as a JPEG or PNG within the limits and ends as one. Of other kinds nothing is known."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+            file.seek(-min(len(head), 16), os.SEEK_END)
+            tail = file.read()
+        kind = open_checked(head, path.name).format
+    except (OSError, ValueError, ImageError):
+        return False
+    return kind in END_OF and tail.endswith(END_OF[kind])
+
+
 def text_fault(sample: Sample, processor: ChatProcessor, max_length: int) -> str:
+    if any(message.role == "assistant" for message in sample.messages):
+        # A token is at least one byte, NFC makes at most three of one, a turn adds five tokens: most samples are known
+        # to fit without the tokenizer (600,000 captions in seconds, not in minutes).
+        text_bytes = len(processor.system.encode()) + sum(
+            len(part.encode()) for message in sample.messages for part in message.parts if part is not IMAGE
+        )
+        most = 3 * text_bytes + 8 * (len(sample.messages) + 1) + (processor.num_image_tokens + 2) * len(sample.images)
+        if most <= max_length:
+            return ""
     try:
         processor.encode(list(sample.messages), max_length)
     except DataError as error:
@@ -243,31 +359,46 @@ def text_fault(sample: Sample, processor: ChatProcessor, max_length: int) -> str
 
 
 def keep_good(
-    samples: list[Sample], bad: list[BadSample], policy: str, max_fraction: float, report: Path, source: str
+    samples: list[Sample], bad: list[BadSample], policy: str, max_fraction: float, *, report: Path, source: str
 ) -> list[Sample]:
-    """The samples without the bad ones under policy "skip" (they are listed in `report`); DataError under "error", or
-    when more than `max_fraction` are bad."""
+    """The samples without the bad ones under policy "skip"; DataError under "error", or when more than `max_fraction`
+    are bad. All bad ones are listed in `report`."""
     if not bad:
         return samples
-    first = f"{bad[0].file} (sample {bad[0].index}): {bad[0].reason}"
-    if policy == "error":
-        raise DataError(f"{source}: {len(bad)} bad samples, first {first}; mend them, or set data.bad_samples=skip")
     report.parent.mkdir(parents=True, exist_ok=True)
     with report.open("w", encoding="utf-8") as file:
         for row in bad:
             file.write(json.dumps({"index": row.index, "file": row.file, "reason": row.reason}) + "\n")
+    first = f"sample {bad[0].index} ({bad[0].file}): {bad[0].reason}"
+    count = f"{source}: {len(bad)} of {len(samples)} samples are bad"
+    if policy == "error":
+        raise DataError(f"{count}; mend those listed in {report}, or set data.bad_samples=skip. The first is {first}")
     if len(bad) > max_fraction * len(samples):
         raise DataError(
-            f"{source}: {len(bad)} of {len(samples)} samples are bad, more than data.max_bad_fraction={max_fraction}; "
-            f"all are listed in {report}, first {first}"
+            f"{count}, more than data.max_bad_fraction={max_fraction} allows; they are listed in {report}. "
+            f"The first is {first}"
         )
     dropped = {row.index for row in bad}
     return [sample for index, sample in enumerate(samples) if index not in dropped]
 
 
 def sample_order(num_samples: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch: a permutation that depends on nothing but its arguments."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples).tolist()
+    """The order of an epoch: a permutation that depends on nothing but its arguments.
+
+    The indices are sorted by numbers of splitmix64 (https://prng.di.unimi.it/splitmix64.c): numpy's own permutations may
+    change from one version to the next, and a resumed run would see other samples.
+    """
+    start = mixed(mixed(np.array([seed], np.uint64) * GOLDEN) + np.array([epoch], np.uint64) * GOLDEN)
+    return np.argsort(mixed(start + np.arange(1, num_samples + 1, dtype=np.uint64) * GOLDEN), kind="stable").tolist()
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -293,11 +424,15 @@ def collate(rows: list[Encoded], pixels: list[Tensor], pad_id: int, image_size: 
     return Batch(ids_BT, labels_BT, torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size))
 
 
-class BatchLoader:
-    """Micro-batches of `samples`, made ahead by `num_workers` threads (decoding a picture frees the interpreter).
+Row = tuple[Encoded, list[Tensor]]  # a conversation and the pixels of its pictures
 
-    `batches(epoch, start)` gives those of an epoch from number `start` on. With `world_size` processes each one gets its
-    own slice of every global batch; the last samples that fill no batch are left to the next epoch's order.
+
+class BatchLoader:
+    """Shuffled micro-batches of `samples`, made ahead by threads (decoding a picture frees the interpreter).
+
+    Each of `world_size` processes gets its own slice of every global batch; the last samples of an epoch that fill no
+    global batch wait for another epoch. A picture that proves broken only now is replaced by the next sample, as long
+    as no more than `max_broken` do; which ones and why is in `broken`.
     """
 
     def __init__(
@@ -311,38 +446,72 @@ class BatchLoader:
         num_workers: int = 2,
         rank: int = 0,
         world_size: int = 1,
+        max_broken: int = 0,
     ):
-        self.samples, self.processor = samples, processor
-        self.batch_size, self.seed, self.max_length, self.num_workers = batch_size, seed, max_length, num_workers
-        self.rank, self.world_size = rank, world_size
+        if len(samples) < batch_size * world_size:
+            raise DataError(
+                f"{len(samples)} samples do not fill one batch of {batch_size} x {world_size} processes; "
+                "lower data.batch_size or bring more samples"
+            )
+        self.samples, self.processor, self.max_length = samples, processor, max_length
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self.rank, self.world_size, self.max_broken = rank, world_size, max_broken
+        self.broken: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, for each process."""
         return len(self.samples) // (self.batch_size * self.world_size)
 
-    def indices(self, epoch: int, number: int) -> list[int]:
-        """The samples of this process's micro-batch `number`."""
-        return self._indices(sample_order(len(self.samples), self.seed, epoch), number)
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The micro-batches of an epoch from number `start` on."""
+        order = sample_order(len(self.samples), self.seed, epoch)
+        yield from prefetch(lambda number: self._make(order, number), range(start, len(self)), self.num_workers)
 
-    def _indices(self, order: list[int], number: int) -> list[int]:
+    def indices(self, order: list[int], number: int) -> list[int]:
+        """The samples of this process's micro-batch `number`."""
         start = (number * self.world_size + self.rank) * self.batch_size
         return order[start : start + self.batch_size]
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        order = sample_order(len(self.samples), self.seed, epoch)
-        numbers = range(start, len(self))
-        yield from prefetch(lambda number: self.make(self._indices(order, number)), numbers, self.num_workers)
+    def _make(self, order: list[int], number: int) -> Batch:
+        return make_batch([self._read(index) for index in self.indices(order, number)], self.processor)
 
-    def make(self, indices: list[int]) -> Batch:
-        """The batch of the samples at `indices`."""
-        return make_batch([self.samples[i] for i in indices], self.processor, self.max_length)
+    def _read(self, index: int) -> Row:
+        """The sample at `index`, or the first one after it that can be read."""
+        while True:
+            try:
+                return read_row(self.samples[index], self.processor, self.max_length)
+            except ImageError as error:
+                self.broken[index] = str(error)
+                if len(self.broken) > min(self.max_broken, len(self.samples) - 1):
+                    raise DataError(f"sample {index} ({self.samples[index].id}): {error}") from error
+            index = (index + 1) % len(self.samples)
 
 
-def make_batch(samples: list[Sample], processor: ChatProcessor, max_length: int | None = None) -> Batch:
-    """The batch of `samples`, in order."""
-    rows = [processor.encode(list(sample.messages), max_length) for sample in samples]
-    pixels = [processor.image_processor(path) for sample in samples for path in sample.images]
-    return collate(rows, pixels, processor.tokenizer.pad_id, processor.image_processor.size)
+def ordered_batches(
+    samples: list[Sample],
+    processor: ChatProcessor,
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    num_workers: int = 2,
+) -> Iterator[Batch]:
+    """All samples in their order, the last batch as small as it is: for validation."""
+
+    def make(start: int) -> Batch:
+        part = samples[start : start + batch_size]
+        return make_batch([read_row(sample, processor, max_length) for sample in part], processor)
+
+    return prefetch(make, range(0, len(samples), batch_size), num_workers)
+
+
+def read_row(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> Row:
+    encoded = processor.encode(list(sample.messages), max_length)
+    return encoded, [processor.image_processor(path) for path in sample.images]
+
+
+def make_batch(rows: list[Row], processor: ChatProcessor) -> Batch:
+    pixels = [image for _, images in rows for image in images]
+    return collate([row for row, _ in rows], pixels, processor.tokenizer.pad_id, processor.image_processor.size)
 
 
 def prefetch(make: Callable[[int], Batch], numbers: range, num_workers: int) -> Iterator[Batch]:
