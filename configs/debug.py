@@ -1,4 +1,4 @@
-"""Does my data train at all? 100 samples, one epoch a stage, a few minutes on a CPU.
+"""Does my data train at all? 100 samples, one epoch a stage, batches of 4.
 
 python train.py configs/debug.py data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
 """
