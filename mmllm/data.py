@@ -118,8 +118,8 @@ def json_lines(text: str, path: Path, whole: json.JSONDecodeError) -> list[dict]
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError as error:
-                place = f"line {number}" if records else f"line {whole.lineno}"
-                raise DataError(f"{path}: {place}: {error.msg}; a JSON list or one object a line is needed") from error
+                line, message = (number, error.msg) if records else (whole.lineno, whole.msg)
+                raise DataError(f"{path}: line {line}: {message}; a list or one object a line is needed") from error
     return records
 
 
