@@ -1,0 +1,123 @@
+"""What a run leaves to read, made from rows written out here."""
+
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from mmllm import log
+
+ROW = {
+    "stage": 1,
+    "step": 120,
+    "loss": 2.5,
+    "learning_rate": 9.8e-5,
+    "grad_norm": 0.714,
+    "ms": 404.3,
+    "tokens_per_s": 9940.0,
+    "images_per_s": 77.9,
+    "mfu": 0.41,
+    "peak_bytes": 11_200_000_000,
+}
+CAPTION = {"id": "7", "prompt": "What is it?", "answer": "a | cat", "reference": "A cat."}
+EVALUATION = {"stage": 1, "step": 120, "val_loss": 2.25, "val_loss_shuffled": 3.0, "captions": [CAPTION]}
+
+
+def start(directory, origins=None, resumed_from=None):
+    log.record_start(directory, device="cpu", origins=origins or {}, resumed_from=resumed_from)
+
+
+def test_a_progress_line_fits_a_terminal_and_says_everything():
+    line = log.progress_line(ROW, 2.314, total_steps=2000)
+    assert line == (
+        "step 120/2000  6.0% | loss 2.314 | lr 9.8e-05 | |g| 0.71 | 404 ms | 9.9k tok/s | 78 img/s | mfu 41% | 11.2 GB"
+        " | eta 12m40s"
+    )
+    assert "| mfu n/a |" in log.progress_line(ROW | {"mfu": None}, 2.314, total_steps=2000)
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (760, "12m40s"), (3600, "1h00m"), (90061, "25h01m")]
+)
+def test_a_duration_has_two_units(seconds, text):
+    assert log.duration(seconds) == text
+
+
+@pytest.mark.parametrize("number, text", [(0.25, "0.2"), (78, "78"), (9940, "9.9k"), (123456, "123k"), (2.5e6, "2.5M")])
+def test_a_rate_has_three_digits(number, text):
+    assert log.short(number) == text
+
+
+def test_a_resumed_log_drops_later_rows_and_a_torn_last_line(tmp_path):
+    run_log = log.RunLog(tmp_path)
+    for step in (1, 2, 3):
+        run_log.write({"step": step})
+    run_log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in log.read_metrics(tmp_path)] == [1, 2, 3]
+    resumed = log.RunLog(tmp_path, last_step=2)
+    resumed.write({"step": 3, "again": True})
+    resumed.close()
+    assert log.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_a_new_run_begins_with_an_empty_log(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    log.RunLog(tmp_path).close()
+    assert log.read_metrics(tmp_path) == []
+
+
+def test_each_start_of_a_run_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "configs/a b.py"])
+    start(tmp_path, {"seed": "command line"})
+    start(tmp_path, resumed_from="checkpoint-epoch-1-step-2")
+    first, second = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert first["command"] == "python train.py 'configs/a b.py'"
+    assert first["settings_from"] == {"seed": "command line"}
+    assert {"python", "torch", "safetensors"} <= first["versions"].keys()
+    assert (first["resumed_from"], second["resumed_from"]) == (None, "checkpoint-epoch-1-step-2")
+
+
+def test_a_sparkline_goes_from_high_to_low():
+    assert log.sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert log.sparkline([3.0]) == "▁"
+    assert len(log.sparkline(list(range(1000)), width=60)) == 60
+
+
+def test_the_report_and_the_curve_come_from_the_files_of_the_run(tmp_path):
+    run_log = log.RunLog(tmp_path)
+    for step in range(1, 21):
+        run_log.write(ROW | {"step": step, "loss": 4.0 if step <= 10 else 2.0, "stage": 1 if step <= 12 else 2})
+    run_log.write(EVALUATION | {"stage": 2, "step": 20})
+    run_log.close()
+    start(tmp_path, {"data.batch_size": "configs/debug.py"})
+    log.write_report(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "| 1 | 12 | 4.0000 | 3.6000 | - | 5s |" in report
+    assert "| 2 | 8 | 2.0000 | 2.0000 | 2.2500 | 3s |" in report
+    assert "2.2500 with the true pictures, 3.0000 with those of other samples: the model looks at the picture" in report
+    assert "| 7 | What is it? | a \\| cat | A cat. |" in report
+    assert "| data.batch_size | configs/debug.py |" in report
+    assert "python sample.py --model" in report
+    svg = ElementTree.fromstring((tmp_path / "loss.svg").read_text())
+    assert svg.tag.endswith("svg")
+    text = " ".join(svg.itertext())
+    assert "training loss" in text and "validation, other pictures" in text and "stage 2" in text
+
+
+def test_a_run_without_validation_still_reports(tmp_path):
+    run_log = log.RunLog(tmp_path)
+    run_log.write(ROW | {"step": 1})
+    run_log.close()
+    start(tmp_path)
+    log.write_report(tmp_path)
+    assert "validation," not in (tmp_path / "loss.svg").read_text()
+    assert "looks at the picture" not in (tmp_path / "report.md").read_text()
+
+
+def test_wandb_is_never_needed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does for a package that cannot be imported
+    assert log.start_wandb("mmllm", "name", {}) is None
+    assert "wandb is not installed" in capsys.readouterr().out
