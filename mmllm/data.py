@@ -213,7 +213,7 @@ def record_samples(record: dict, number: str, image_dir: Path) -> list[Sample]:
             raise DataError("has `conversations` and also `text` or `captions`; keep one of them")
         messages = conversation(record["conversations"], len(images))
         answers = ["".join(message.parts) for message in messages if message.role == "assistant"]
-        references = texts(record, "references") if "references" in record else answers[-1:]
+        references = texts(record, "references") if record.get("references") else answers[-1:]
         return [Sample(name, images, messages, tuple(references), kind)]
     if not images and "prompt" not in record:
         raise DataError("has neither an `image` nor a `prompt`, so its text answers nothing")
@@ -244,7 +244,7 @@ def texts(record: dict, field: str) -> list[str]:
     """A field that holds a text or a list of texts, as a list."""
     value = record.get(field)
     values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+    if not isinstance(values, list) or not values or not all(isinstance(item, str) for item in values):
         raise DataError(
             f"`{field}` must be a text or a list of texts"
             if field in record
@@ -259,10 +259,10 @@ def conversation(turns: object, num_images: int) -> tuple[Message, ...]:
         raise DataError("`conversations` must be a list of turns")
     messages = []
     for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
             raise DataError(f"conversations[{number}] needs `from` and `value`, both texts")
-        if turn.get("from") not in ROLE_OF:
-            raise DataError(f"conversations[{number}].from is {turn.get('from')!r}; it can be {', '.join(ROLE_OF)}")
+        if turn["from"] not in ROLE_OF:
+            raise DataError(f"conversations[{number}].from is {turn['from']!r}; it can be {', '.join(ROLE_OF)}")
         role = ROLE_OF[turn["from"]]
         messages.append(Message(role, parse_text(turn["value"]) if role == "user" else (turn["value"],)))
     marks = sum(message.num_images for message in messages)
@@ -342,20 +342,26 @@ def seems_whole(path: Path) -> bool:
 
 
 def text_fault(sample: Sample, processor: ChatProcessor, max_length: int) -> str:
-    if any(message.role == "assistant" for message in sample.messages):
-        # A token is at least one byte, NFC makes at most three of one, a turn adds five tokens: most samples are known
-        # to fit without the tokenizer (600,000 captions in seconds, not in minutes).
-        text_bytes = len(processor.system.encode()) + sum(
-            len(part.encode()) for message in sample.messages for part in message.parts if part is not IMAGE
-        )
-        most = 3 * text_bytes + 8 * (len(sample.messages) + 1) + (processor.num_image_tokens + 2) * len(sample.images)
-        if most <= max_length:
-            return ""
+    """What is wrong with the texts of a sample; "" when nothing is."""
     try:
-        processor.encode(list(sample.messages), max_length)
+        if not surely_fits(sample, processor, max_length):
+            processor.encode(list(sample.messages), max_length)
+    except UnicodeEncodeError:
+        return "a text holds half of a character (a lone surrogate); write the character whole"
     except DataError as error:
         return str(error)
     return ""
+
+
+def surely_fits(sample: Sample, processor: ChatProcessor, max_length: int) -> bool:
+    """Whether a sample that has an answer fits by its bytes alone: 600,000 captions in seconds, not in minutes.
+
+    A token is at least one byte, NFC makes at most three bytes of one, and a turn adds five tokens.
+    """
+    parts = [part for message in sample.messages for part in message.parts if part is not IMAGE]
+    most = 3 * sum(len(part.encode()) for part in [processor.system, *parts])
+    most += 8 * (len(sample.messages) + 1) + (processor.num_image_tokens + 2) * len(sample.images)
+    return most <= max_length and any(message.role == "assistant" for message in sample.messages)
 
 
 def keep_good(

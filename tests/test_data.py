@@ -227,10 +227,12 @@ def test_the_real_vqa_files_are_read(shared):
         ({"image": "a.jpg"}, "needs `conversations` (a list of turns), `text`, or `captions` (a list of texts)"),
         ({"image": "a.jpg", "text": 4}, "`text` must be a text or a list of texts"),
         ({"image": "a.jpg", "captions": ["a", None]}, "`captions` must be a text or a list of texts"),
+        ({"image": "a.jpg", "captions": []}, "`captions` must be a text or a list of texts"),
         ({"image": 4, "text": "a"}, "`image` must be a file name, `images` a list of them"),
         ({"text": "A cat."}, "has neither an `image` nor a `prompt`, so its text answers nothing"),
         ({"image": "a.jpg", "conversations": []}, "`conversations` must be a list of turns"),
         ({"conversations": [{"from": "human"}]}, "conversations[0] needs `from` and `value`, both texts"),
+        ({"conversations": [{"from": [], "value": "a"}]}, "conversations[0] needs `from` and `value`, both texts"),
         (
             {"conversations": [{"from": "bot", "value": "a"}]},
             "conversations[0].from is 'bot'; it can be human, user, gpt, assistant, system",
@@ -317,6 +319,7 @@ def test_every_bad_sample_is_named_with_its_file_and_reason(samples, processor, 
     samples[6] = Sample("gone", (tmp_path / "gone.jpg",), turns)
     samples[7] = Sample("silent", samples[7].images, (user("what", images=1),))
     samples[8] = Sample("long", samples[8].images, (user("what", images=1), assistant("x" * 500)))
+    samples[10] = Sample("half", samples[8].images, (user("what", images=1), assistant("\ud83d")))
     samples[9] = Sample("odd", (), (), fault="`image` must be a file name")
     assert check_samples(samples, processor, max_length=100) == [
         BadSample(1, f"{tmp_path}/cut.jpg", f"{tmp_path}/cut.jpg: broken or cut off; save or send it again"),
@@ -335,6 +338,7 @@ def test_every_bad_sample_is_named_with_its_file_and_reason(samples, processor, 
         BadSample(7, "silent", "no assistant turn, so there is nothing to learn from it"),
         BadSample(8, "long", "takes 565 tokens, but max_length is 100; shorten it or raise max_length"),
         BadSample(9, "odd", "`image` must be a file name"),
+        BadSample(10, "half", "a text holds half of a character (a lone surrogate); write the character whole"),
     ]
 
 
