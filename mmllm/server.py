@@ -1,0 +1,400 @@
+"""The model on the network: POST /caption, /question and /chat, GET /health.
+
+The surprising fact: Starlette does not stop a handler whose client has left. So every answer is a race between the model
+and the client's farewell, and a request that lost is taken out of the queue or ends within one decoding step.
+
+The event loop only waits: pictures are decoded in a small pool of threads, the model lives in a thread of its own
+(worker.py). Everything a request may take is bounded before it is spent (`Settings`), and requests beyond the queue are
+refused before their body is read. HTTP status is decided here and in http.py, never below them. No request makes the
+server fetch an address or open a path.
+"""
+
+import asyncio
+import math
+import os
+import re
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from socket import socket
+from types import FrameType
+from uuid import uuid4
+
+import torch
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from mmllm import __version__
+from mmllm.conversations import Conversation, Conversations
+from mmllm.errors import GenerationError, ImageError, UserError
+from mmllm.generate import Generated, GenerationConfig, Prompt
+from mmllm.http import (
+    EXCEPTION_HANDLERS,
+    DeadlineH11,
+    Envelope,
+    Fields,
+    HttpError,
+    check_key,
+    parse_form,
+    parse_json,
+    read_body,
+    unless_gone,
+)
+from mmllm.image import decode, decode_base64
+from mmllm.pipeline import DEFAULT_PROMPT, MultimodalInferencePipeline
+from mmllm.worker import Worker
+
+GENERATION_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+IMAGE_STATUS = {"unsupported_image": 415, "image_too_large": 413}  # the other faults of a picture are 400
+CONVERSATION_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+ADDRESS = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server can be told, each also by the environment variable MMLLM_<NAME>."""
+
+    model: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    dtype: str | None = None
+    api_key: str | None = None  # when set, every POST and DELETE must bring it
+    queue: int = 16  # requests that may wait for the model
+    max_body_mb: float = 16
+    max_new_tokens: int = 512
+    max_message_chars: int = 8000
+    max_context: int = 2048  # tokens of prompt and answer: reading the prompt is one step, which nobody can interrupt
+    conversations: int = 1000  # each keeps its text and one picture of 224 x 224: at most 150 kB
+    conversation_ttl_s: float = 3600
+    header_timeout_s: float = 10
+    body_timeout_s: float = 30
+    queue_timeout_s: float = 30
+    deadline_s: float = 120
+    drain_s: float = 30
+
+    def __post_init__(self):
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.type in (int, float) and not (0 < value < math.inf or (each.name == "port" and value == 0)):
+                raise UserError(f"MMLLM_{each.name.upper()} is {value}; it must be above 0")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise UserError(f"MMLLM_DTYPE is {self.dtype!r}; it must be float32 or bfloat16")
+
+    @classmethod
+    def from_environment(cls, environ: dict[str, str]) -> "Settings":
+        given = {}
+        for each in fields(cls):
+            name = f"MMLLM_{each.name.upper()}"
+            if name not in environ:
+                continue
+            number = each.type if each.type in (int, float) else str
+            try:
+                given[each.name] = number(environ[name])
+            except ValueError:
+                kind = "a whole number" if number is int else "a number"
+                raise UserError(f"{name} is {environ[name]!r}; it must be {kind}") from None
+        return cls(**given)
+
+    @property
+    def model_name(self) -> str:
+        """The model as clients hear of it: no path of this machine."""
+        last = Path(self.model).parts[-2:]
+        return "/".join(last) if last[-1] == "best_model" or not Path(self.model).is_absolute() else last[-1]
+
+
+class Service:
+    """The endpoints, and what they share."""
+
+    def __init__(self, load: Callable[[], MultimodalInferencePipeline], settings: Settings):
+        self.settings = settings
+        self.worker = Worker(load)
+        self.conversations = Conversations(settings.conversations, settings.conversation_ttl_s)
+        self.threads = ThreadPoolExecutor(2, "pictures")
+        self.admitted = 0
+        self.started_at = time.monotonic()
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Loading goes on after the server has begun to listen: /health tells when it is done."""
+        self.worker.start()
+        yield
+        self.worker.stop()
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def caption(self, request: Request) -> Response:
+        return await self.about_picture(request, asks="prompt", default=DEFAULT_PROMPT, answers="caption")
+
+    async def question(self, request: Request) -> Response:
+        return await self.about_picture(request, asks="question", default=None, answers="answer")
+
+    async def about_picture(self, request: Request, *, asks: str, default: str | None, answers: str) -> Response:
+        """One question about one picture, sent as a form."""
+        async with self.admit(request):
+            form = await parse_form(request, await self.read(request))
+            given = Fields(form, ("image", asks, *GENERATION_FIELDS), is_form=True)
+            config = self.generation_config(given)
+            text = given.text(asks, default=default, limit=self.settings.max_message_chars)
+            data = given.file("image")
+
+            async def work() -> Response:
+                conversation = Conversation().with_image(await self.square(data, "image"))
+                _, prompt = await self.fit(conversation, text, config)
+                answer = await self.generate(request, prompt, config)
+                return JSONResponse({answers: answer.text} | self.facts(request, answer, config))
+
+            return await unless_gone(request, self.in_time(work()))
+
+    async def chat(self, request: Request) -> Response:
+        """The next turn of a conversation, sent as JSON. It is remembered only when it was answered."""
+        async with self.admit(request):
+            values = parse_json(request, await self.read(request))
+            known = ("message", "image_base64", "conversation_id", "reset", *GENERATION_FIELDS)
+            given = Fields(values, known, is_form=False)
+            config = self.generation_config(given)
+            text = given.text("message", limit=self.settings.max_message_chars)
+            name = given.characters("conversation_id")
+            name = uuid4().hex if name is None else checked_id(name)
+            image, is_reset = given.characters("image_base64"), given.flag("reset")
+
+            async def work() -> Response:
+                async with self.conversations.hold(name):
+                    conversation = Conversation() if is_reset else self.conversations.get(name)
+                    if image is not None:
+                        conversation = conversation.with_image(await self.square(image, "image_base64"))
+                    conversation, prompt = await self.fit(conversation, text, config)
+                    answer = await self.generate(request, prompt, config)
+                    conversation = replace(conversation, turns=(*conversation.turns, (text, answer.text)))
+                    self.conversations.put(name, conversation)
+                place = {
+                    "conversation_id": name,
+                    "turn": conversation.dropped + len(conversation.turns),
+                    "truncated_turns": conversation.dropped,
+                }
+                return JSONResponse({"response": answer.text} | place | self.facts(request, answer, config))
+
+            return await unless_gone(request, self.in_time(work()))
+
+    async def forget(self, request: Request) -> Response:
+        check_key(request, self.settings.api_key)
+        name = checked_id(request.path_params["conversation_id"])
+        async with self.conversations.hold(name):
+            self.conversations.forget(name)
+        return Response(status_code=204)
+
+    async def health(self, request: Request) -> Response:
+        """200 when a question would be answered, else 503 and why not."""
+        body = {
+            "status": self.worker.status,
+            "model": self.settings.model_name,
+            "version": __version__,
+            "device": str(self.worker.pipeline.model.device) if self.worker.pipeline else None,
+            "slots": {"total": 1, "busy": self.worker.busy},
+            "queue": {"waiting": self.worker.waiting, "limit": self.settings.queue},
+            "uptime_s": round(time.monotonic() - self.started_at, 1),
+        }
+        return JSONResponse(body, 200 if body["status"] == "ok" else 503)
+
+    @asynccontextmanager
+    async def admit(self, request: Request) -> AsyncIterator[None]:
+        """Counts a request in before its body is read: what all of them hold in memory is bounded."""
+        check_key(request, self.settings.api_key)
+        sentences = {
+            "loading": "the model is still loading; try again in a few seconds",
+            "draining": "the server is shutting down; send this to another one",
+            "engine_dead": "the model failed and the server is going down; its log has the reason",
+        }
+        status = self.worker.status
+        if status != "ok":
+            raise HttpError(503, status, sentences[status], headers={"Retry-After": "5"})
+        if self.admitted > self.settings.queue:
+            message = f"{self.settings.queue} requests are waiting already; try again later"
+            wait_s = math.ceil(self.admitted * self.worker.mean_service_s)
+            raise HttpError(429, "overloaded", message, headers={"Retry-After": str(max(1, wait_s))})
+        self.admitted += 1
+        try:
+            yield
+        finally:
+            self.admitted -= 1
+
+    async def read(self, request: Request) -> bytes:
+        return await read_body(request, self.settings.max_body_mb, self.settings.body_timeout_s)
+
+    def generation_config(self, given: Fields) -> GenerationConfig:
+        """How to decode; a seed that is not given is drawn, and told in the answer."""
+        most = self.settings.max_new_tokens
+        return GenerationConfig(
+            max_new_tokens=given.integer("max_new_tokens", min(100, most), 1, most),
+            temperature=given.number("temperature", 0.0, 2.0, is_zero_allowed=True),
+            top_p=given.number("top_p", 1.0, 1.0, is_zero_allowed=False),
+            top_k=given.integer("top_k", 0, 0, 2**31),
+            seed=given.integer("seed", secrets.randbelow(2**53), 0, 2**63 - 1),  # drawn ones survive JavaScript
+        )
+
+    async def square(self, source: bytes | str, param: str) -> Image.Image:
+        """The picture (encoded bytes, or their base64) as the vision tower will see it."""
+        if isinstance(source, str) and ADDRESS.match(source):
+            message = f"{param} is an address; nothing is fetched here, send the picture as a data: URI"
+            raise HttpError(400, "image_url_not_supported", message, param=param)
+
+        def work() -> Image.Image:
+            data = source if isinstance(source, bytes) else decode_base64(source)
+            return self.worker.pipeline.processor.image_processor.crop(decode(data, param))
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+        except ImageError as error:
+            raise HttpError(IMAGE_STATUS.get(error.code, 400), error.code, str(error), param=param) from error
+
+    async def fit(
+        self, conversation: Conversation, question: str, config: GenerationConfig
+    ) -> tuple[Conversation, Prompt]:
+        """The conversation, without the oldest turns that do not fit the context, and the prompt it makes."""
+        pipeline = self.worker.pipeline
+        context = min(self.settings.max_context, pipeline.model.config.text.max_position_embeddings)
+
+        def work() -> tuple[Conversation, Prompt]:
+            rest = conversation
+            while True:
+                images = [] if rest.image is None else [rest.image]
+                prompt = pipeline.prompt(rest.messages(question), images)
+                if len(prompt.ids) + config.max_new_tokens <= context:
+                    return rest, prompt
+                if not rest.turns:
+                    raise HttpError(
+                        400,
+                        "context_length_exceeded",
+                        f"the prompt has {len(prompt.ids)} tokens and max_new_tokens is {config.max_new_tokens}, together "
+                        f"more than the {context} of this server; shorten one of them",
+                    )
+                rest = rest.without_oldest()
+
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    async def generate(self, request: Request, prompt: Prompt, config: GenerationConfig) -> Generated:
+        """Waits for the model's turn and its answer; whoever stops waiting takes the job back."""
+        job = self.worker.submit(prompt, config)
+        start = time.perf_counter()
+        started, answer = asyncio.wrap_future(job.started), asyncio.wrap_future(job.answer)
+        try:
+            timeout = self.settings.queue_timeout_s
+            done, _ = await asyncio.wait({started, answer}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            request.scope["log"]["queue_ms"] = round(1000 * (time.perf_counter() - start))
+            if not done:
+                message = f"the model was busy with others for {timeout:g} s; try again later"
+                raise HttpError(503, "queue_timeout", message, headers={"Retry-After": str(math.ceil(timeout))})
+            await asyncio.wait({answer})
+            if answer.cancelled() or self.worker.is_stopping.is_set():
+                raise HttpError(503, "draining", "the server shut down before the answer was done; ask another one")
+            return answer.result()
+        except GenerationError as error:
+            raise HttpError(500, "generation_failed", str(error)) from error
+        except torch.OutOfMemoryError as error:
+            message = "the device ran out of memory; try again, or with a shorter conversation"
+            raise HttpError(503, "out_of_memory", message, headers={"Retry-After": "5"}) from error
+        finally:
+            job.cancel()
+
+    async def in_time(self, work: Awaitable[Response]) -> Response:
+        deadline = self.settings.deadline_s
+        try:
+            async with asyncio.timeout(deadline):
+                return await work
+        except TimeoutError:
+            message = f"no answer after {deadline:g} s; ask for fewer tokens, or try again later"
+            raise HttpError(504, "deadline_exceeded", message) from None
+
+    def facts(self, request: Request, answer: Generated, config: GenerationConfig) -> dict[str, object]:
+        """What every answer tells besides its text."""
+        usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": len(answer.ids)}
+        request.scope["log"] |= usage
+        return {
+            "finish_reason": answer.finish_reason,
+            "usage": usage,
+            "seed": config.seed,
+            "model": self.settings.model_name,
+            "id": request.scope["request_id"],
+        }
+
+
+def checked_id(name: str) -> str:
+    if not CONVERSATION_ID.fullmatch(name):
+        message = "conversation_id must be 1 to 64 of the characters A-Z a-z 0-9 . _ -"
+        raise HttpError(400, "invalid_value", message, param="conversation_id")
+    return name
+
+
+def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settings) -> Starlette:
+    """The ASGI application; `load` is called in the worker's thread once the application starts."""
+    service = Service(load, settings)
+    app = Starlette(
+        routes=[
+            Route("/caption", service.caption, methods=["POST"]),
+            Route("/question", service.question, methods=["POST"]),
+            Route("/chat", service.chat, methods=["POST"]),
+            Route("/chat/{conversation_id}", service.forget, methods=["DELETE"]),
+            Route("/health", service.health, methods=["GET"]),
+        ],
+        middleware=[Middleware(Envelope)],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=service.lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which ends when the model is dead and gives requests `drain_s` to finish after a signal."""
+
+    def __init__(self, app: Starlette, settings: Settings):
+        self.worker, self.drain_s = app.state.service.worker, settings.drain_s
+        config = uvicorn.Config(
+            app,
+            http=partial(DeadlineH11, header_timeout_s=settings.header_timeout_s),
+            ws="none",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=math.ceil(settings.drain_s) + 5,
+        )
+        super().__init__(config)
+
+    async def on_tick(self, counter: int) -> bool:
+        return self.worker.error is not None or await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains; a second one, of either kind, ends at once."""
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        self.worker.is_draining = True
+        asyncio.get_running_loop().call_later(self.drain_s, self.worker.stop)
+        await super().shutdown(sockets)
+
+    def serve_until_signal(self, listener: socket) -> int:
+        """The exit code: 0 after SIGTERM, 2 or 1 when the model could not be loaded or failed. Ctrl-C is raised."""
+        signal.signal(signal.SIGTERM, lambda sig, frame: None)  # uvicorn raises the signal once more when it is done
+        try:
+            self.run(sockets=[listener])
+        finally:
+            self.worker.stop()
+            if self.worker.is_loading:
+                os._exit(0)  # a load cannot be interrupted, and Python would wait for its thread
+        if self.worker.error is None:
+            return 0
+        return 2 if isinstance(self.worker.error, UserError) else 1
