@@ -1,0 +1,702 @@
+"""Two stages of training, both by `run_stage`: the projector alone, then the projector with the language model.
+
+The surprising fact: accumulation is not an average of averages. Micro-batches hold different numbers of learnt tokens, so
+a step first fetches all of its micro-batches, counts the targets of them all, and divides every summed loss by that one
+number. Then any split of the same samples gives the same gradient; the mean of means is off by as much as a third.
+
+Everything random is a function of (seed, stage, step): a resumed run restores weights, moments and one integer, and goes
+on bit for bit. Recipe: LLaVA 1.5, https://arxiv.org/abs/2310.03744. Next: checkpoint.py, log.py.
+"""
+
+import hashlib
+import math
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from mmllm import checkpoint as disk
+from mmllm.chat import IGNORED, IMAGE, marked
+from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig, explain, flat
+from mmllm.data import Batch, BatchLoader, Sample, checked_samples, ordered_batches, sample_order
+from mmllm.device import autocast, choose_device
+from mmllm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
+from mmllm.generate import GenerationConfig, Prompt, generate
+from mmllm.log import RunLog, duration, progress_line, record_start, say, start_wandb, write_report
+from mmllm.model import MultimodalLLM
+from mmllm.optim import adamw, parameter_groups, set_learning_rates_
+from mmllm.plan import PART_OF, is_trained, peak_flops, step_flops, trained_parts
+from mmllm.surgery import checkpoint_blocks_, count_parameters, train_only_
+
+CAPTION_TOKENS = 40  # of a sampled caption
+NAMES_SHOWN = 8
+
+
+# The gradient of one optimiser step -----------------------------------------------------------------------------------
+
+
+def count_targets(batches: Iterable[Batch]) -> int:
+    """Learnt tokens in all of the batches, which are still on the CPU: no wait for the device."""
+    return sum(int((batch.labels_BT[:, 1:] != IGNORED).sum()) for batch in batches)
+
+
+def accumulate_gradients(model: MultimodalLLM, batches: list[Batch], bf16: bool = False) -> Tensor:
+    """Add to `.grad` the gradient of the mean loss over all targets of all `batches`; returns that loss, on the device."""
+    targets = max(1, count_targets(batches))
+    total = torch.zeros((), device=model.device)
+    for batch in batches:
+        batch = batch.to(model.device)
+        with autocast(model.device, bf16):
+            loss_sum, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS)
+        loss = loss_sum / targets
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What both stages share: settings, data, the log, and where the run stands."""
+
+    config: ExperimentConfig
+    directory: Path
+    train_samples: list[Sample]
+    val_samples: list[Sample]
+    log: RunLog
+    stop: "StopSignal"
+    data_sha256: dict[str, str]
+    total_steps: int = 0
+    best: dict | None = None  # {"name": of the checkpoint, "val_loss": of it}
+    loss: float | None = None  # smoothed, for the eye
+    step_ms: float | None = None
+    last_saved: str | None = None
+    failed_saves: int = 0  # in a row
+    skipped: int = 0  # steps in a row
+    flops: float | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stage begins in the run: its number, steps and epochs before it, and its own steps done at a resumption."""
+
+    stage: int
+    steps_before: int = 0
+    epochs_before: int = 0
+    done: int = 0
+    updates: int = 0
+    is_pending: bool = False  # stopped before the validation that was due
+    checkpoint: Path | None = None
+
+
+class StopSignal:
+    """Notes Ctrl-C or SIGTERM while the block runs, so that the step ends and is saved; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> "StopSignal":
+        self.old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.number != 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for each in self.old:
+            signal.signal(each, signal.SIG_DFL)
+        # not print: the signal may have come in the middle of one
+        os.write(sys.stderr.fileno(), b"\nstopping after this step, then saving; once more stops at once\n")
+
+
+def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Position) -> None:
+    """Train one stage from step `position.done` to its end, or until `run.stop`; validate and save when due."""
+    settings = run.config.training
+    train_only_(model, trained_parts(stage))
+    loader = stage_loader(stage, run, model, position.stage)
+    per_epoch = steps_per_epoch(stage, len(run.train_samples))
+    total = stage.epochs * per_epoch
+    warmup = round(settings.warmup_ratio * total)
+    optimizer = adamw(stage_groups(model, stage, settings.weight_decay), settings.adam_beta1, settings.adam_beta2)
+    if position.done:
+        disk.load_optimizer_(position.checkpoint, model, optimizer, position.updates)
+    say(
+        f"stage {position.stage}: {total} steps of {stage.batch_size} x {stage.gradient_accumulation_steps} samples, "
+        f"training {', '.join(stage.train)}: {count_parameters(model, True):,} of {count_parameters(model):,} parameters"
+    )
+
+    def finish(done: int) -> None:
+        """What is due after step `done`: validation, a checkpoint."""
+        scores = None
+        if run.val_samples and is_due(done, settings.eval_steps, per_epoch, total):
+            scores = validate(model, stage, run, position.steps_before + done, position.stage)
+        if run.stop or is_due(done, settings.save_steps, per_epoch, total):
+            epoch = position.epochs_before + (done - 1) // per_epoch + 1
+            save(model, optimizer, run, position, done, epoch, scores, is_last=bool(run.stop) or done == total)
+
+    if position.is_pending:
+        finish(position.done)
+    for step, (batches, numbers) in enumerate(
+        step_batches(loader, stage.gradient_accumulation_steps, per_epoch, position.done, total), position.done
+    ):
+        if run.stop:  # between two steps, or before the first: the last checkpoint is of this place
+            return
+        begin = time.perf_counter()
+        torch.manual_seed(step_seed(run.config.seed, position.stage, step))
+        rate = set_learning_rates_(optimizer, step, warmup, total)
+        loss, norm = update_(model, optimizer, batches, settings)
+        row = {"stage": position.stage, "step": position.steps_before + step + 1, "learning_rate": rate}
+        if math.isfinite(loss) and math.isfinite(norm):
+            run.skipped = 0
+            row |= {"loss": loss, "grad_norm": norm} | speed(model, batches, time.perf_counter() - begin, run.flops)
+            report_step(row, run, is_last=step + 1 == total)
+        else:
+            names = sample_names(run.train_samples, loader, numbers, step // per_epoch)
+            leave_out(row, loss, norm, names, run)
+        finish(step + 1)
+        if run.stop:
+            return
+
+
+def update_(
+    model: MultimodalLLM, optimizer: torch.optim.Optimizer, batches: list[Batch], settings: TrainingConfig
+) -> tuple[float, float]:
+    """One optimiser step; returns its loss and gradient norm. When one of them is not finite, nothing moves."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        loss = accumulate_gradients(model, batches, settings.bf16)
+    except torch.OutOfMemoryError as error:
+        rows, length = max(batch.ids_BT.shape for batch in batches)
+        raise RunError(
+            f"out of memory at {peak_memory(model.device) / 1e9:.1f} GB with {rows} x {length} tokens; halve "
+            "data.batch_size and double the accumulation, or set training.gradient_checkpointing=true"
+        ) from error
+    norm = clip_grad_norm_(parameters, settings.max_grad_norm)
+    loss, norm = torch.stack((loss, norm.to(loss.dtype))).tolist()  # the one wait for the device in a step
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+
+def step_batches(
+    loader: BatchLoader, accumulation: int, per_epoch: int, start: int, total: int
+) -> Iterator[tuple[list[Batch], list[int]]]:
+    """The micro-batches of each step from `start` to `total`, and their numbers in the epoch."""
+    for epoch in range(start // per_epoch, -(-total // per_epoch)):
+        first = start - epoch * per_epoch if epoch == start // per_epoch else 0
+        made = loader.batches(epoch, first * accumulation)
+        for step in range(first, per_epoch):
+            numbers = list(range(step * accumulation, (step + 1) * accumulation))
+            yield [next(made) for _ in numbers], numbers
+        made.close()
+
+
+def stage_loader(stage: StageConfig, run: Run, model: MultimodalLLM, number: int) -> BatchLoader:
+    data = run.config.data
+    allowed = int(data.max_bad_fraction * len(run.train_samples)) if data.bad_samples == "skip" else 0
+    return BatchLoader(
+        run.train_samples,
+        model.processor,
+        stage.batch_size,
+        seed=run.config.seed + number,
+        max_length=data.max_length,
+        num_workers=data.num_workers,
+        max_broken=allowed,
+    )
+
+
+def steps_per_epoch(stage: StageConfig, num_samples: int) -> int:
+    """Optimiser steps of an epoch; DataError when the samples do not fill one."""
+    wanted = stage.batch_size * stage.gradient_accumulation_steps
+    if num_samples < wanted:
+        raise DataError(
+            f"{num_samples} training samples do not fill one step of {stage.batch_size} x "
+            f"{stage.gradient_accumulation_steps}; lower data.batch_size or the accumulation, or bring more samples"
+        )
+    return num_samples // wanted
+
+
+def stage_groups(model: MultimodalLLM, stage: StageConfig, weight_decay: float) -> list[dict]:
+    rates = (stage.projector_learning_rate, stage.learning_rate, stage.vision_learning_rate)
+    peaks = {f"{part}.": rate for part, rate in zip(PART_OF.values(), rates, strict=True)}
+    return parameter_groups(model.named_parameters(), peaks, weight_decay)
+
+
+def step_seed(seed: int, stage: int, step: int) -> int:
+    return (seed * 2 + stage) * 1_000_003 + step
+
+
+def is_due(done: int, every: int | None, per_epoch: int, total: int) -> bool:
+    return done == total or done % (every or per_epoch) == 0
+
+
+def speed(model: MultimodalLLM, batches: list[Batch], seconds: float, flops: float | None) -> dict:
+    """What a step did in its time."""
+    tokens = sum(batch.ids_BT.numel() for batch in batches)
+    images = sum(len(batch.pixels_N3SS) for batch in batches)
+    mfu = step_flops(model, tokens, count_targets(batches), images) / seconds / flops if flops else None
+    return {
+        "ms": 1000 * seconds,
+        "tokens_per_s": tokens / seconds,
+        "images_per_s": images / seconds,
+        "mfu": mfu,
+        "peak_bytes": peak_memory(model.device),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were in use so far: on the GPU, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most  # kilobytes everywhere but on a Mac
+
+
+def report_step(row: dict, run: Run, is_last: bool) -> None:
+    run.log.write(row)
+    run.loss = row["loss"] if run.loss is None else 0.9 * run.loss + 0.1 * row["loss"]
+    run.step_ms = row["ms"] if run.step_ms is None else 0.9 * run.step_ms + 0.1 * row["ms"]
+    if is_last or row["step"] % run.config.training.log_steps == 0:
+        say(progress_line(row | {"ms": run.step_ms}, run.loss, run.total_steps))
+
+
+def sample_names(samples: list[Sample], loader: BatchLoader, numbers: list[int], epoch: int) -> str:
+    order = sample_order(len(samples), loader.seed, epoch)
+    ids = [samples[index].id for number in numbers for index in loader.indices(order, number)]
+    return ", ".join(ids[:NAMES_SHOWN]) + (f" and {len(ids) - NAMES_SHOWN} more" if len(ids) > NAMES_SHOWN else "")
+
+
+def leave_out(row: dict, loss: float, norm: float, names: str, run: Run) -> None:
+    """Note a step whose gradient is not finite; RunError when the settings do not allow one more."""
+    run.skipped += 1
+    what = f"step {row['step']}: loss {loss}, gradient norm {norm}, with the samples {names}"
+    if run.skipped > run.config.training.max_skipped_steps:
+        raise RunError(
+            f"{what}; the weights were not updated. Last checkpoint: {run.last_saved or 'none'}. Look at these samples, "
+            "lower the learning rate, or allow some such steps with training.max_skipped_steps"
+        )
+    say(f"warning: {what}; left out")
+    run.log.write(row | {"left_out": f"loss {loss}, gradient norm {norm}"})
+
+
+# Validation -----------------------------------------------------------------------------------------------------------
+
+
+def validate(model: MultimodalLLM, stage: StageConfig, run: Run, step: int, number: int) -> dict | None:
+    """Validation loss, the image probe and sampled captions, logged and shown; None when a signal cut it short."""
+    begin = time.perf_counter()
+    model.eval()
+    scores = validation_losses(model, stage, run)
+    captions = [] if run.stop else sample_captions(model, run)
+    train_only_(model, trained_parts(stage))
+    if run.stop:
+        return None
+    row = {"stage": number, "step": step, **scores, "captions": captions}
+    run.log.write(row)
+    probe = scores["val_loss_shuffled"]
+    other = f" | with other pictures {probe:.4f}" if probe is not None else ""
+    say(f"validation at step {step}: loss {scores['val_loss']:.4f}{other} | {duration(time.perf_counter() - begin)}")
+    for caption in captions:
+        say(f"  {caption['id']}: {caption['prompt']} -> {caption['answer']}   (reference: {caption['reference']})")
+    write_report(run.directory)
+    return row
+
+
+@torch.no_grad()
+def validation_losses(model: MultimodalLLM, stage: StageConfig, run: Run) -> dict:
+    """Mean loss a target with the true pictures, and with each picture replaced by another one of its batch."""
+    data, bf16 = run.config.data, run.config.training.bf16
+    sums = torch.zeros(4, dtype=torch.float64)  # loss and targets, then both with other pictures
+    batches = ordered_batches(
+        run.val_samples,
+        model.processor,
+        stage.batch_size,
+        max_length=data.max_length,
+        num_workers=data.num_workers,
+    )
+    for batch in batches:
+        if run.stop:
+            break
+        batch = batch.to(model.device)
+        pixels = batch.pixels_N3SS
+        with autocast(model.device, bf16):
+            sums[:2] += torch.stack(model(batch.ids_BT, batch.labels_BT, pixels)).cpu()
+            if len(pixels) > 1:
+                others = pixels.roll(len(pixels) // 2, 0)
+                sums[2:] += torch.stack(model(batch.ids_BT, batch.labels_BT, others)).cpu()
+    loss, targets, other_loss, other_targets = sums.tolist()
+    return {
+        "val_loss": loss / max(1, targets),
+        "val_loss_shuffled": other_loss / other_targets if other_targets else None,
+    }
+
+
+def sample_captions(model: MultimodalLLM, run: Run) -> list[dict]:
+    """What the model says to the first few validation samples, beside the first reference."""
+    process, captions = model.processor, []
+    for sample in run.val_samples[: run.config.training.num_sample_captions]:
+        question = list(sample.messages[:-1])
+        pixels = [process.image_processor(path) for path in sample.images]
+        side = process.image_processor.size
+        pixels_N3SS = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
+        prompt = Prompt(tuple(process.encode_prompt(question)), pixels_N3SS)
+        settings = GenerationConfig(max_new_tokens=CAPTION_TOKENS)
+        answer = generate(model, [prompt], settings, cancelled=lambda: bool(run.stop))[0]
+        text = "".join(part for part in question[-1].parts if part is not IMAGE) if question else ""
+        reference = "".join(sample.messages[-1].parts)
+        captions.append({"id": sample.id, "prompt": text.strip(), "answer": answer.text, "reference": reference})
+    return captions
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: MultimodalLLM,
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+    position: Position,
+    done: int,
+    epoch: int,
+    scores: dict | None,
+    *,
+    is_last: bool,
+) -> None:
+    """Write a checkpoint, remember the best one, remove old ones. One failure is forgiven, unless nothing comes after."""
+    step = position.steps_before + done
+    name = disk.checkpoint_name(epoch, step)
+    best = run.best
+    if scores and (best is None or scores["val_loss"] < best["val_loss"]):
+        best = {"name": name, "val_loss": scores["val_loss"]}
+    state = {
+        "stage": position.stage,
+        "stage_step": done,
+        "step": step,
+        "epoch": epoch,
+        "is_pending": bool(run.stop) and scores is None,
+        "best": best,
+        "num_samples": len(run.train_samples),
+        "data_sha256": run.data_sha256,
+        "config": run.config.to_dict(),
+    }
+    begin = time.perf_counter()
+    try:
+        disk.save_checkpoint(run.directory / name, model, optimizer, state)
+    except RunError as error:
+        run.failed_saves += 1
+        if is_last or run.failed_saves > 1:
+            raise
+        say(f"warning: {error}; the run goes on and tries again at the next checkpoint")
+        return
+    run.failed_saves, run.best, run.last_saved = 0, best, name
+    best_name = best["name"] if best else name
+    disk.point_best(run.directory, best_name)
+    disk.prune(run.directory, run.config.training.keep_checkpoints, best_name)
+    say(f"saved {run.directory / name} in {duration(time.perf_counter() - begin)}")
+
+
+# From a configuration to a finished run -------------------------------------------------------------------------------
+
+
+def refuse_unbuilt(config: ExperimentConfig) -> None:
+    """ConfigError for what the configuration may ask for and this version has not: never train something else instead."""
+    missing = {
+        "load_in_8bit": "the int8 language model",
+        "load_in_4bit": "the int4 language model",
+        "use_lora": "low-rank adapters",
+    }
+    asked = [name for name in missing if config.get(f"model.{name}")]
+    if asked:
+        switches = " ".join(f"model.{name}=false" for name in asked)
+        what = " and ".join(f"{name} is not built yet ({missing[name]})" for name in asked)
+        raise ConfigError(f"{what}; train all weights with {switches}")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"WORLD_SIZE is {processes}: training on several processes is not built yet; run `python train.py` on one "
+            "and raise training.gradient_accumulation_steps"
+        )
+
+
+def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
+    """The surgery on a loaded model, in the only order that works:
+
+    quantize_ -> add_lora_ -> train_only_ -> checkpoint_blocks_ -> compile_blocks_ -> shard_.
+    The first two and the last two are not built yet, see `refuse_unbuilt`; each stage narrows `train_only_` to its own.
+    """
+    refuse_unbuilt(config)
+    train_only_(model, {part for stage in config.stages() for part in trained_parts(stage)})
+    if config.training.gradient_checkpointing:
+        checkpoint_blocks_(model.language_model.model.layers)
+        if is_trained(model.vision_tower):
+            checkpoint_blocks_(model.vision_tower.vision_model.encoder.layers)
+
+
+def train(
+    config: ExperimentConfig,
+    origins: dict[str, str] | None = None,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    allow_data_change: bool = False,
+) -> int:
+    """Run both stages. Returns the exit code: 0, or 128 + the number of the signal that stopped it (after saving).
+
+    `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
+    """
+    origins = origins or {}
+    refuse_unbuilt(config)
+    device = choose_device(config.device)
+    sha256 = {"train": data_sha256("train", config.data.train_data_path)}
+    if config.data.val_data_path:
+        sha256["val"] = data_sha256("val", config.data.val_data_path)
+    directory = open_directory(config)
+    checkpoint = find_checkpoint(directory, resume, overwrite)
+    state = disk.read_state(checkpoint) if checkpoint else None
+    if state:
+        refuse_changes(config, checkpoint, state, sha256, allow_data_change)
+    for line in explain(config, origins):
+        say(f"  {line}")
+    if config.training.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        say("this card has no bfloat16: training in float32")
+        config.training.bf16 = False
+    model = load_model(config, origins, checkpoint, device)
+    prepare(model, config)
+    samples = load_data(config, model, directory)
+    if state and state["num_samples"] != len(samples[0]) and not allow_data_change:
+        raise DataError(
+            f"{config.data.train_data_path}: {len(samples[0])} samples are used, {state['num_samples']} were at the "
+            "checkpoint; undo what changed their number, or go on with --allow-data-change"
+        )
+    positions = stage_positions(config, len(samples[0]), checkpoint, state)
+    last_stage, total_steps = positions[-1], positions[-1].steps_before + stage_steps(config, len(samples[0]))[-1]
+    if state and state["stage"] == last_stage.stage and state["step"] >= total_steps and not state["is_pending"]:
+        say(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
+        return 0
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    record_start(directory, device=name, origins=origins, resumed_from=checkpoint and str(checkpoint))
+    config.save(directory / "experiment.json")
+    wandb_run = start_wandb("mmllm", config.experiment_name, config.to_dict()) if config.use_wandb else None
+    if state:
+        disk.set_aside_later(directory, state["step"])
+        say(f"going on from {checkpoint}: step {state['step']} of {total_steps}, stage {state['stage']}")
+    with StopSignal() as stop:
+        run = Run(
+            config,
+            directory,
+            *samples,
+            log=RunLog(directory, state["step"] if state else 0, wandb_run),
+            stop=stop,
+            data_sha256=sha256,
+            total_steps=total_steps,
+            best=state["best"] if state and state["data_sha256"].get("val") == sha256.get("val") else None,
+            last_saved=checkpoint and checkpoint.name,
+            flops=peak_flops(device),
+        )
+        for position in positions:
+            if not stop:
+                run_stage(model, config.stages()[position.stage - 1], run, position)
+        run.log.close()
+    return conclude(run)
+
+
+def conclude(run: Run) -> int:
+    """The last lines of a run, and its exit code."""
+    write_report(run.directory)
+    if run.stop:
+        cause = signal.Signals(run.stop.number).name
+        say(f"stopped by {cause}; saved {run.directory / run.last_saved}; go on with --resume auto")
+        return 128 + run.stop.number
+    model = run.directory / disk.BEST
+    which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.last_saved
+    images = [path for sample in [*run.val_samples, *run.train_samples] for path in sample.images[:1]]
+    say(f"done. Best model: {model} -> {which}")
+    say(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")
+    say(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
+    return 0
+
+
+def data_sha256(split: str, path: str | None) -> str:
+    if path is None:
+        raise ConfigError(f"data.{split}_data_path is not set; name a data file: data.{split}_data_path=FILE")
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it is data.{split}_data_path") from error
+
+
+def open_directory(config: ExperimentConfig) -> Path:
+    """The directory of the run, made if need be; UserError when nothing can be written there."""
+    directory = Path(config.output_dir) / config.experiment_name
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to ({error.strerror}); choose another output_dir") from error
+    disk.clean(directory)
+    return directory
+
+
+def find_checkpoint(directory: Path, resume: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, None for a new run; UserError when that would write over another run."""
+    existing = disk.checkpoints(directory)
+    if resume == "auto":
+        found = disk.newest(directory)
+        if existing and not found:
+            raise CheckpointError(f"{directory}: none of its checkpoints is whole; start over with --overwrite")
+        if not found:
+            say(f"nothing to resume in {directory}: a new run begins")
+        return found
+    if resume is not None:
+        found = chosen_checkpoint(Path(resume))
+        if found.parent.resolve() == directory.resolve() or not existing:
+            return found
+    if existing and not overwrite:
+        raise UserError(
+            f"{directory}: holds a run already ({existing[-1].name}); go on with --resume auto, start over with "
+            "--overwrite, or choose another experiment_name"
+        )
+    disk.remove_all(directory)
+    return found if resume is not None else None
+
+
+def chosen_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, verified, or the newest whole one when `path` is the directory of a run."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint; name one, or use --resume auto")
+    path = path.resolve() if path.is_symlink() else path
+    if disk.NAME.fullmatch(path.name):
+        disk.verify(path)
+        return path
+    found = disk.newest(path)
+    if found is None:
+        raise CheckpointError(f"{path}: holds no whole checkpoint; a checkpoint is called checkpoint-epoch-1-step-100")
+    return found
+
+
+def refuse_changes(
+    config: ExperimentConfig, checkpoint: Path, state: dict, sha256: dict[str, str], allow_data_change: bool
+) -> None:
+    """UserError for what a resumed run cannot change; what it may change is told."""
+    old = ExperimentConfig.load(checkpoint / "training" / "experiment.json")
+    was, now = flat(old), flat(config)
+    changed = {
+        name: f"{name}: {was[name]!r} at the checkpoint, {now[name]!r} now" for name in now if was[name] != now[name]
+    }
+    stage = f"training.stage{state['stage']}.train"
+    fixed = [line for name, line in changed.items() if name.startswith("model.") or name in ("seed", stage)]
+    per_step = [c.stages()[state["stage"] - 1] for c in (old, config)]
+    sizes = [stage.batch_size * stage.gradient_accumulation_steps for stage in per_step]
+    if sizes[0] != sizes[1]:
+        fixed.append(f"samples of a step (batch_size x gradient_accumulation_steps): {sizes[0]} then, {sizes[1]} now")
+    if fixed:
+        raise CheckpointError(f"{checkpoint} cannot be resumed with another {'; '.join(fixed)}")
+    for split in sha256.keys() & state["data_sha256"].keys():
+        if sha256[split] != state["data_sha256"][split] and not allow_data_change:
+            path = config.get(f"data.{split}_data_path")
+            raise DataError(
+                f"{path}: not the file of the checkpoint any more; go on all the same with --allow-data-change"
+            )
+    for name, line in sorted(changed.items()):
+        if name not in ("output_dir", "experiment_name"):
+            say(f"changed: {line}")
+
+
+def load_model(
+    config: ExperimentConfig, origins: dict[str, str], checkpoint: Path | None, device: torch.device
+) -> MultimodalLLM:
+    """The model of the checkpoint, of `model.pretrained`, or of the two towers; float32, in memory of its own."""
+    settings = config.model
+    source = checkpoint or settings.pretrained
+    if source:
+        model = MultimodalLLM.from_pretrained(source, device=device)
+        found = {"features": model.config.features, "system_prompt": model.processor.system}
+        for name, value in found.items():
+            if f"model.{name}" in origins and config.get(f"model.{name}") != value:
+                raise ConfigError(f"model.{name} is {config.get(f'model.{name}')!r}, but {source} has {value!r}")
+    else:
+        model = MultimodalLLM.from_towers(
+            settings.clip,
+            settings.qwen,
+            features=settings.features,
+            system=settings.system_prompt,
+            seed=config.seed,
+            device=device,
+        )
+    for parameter in model.parameters():
+        # out of the mapped file: another alignment in memory may change the last bit of a sum
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def load_data(config: ExperimentConfig, model: MultimodalLLM, directory: Path) -> tuple[list[Sample], list[Sample]]:
+    """The checked samples for training and validation, the latter in a fixed mixed order; shows what will be learnt."""
+    data, process = config.data, model.processor
+    report = directory / "bad_samples.jsonl"
+    train_samples = checked_samples(
+        data.train_data_path, data, process, report, split=data.train_split, limit=data.max_train_samples
+    )
+    val_samples = []
+    if data.val_data_path:
+        report = directory / "bad_val_samples.jsonl"
+        val_samples = checked_samples(
+            data.val_data_path, data, process, report, split=data.val_split, limit=data.max_val_samples
+        )
+    else:
+        say("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
+    say(
+        f"{len(train_samples)} samples to train on, {len(val_samples)} to validate. The first, what is learnt in [[ ]]:"
+    )
+    first = process.encode(list(train_samples[0].messages), data.max_length)
+    say("  " + marked(first, process, "[[", "]]").strip().replace("\n", "\n  "))
+    return train_samples, [val_samples[index] for index in sample_order(len(val_samples), 0, 0)]
+
+
+def stage_steps(config: ExperimentConfig, num_samples: int) -> list[int]:
+    steps = [stage.epochs * steps_per_epoch(stage, num_samples) for stage in config.stages()]
+    if not sum(steps):
+        raise ConfigError("both stages have 0 epochs; set training.stage1.epochs or training.stage2.epochs")
+    return steps
+
+
+def stage_positions(
+    config: ExperimentConfig, num_samples: int, checkpoint: Path | None, state: dict | None
+) -> list[Position]:
+    """Where each stage that is left begins."""
+    steps, epochs = stage_steps(config, num_samples), [stage.epochs for stage in config.stages()]
+    if state is None:
+        return [Position(1), Position(2, steps[0], epochs[0])]
+    done = state["stage_step"]
+    epochs_before = 0 if state["stage"] == 1 else epochs[0]
+    resumed = Position(
+        state["stage"],
+        state["step"] - done,
+        epochs_before,
+        done,
+        state["updates"],
+        state["is_pending"],
+        checkpoint,
+    )
+    if state["stage"] == 2:
+        return [resumed]
+    return [resumed, Position(2, max(steps[0], done), epochs[0])]
