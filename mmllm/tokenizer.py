@@ -6,7 +6,6 @@ characters; control tokens enter only by name, through `id`. So nobody can close
 Next: chat.py.
 """
 
-import shutil
 from pathlib import Path
 
 import tokenizers
@@ -29,6 +28,7 @@ class Tokenizer:
             self.inner = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{self.path}: not a tokenizer; copy it again from its source") from error
+        self.content = self.path.read_bytes()  # kept: the folder may be gone when the model is saved elsewhere
         self.inner.no_padding()
         self.inner.no_truncation()
         self.inner.encode_special_tokens = True
@@ -61,8 +61,8 @@ class Tokenizer:
         return TextStream(self.inner)
 
     def save(self, folder: str | Path) -> None:
-        """Copies the file byte for byte: writing it anew would change it."""
-        shutil.copyfile(self.path, Path(folder) / FILE)
+        """Writes the file byte for byte as it was: the library would change it."""
+        (Path(folder) / FILE).write_bytes(self.content)
 
 
 class TextStream:
