@@ -8,15 +8,14 @@ Everything random is a function of (seed, stage, step): a resumed run restores w
 on bit for bit. Recipe: LLaVA 1.5, https://arxiv.org/abs/2310.03744. Next: checkpoint.py, log.py.
 """
 
-import hashlib
 import math
 import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,20 +25,21 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from mmllm import checkpoint as disk
-from mmllm.chat import IGNORED, IMAGE, marked
-from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig, explain, flat
-from mmllm.data import Batch, BatchLoader, Sample, checked_samples, ordered_batches, sample_order
+from mmllm.chat import IGNORED, marked
+from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig, explain
+from mmllm.data import Batch, BatchLoader, Sample, checked_samples, sample_order
 from mmllm.device import autocast, choose_device
-from mmllm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
-from mmllm.generate import GenerationConfig, Prompt, generate
+from mmllm.errors import ConfigError, DataError, RunError
 from mmllm.log import RunLog, duration, progress_line, record_start, say, start_wandb, write_report
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.plan import PART_OF, is_trained, peak_flops, step_flops, trained_parts
+from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes
 from mmllm.surgery import checkpoint_blocks_, count_parameters, train_only_
+from mmllm.validation import sample_captions, validation_losses
 
-CAPTION_TOKENS = 40  # of a sampled caption
 NAMES_SHOWN = 8
+STDERR = 2
 
 
 # The gradient of one optimiser step -----------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class StopSignal:
         for each in self.old:
             signal.signal(each, signal.SIG_DFL)
         # not print: the signal may have come in the middle of one
-        os.write(sys.stderr.fileno(), b"\nstopping after this step, then saving; once more stops at once\n")
+        os.write(STDERR, b"\nstopping after this step, then saving; once more stops at once\n")
 
 
 def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Position) -> None:
@@ -156,8 +156,6 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
     for step, (batches, numbers) in enumerate(
         step_batches(loader, stage.gradient_accumulation_steps, per_epoch, position.done, total), position.done
     ):
-        if run.stop:  # between two steps, or before the first: the last checkpoint is of this place
-            return
         begin = time.perf_counter()
         torch.manual_seed(step_seed(run.config.seed, position.stage, step))
         rate = set_learning_rates_(optimizer, step, warmup, total)
@@ -297,15 +295,16 @@ def leave_out(row: dict, loss: float, norm: float, names: str, run: Run) -> None
     run.log.write(row | {"left_out": f"loss {loss}, gradient norm {norm}"})
 
 
-# Validation -----------------------------------------------------------------------------------------------------------
+# After a step ---------------------------------------------------------------------------------------------------------
 
 
 def validate(model: MultimodalLLM, stage: StageConfig, run: Run, step: int, number: int) -> dict | None:
-    """Validation loss, the image probe and sampled captions, logged and shown; None when a signal cut it short."""
+    """Validate, log and show; None when a signal cut it short."""
     begin = time.perf_counter()
     model.eval()
-    scores = validation_losses(model, stage, run)
-    captions = [] if run.stop else sample_captions(model, run)
+    scores = validation_losses(model, run.val_samples, run.config, stage.batch_size, run.stop.__bool__)
+    shown = run.val_samples[: run.config.training.num_sample_captions]
+    captions = sample_captions(model, [] if run.stop else shown, run.stop.__bool__)
     train_only_(model, trained_parts(stage))
     if run.stop:
         return None
@@ -318,55 +317,6 @@ def validate(model: MultimodalLLM, stage: StageConfig, run: Run, step: int, numb
         say(f"  {caption['id']}: {caption['prompt']} -> {caption['answer']}   (reference: {caption['reference']})")
     write_report(run.directory)
     return row
-
-
-@torch.no_grad()
-def validation_losses(model: MultimodalLLM, stage: StageConfig, run: Run) -> dict:
-    """Mean loss a target with the true pictures, and with each picture replaced by another one of its batch."""
-    data, bf16 = run.config.data, run.config.training.bf16
-    sums = torch.zeros(4, dtype=torch.float64)  # loss and targets, then both with other pictures
-    batches = ordered_batches(
-        run.val_samples,
-        model.processor,
-        stage.batch_size,
-        max_length=data.max_length,
-        num_workers=data.num_workers,
-    )
-    for batch in batches:
-        if run.stop:
-            break
-        batch = batch.to(model.device)
-        pixels = batch.pixels_N3SS
-        with autocast(model.device, bf16):
-            sums[:2] += torch.stack(model(batch.ids_BT, batch.labels_BT, pixels)).cpu()
-            if len(pixels) > 1:
-                others = pixels.roll(len(pixels) // 2, 0)
-                sums[2:] += torch.stack(model(batch.ids_BT, batch.labels_BT, others)).cpu()
-    loss, targets, other_loss, other_targets = sums.tolist()
-    return {
-        "val_loss": loss / max(1, targets),
-        "val_loss_shuffled": other_loss / other_targets if other_targets else None,
-    }
-
-
-def sample_captions(model: MultimodalLLM, run: Run) -> list[dict]:
-    """What the model says to the first few validation samples, beside the first reference."""
-    process, captions = model.processor, []
-    for sample in run.val_samples[: run.config.training.num_sample_captions]:
-        question = list(sample.messages[:-1])
-        pixels = [process.image_processor(path) for path in sample.images]
-        side = process.image_processor.size
-        pixels_N3SS = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
-        prompt = Prompt(tuple(process.encode_prompt(question)), pixels_N3SS)
-        settings = GenerationConfig(max_new_tokens=CAPTION_TOKENS)
-        answer = generate(model, [prompt], settings, cancelled=lambda: bool(run.stop))[0]
-        text = "".join(part for part in question[-1].parts if part is not IMAGE) if question else ""
-        reference = "".join(sample.messages[-1].parts)
-        captions.append({"id": sample.id, "prompt": text.strip(), "answer": answer.text, "reference": reference})
-    return captions
-
-
-# Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -498,13 +448,14 @@ def train(
     if state:
         disk.set_aside_later(directory, state["step"])
         say(f"going on from {checkpoint}: step {state['step']} of {total_steps}, stage {state['stage']}")
-    with StopSignal() as stop:
+    log = RunLog(directory, state["step"] if state else 0, wandb_run)
+    with StopSignal() as stop, closing(log):
         run = Run(
             config,
             directory,
             *samples,
-            log=RunLog(directory, state["step"] if state else 0, wandb_run),
-            stop=stop,
+            log,
+            stop,
             data_sha256=sha256,
             total_steps=total_steps,
             best=state["best"] if state and state["data_sha256"].get("val") == sha256.get("val") else None,
@@ -514,7 +465,6 @@ def train(
         for position in positions:
             if not stop:
                 run_stage(model, config.stages()[position.stage - 1], run, position)
-        run.log.close()
     return conclude(run)
 
 
@@ -532,94 +482,6 @@ def conclude(run: Run) -> int:
     say(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")
     say(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
     return 0
-
-
-def data_sha256(split: str, path: str | None) -> str:
-    if path is None:
-        raise ConfigError(f"data.{split}_data_path is not set; name a data file: data.{split}_data_path=FILE")
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it is data.{split}_data_path") from error
-
-
-def open_directory(config: ExperimentConfig) -> Path:
-    """The directory of the run, made if need be; UserError when nothing can be written there."""
-    directory = Path(config.output_dir) / config.experiment_name
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written to ({error.strerror}); choose another output_dir") from error
-    disk.clean(directory)
-    return directory
-
-
-def find_checkpoint(directory: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, None for a new run; UserError when that would write over another run."""
-    existing = disk.checkpoints(directory)
-    if resume == "auto":
-        found = disk.newest(directory)
-        if existing and not found:
-            raise CheckpointError(f"{directory}: none of its checkpoints is whole; start over with --overwrite")
-        if not found:
-            say(f"nothing to resume in {directory}: a new run begins")
-        return found
-    if resume is not None:
-        found = chosen_checkpoint(Path(resume))
-        if found.parent.resolve() == directory.resolve() or not existing:
-            return found
-    if existing and not overwrite:
-        raise UserError(
-            f"{directory}: holds a run already ({existing[-1].name}); go on with --resume auto, start over with "
-            "--overwrite, or choose another experiment_name"
-        )
-    disk.remove_all(directory)
-    return found if resume is not None else None
-
-
-def chosen_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, verified, or the newest whole one when `path` is the directory of a run."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint; name one, or use --resume auto")
-    path = path.resolve() if path.is_symlink() else path
-    if disk.NAME.fullmatch(path.name):
-        disk.verify(path)
-        return path
-    found = disk.newest(path)
-    if found is None:
-        raise CheckpointError(f"{path}: holds no whole checkpoint; a checkpoint is called checkpoint-epoch-1-step-100")
-    return found
-
-
-def refuse_changes(
-    config: ExperimentConfig, checkpoint: Path, state: dict, sha256: dict[str, str], allow_data_change: bool
-) -> None:
-    """UserError for what a resumed run cannot change; what it may change is told."""
-    old = ExperimentConfig.load(checkpoint / "training" / "experiment.json")
-    was, now = flat(old), flat(config)
-    changed = {
-        name: f"{name}: {was[name]!r} at the checkpoint, {now[name]!r} now" for name in now if was[name] != now[name]
-    }
-    stage = f"training.stage{state['stage']}.train"
-    fixed = [line for name, line in changed.items() if name.startswith("model.") or name in ("seed", stage)]
-    per_step = [c.stages()[state["stage"] - 1] for c in (old, config)]
-    sizes = [stage.batch_size * stage.gradient_accumulation_steps for stage in per_step]
-    if sizes[0] != sizes[1]:
-        fixed.append(f"samples of a step (batch_size x gradient_accumulation_steps): {sizes[0]} then, {sizes[1]} now")
-    if fixed:
-        raise CheckpointError(f"{checkpoint} cannot be resumed with another {'; '.join(fixed)}")
-    for split in sha256.keys() & state["data_sha256"].keys():
-        if sha256[split] != state["data_sha256"][split] and not allow_data_change:
-            path = config.get(f"data.{split}_data_path")
-            raise DataError(
-                f"{path}: not the file of the checkpoint any more; go on all the same with --allow-data-change"
-            )
-    for name, line in sorted(changed.items()):
-        if name not in ("output_dir", "experiment_name"):
-            say(f"changed: {line}")
 
 
 def load_model(

@@ -1,0 +1,103 @@
+"""May this run begin, and from where? Everything that is refused before a weight is read.
+
+The surprising fact: a run that quietly goes on with other data or another model looks healthy. So what was trained on is
+known by its checksum, and every setting that changed since the checkpoint is refused or told.
+Next: trainer.py.
+"""
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+from mmllm import checkpoint as disk
+from mmllm.config import ExperimentConfig, flat
+from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
+from mmllm.log import say
+
+
+def data_sha256(split: str, path: str | None) -> str:
+    if path is None:
+        raise ConfigError(f"data.{split}_data_path is not set; name a data file: data.{split}_data_path=FILE")
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it is data.{split}_data_path") from error
+
+
+def open_directory(config: ExperimentConfig) -> Path:
+    """The directory of the run, made if need be; UserError when nothing can be written there."""
+    directory = Path(config.output_dir) / config.experiment_name
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to ({error.strerror}); choose another output_dir") from error
+    disk.clean(directory)
+    return directory
+
+
+def find_checkpoint(directory: Path, resume: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, None for a new run; UserError when that would write over another run."""
+    existing = disk.checkpoints(directory)
+    if resume == "auto":
+        found = disk.newest(directory)
+        if existing and not found:
+            raise CheckpointError(f"{directory}: none of its checkpoints is whole; start over with --overwrite")
+        if not found:
+            say(f"nothing to resume in {directory}: a new run begins")
+        return found
+    if resume is not None:
+        found = chosen_checkpoint(Path(resume))
+        if found.parent.resolve() == directory.resolve() or not existing:
+            return found
+    if existing and not overwrite:
+        raise UserError(
+            f"{directory}: holds a run already ({existing[-1].name}); go on with --resume auto, start over with "
+            "--overwrite, or choose another experiment_name"
+        )
+    disk.remove_all(directory)
+    return found if resume is not None else None
+
+
+def chosen_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, verified, or the newest whole one when `path` is the directory of a run."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint; name one, or use --resume auto")
+    path = path.resolve() if path.is_symlink() else path
+    if disk.NAME.fullmatch(path.name):
+        disk.verify(path)
+        return path
+    found = disk.newest(path)
+    if found is None:
+        raise CheckpointError(f"{path}: holds no whole checkpoint; a checkpoint is called checkpoint-epoch-1-step-100")
+    return found
+
+
+def refuse_changes(
+    config: ExperimentConfig, checkpoint: Path, state: dict, sha256: dict[str, str], allow_data_change: bool
+) -> None:
+    """UserError for what a resumed run cannot change; what it may change is told."""
+    old = ExperimentConfig.load(checkpoint / "training" / "experiment.json")
+    was, now = flat(old), flat(config)
+    changed = {
+        name: f"{name}: {was[name]!r} at the checkpoint, {now[name]!r} now" for name in now if was[name] != now[name]
+    }
+    stage = f"training.stage{state['stage']}.train"
+    fixed = [line for name, line in changed.items() if name.startswith("model.") or name in ("seed", stage)]
+    per_step = [c.stages()[state["stage"] - 1] for c in (old, config)]
+    sizes = [stage.batch_size * stage.gradient_accumulation_steps for stage in per_step]
+    if sizes[0] != sizes[1]:
+        fixed.append(f"samples of a step (batch_size x gradient_accumulation_steps): {sizes[0]} then, {sizes[1]} now")
+    if fixed:
+        raise CheckpointError(f"{checkpoint} cannot be resumed with another {'; '.join(fixed)}")
+    for split in sha256.keys() & state["data_sha256"].keys():
+        if sha256[split] != state["data_sha256"][split] and not allow_data_change:
+            path = config.get(f"data.{split}_data_path")
+            raise DataError(
+                f"{path}: not the file of the checkpoint any more; go on all the same with --allow-data-change"
+            )
+    for name, line in sorted(changed.items()):
+        if name not in ("output_dir", "experiment_name"):
+            say(f"changed: {line}")

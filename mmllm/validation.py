@@ -1,0 +1,73 @@
+"""How well is it going: validation loss, the image probe, sampled captions.
+
+The surprising fact: a model that ignores the picture has a falling validation loss all the same. The probe gives each
+text the picture of another sample: if that does not raise the loss, nothing is looked at.
+Next: trainer.py.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from mmllm.chat import IMAGE
+from mmllm.config import ExperimentConfig
+from mmllm.data import Sample, ordered_batches
+from mmllm.device import autocast
+from mmllm.generate import GenerationConfig, Prompt, generate
+from mmllm.model import MultimodalLLM
+
+CAPTION_TOKENS = 40  # of a sampled caption
+
+
+@torch.no_grad()
+def validation_losses(
+    model: MultimodalLLM,
+    samples: list[Sample],
+    config: ExperimentConfig,
+    batch_size: int,
+    is_stopped: Callable[[], bool] = bool,
+) -> dict:
+    """Mean loss of a target with the true pictures, and with each picture replaced by another one of its batch.
+
+    The second is None where no batch has two pictures. `is_stopped` may end it early; the numbers then mean nothing.
+    """
+    data, bf16 = config.data, config.training.bf16
+    sums = torch.zeros(4, dtype=torch.float64)  # loss and targets, then both with other pictures
+    batches = ordered_batches(
+        samples, model.processor, batch_size, max_length=data.max_length, num_workers=data.num_workers
+    )
+    for batch in batches:
+        if is_stopped():
+            break
+        batch = batch.to(model.device)
+        pixels = batch.pixels_N3SS
+        with autocast(model.device, bf16):
+            sums[:2] += torch.stack(model(batch.ids_BT, batch.labels_BT, pixels)).cpu()
+            if len(pixels) > 1:
+                others = pixels.roll(len(pixels) // 2, 0)
+                sums[2:] += torch.stack(model(batch.ids_BT, batch.labels_BT, others)).cpu()
+    loss, targets, other_loss, other_targets = sums.tolist()
+    return {
+        "val_loss": loss / max(1, targets),
+        "val_loss_shuffled": other_loss / other_targets if other_targets else None,
+    }
+
+
+def sample_captions(model: MultimodalLLM, samples: list[Sample], is_stopped: Callable[[], bool] = bool) -> list[dict]:
+    """What the model says to the last question of each sample, beside its answer."""
+    if not samples:
+        return []
+    process, prompts, captions = model.processor, [], []
+    side = process.image_processor.size
+    for sample in samples:
+        last = max(i for i, message in enumerate(sample.messages) if message.role == "assistant")
+        question = list(sample.messages[:last])
+        paths = sample.images[: sum(message.num_images for message in question)]
+        pixels = (
+            torch.stack([process.image_processor(path) for path in paths]) if paths else torch.zeros(0, 3, side, side)
+        )
+        prompts.append(Prompt(tuple(process.encode_prompt(question)), pixels))
+        asked = "".join(part for part in question[-1].parts if part is not IMAGE).strip() if question else ""
+        captions.append({"id": sample.id, "prompt": asked, "reference": "".join(sample.messages[last].parts)})
+    answers = generate(model, prompts, GenerationConfig(max_new_tokens=CAPTION_TOKENS), cancelled=is_stopped)
+    return [caption | {"answer": answer.text} for caption, answer in zip(captions, answers, strict=True)]

@@ -1,0 +1,160 @@
+"""train.py as it is typed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import write_world
+
+import train
+from mmllm import checkpoint as disk
+from mmllm.config import ExperimentConfig
+from mmllm.errors import ConfigError
+from mmllm.plan import architecture, describe, peak_bytes, step_flops
+from mmllm.surgery import train_only_
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "arguments, file, settings",
+    [
+        (["configs/full.py", "data.batch_size=8"], "configs/full.py", ["data.batch_size=8"]),
+        (["data.batch_size=8", "--resume", "auto", "configs/full.py"], "configs/full.py", ["data.batch_size=8"]),
+        (["--config", "my.json", "seed=1"], "my.json", ["seed=1"]),
+        (["--debug", "seed=1"], ROOT / "configs" / "debug.py", ["seed=1"]),
+        (["--small-scale"], ROOT / "configs" / "small.py", []),
+        ([], None, []),
+    ],
+)
+def test_a_configuration_may_be_named_in_every_known_way(arguments, file, settings):
+    options = train.parse(arguments)
+    assert (options.file, options.settings) == (file, settings)
+
+
+def test_two_configurations_are_one_too_many(capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.parse(["configs/full.py", "--debug"])
+    assert exit.value.code == 2
+    assert "one configuration, please, not 2: configs/full.py" in capsys.readouterr().err
+
+
+def test_a_bare_resume_takes_the_configuration_of_the_checkpoint(tmp_path):
+    (tmp_path / "training").mkdir()
+    ExperimentConfig().save(tmp_path / "training" / "experiment.json")
+    assert train.configuration_of(tmp_path) == tmp_path / "training" / "experiment.json"
+    with pytest.raises(ConfigError, match="no checkpoint with a configuration in it"):
+        train.configuration_of(tmp_path / "elsewhere")
+
+
+def test_help_and_a_misspelt_setting_answer_without_torch():
+    begin = time.perf_counter()
+    process = run("--help")
+    assert "--resume" in process.communicate()[0]
+    took = time.perf_counter() - begin
+    assert process.returncode == 0
+    program = "import sys, train; train.parse(['x=1']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    assert took < 2  # a quiet machine takes 0.2 s; importing torch alone takes 2
+    process = run("configs/full.py", "learning_rte=1")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("error: command line: unknown setting 'learning_rte'")
+
+
+# The dry run
+
+
+@pytest.mark.parametrize(
+    "name, total, trainable", [("full", "582,981,504", "495,525,504"), ("pooled", "583,145,344", "495,296,128")]
+)
+def test_a_dry_run_counts_the_published_model_without_having_it(name, total, trainable):
+    lines = describe(ExperimentConfig.load(ROOT / "configs" / f"{name}.py"))
+    row = next(line.split() for line in lines if line.startswith("total"))
+    assert (row[1], row[3]) == (total, trainable)
+
+
+def test_a_dry_run_reads_the_sizes_of_local_towers_and_counts_the_steps(tmp_path):
+    world = write_world(tmp_path)
+    config = world.config(tmp_path / "out")
+    config.training.stage2.epochs = 3
+    lines = describe(config)
+    assert next(line.split() for line in lines if line.startswith("total")) == ["total", "555,712", "12,416", "131,776"]
+    assert lines[-2].startswith("stage 1: 1 epochs, 5 steps of 4 samples (2 x 2); about 0.")
+    assert lines[-1].startswith("stage 2: 3 epochs, 15 steps of 4 samples (2 x 2); about 0.")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_source_is_refused_and_nothing_is_downloaded():
+    config = ExperimentConfig()
+    config.model.qwen = "somebody/else"
+    with pytest.raises(
+        ConfigError, match="model.qwen is 'somebody/else': no such folder here, and a dry run downloads"
+    ):
+        architecture(config.model)
+
+
+def test_recomputation_and_frozen_parts_lower_the_predicted_memory():
+    from mmllm.model import MultimodalLLM, torch
+
+    config = ExperimentConfig.load(ROOT / "configs" / "full.py")
+    with torch.device("meta"):
+        model = MultimodalLLM(architecture(config.model))
+    predicted = []
+    for stage, parts in zip(config.stages(), (["multi_modal_projector"], ["language_model"]), strict=True):
+        train_only_(model, parts)
+        predicted.append(peak_bytes(model, config, stage))
+    config.training.gradient_checkpointing = True
+    assert peak_bytes(model, config, config.stages()[1]) < predicted[0] < predicted[1]
+
+
+def test_the_operations_of_a_step_are_those_of_its_matrices():
+    from mmllm.model import MultimodalLLM, torch
+
+    with torch.device("meta"):
+        model = MultimodalLLM(architecture(ExperimentConfig().model))
+    train_only_(model, ["multi_modal_projector", "language_model"])
+    flops = step_flops(model, tokens=64 * 128, targets=64 * 128, images=64)
+    assert flops == pytest.approx(24.3e12, rel=0.05)  # 64 x 128 tokens, all of them learnt
+
+
+# The whole command
+
+
+def test_a_run_that_is_killed_at_any_moment_can_be_resumed(tmp_path):
+    world = write_world(tmp_path)
+    config = world.config(tmp_path / "out", save_steps=1, keep_checkpoints=3)
+    config.save(tmp_path / "my.json")
+    directory = tmp_path / "out" / "tiny"
+    process = run("--config", tmp_path / "my.json")
+    while process.poll() is None and not list(directory.glob(".checkpoint-epoch-1-step-3.tmp*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    process = run("--resume", directory)
+    out, err = process.communicate()
+    assert (err, process.returncode) == ("", 0)
+    assert "going on from" in out
+    assert out.splitlines()[-1].startswith(f"try it: python sample.py --model {directory}/best_model --image ")
+    assert [disk.step_of(path) for path in disk.checkpoints(directory)][-1] == 10
+    assert not list(directory.glob(".*"))

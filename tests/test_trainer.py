@@ -1,0 +1,458 @@
+"""Training, on towers so small that ten steps take a second."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import write_world
+from torch.testing import assert_close
+
+from mmllm import checkpoint as disk
+from mmllm import trainer
+from mmllm.config import ExperimentConfig
+from mmllm.data import load_samples, make_batch, read_row
+from mmllm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
+from mmllm.log import read_metrics
+from mmllm.model import MultimodalLLM
+from mmllm.surgery import checkpoint_blocks_, train_only_
+from mmllm.validation import sample_captions, validation_losses
+
+EVERY = ("projector", "language_model", "vision_tower")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model is only slowed down by more
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(world, tmp_path_factory):
+    """Ten steps without interruption, each of them saved."""
+    config = world.config(tmp_path_factory.mktemp("whole"), save_steps=1, keep_checkpoints=100)
+    assert trainer.train(config) == 0
+    return config
+
+
+def directory_of(config):
+    return trainer.Path(config.output_dir) / config.experiment_name
+
+
+def new_model(world):
+    return MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen")
+
+
+def batches_of(world, model, size):
+    """The first eight samples, of different lengths, in micro-batches of `size`."""
+    samples = load_samples(world.folder / "train.json", world.folder / "images")[:8]
+    rows = [read_row(sample, model.processor) for sample in samples]
+    return [make_batch(rows[i : i + size], model.processor) for i in range(0, 8, size)]
+
+
+def gradients(model, batches, bf16=False):
+    model.zero_grad()
+    loss = trainer.accumulate_gradients(model, batches, bf16)
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def numbers(config):
+    """What a run computed in each step: everything of metrics.jsonl but the times."""
+    timing = ("ms", "tokens_per_s", "images_per_s", "peak_bytes")
+    rows = read_metrics(directory_of(config))
+    return [{name: value for name, value in row.items() if name not in timing} for row in rows]
+
+
+def weights(config):
+    checkpoint = disk.checkpoints(directory_of(config))[-1]
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "training" / "optimizer.safetensors")
+
+
+def assert_equal_runs(config, other):
+    assert numbers(config) == numbers(other)
+    mine, theirs = weights(config), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+# The gradient
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_any_split_into_micro_batches_gives_the_same_gradient(world, size, dtype, tolerance):
+    model = new_model(world).to(dtype)
+    train_only_(model, [trainer.PART_OF[part] for part in EVERY])
+    loss, whole = gradients(model, batches_of(world, model, 8))
+    split_loss, split = gradients(model, batches_of(world, model, size))
+    assert split.keys() == whole.keys()
+    # without RoPE a key's bias adds the same to all scores of a query: its true gradient is zero, what is left is noise
+    names = [n for n in whole if not (n.startswith("vision_tower") and n.endswith("k_proj.bias"))]
+    worst = max(((split[name] - whole[name]).norm() / whole[name].norm()).item() for name in names)
+    assert worst <= tolerance
+    assert abs(split_loss - loss) <= 3e-6 * loss
+
+
+def test_the_loss_is_the_mean_over_labelled_tokens_only(world):
+    model = new_model(world)
+    batches = batches_of(world, model, 8)
+    loss, _ = gradients(model, batches)
+    logits = model.logits(batches[0].ids_BT, batches[0].pixels_N3SS)[:, :-1].log_softmax(-1)
+    labels = batches[0].labels_BT[:, 1:]
+    learnt = [-logits[b, t, labels[b, t]] for b, t in (labels != -100).nonzero().tolist()]
+    assert len(learnt) == trainer.count_targets(batches)
+    assert loss == pytest.approx(torch.stack(learnt).mean().item(), rel=1e-5)
+
+
+def test_a_step_without_a_target_moves_nothing_and_is_not_nan(world):
+    model = new_model(world)
+    batch = batches_of(world, model, 8)[0]
+    batch.labels_BT.fill_(-100)
+    loss, found = gradients(model, [batch])
+    assert loss == 0
+    assert all(not gradient.any() for gradient in found.values())
+
+
+def test_recomputed_blocks_give_the_same_gradient_bit_for_bit(world):
+    model = new_model(world)
+    plain_loss, plain = gradients(model, batches_of(world, model, 4))
+    checkpoint_blocks_(model.language_model.model.layers)
+    checkpoint_blocks_(model.vision_tower.vision_model.encoder.layers)
+    loss, found = gradients(model, batches_of(world, model, 4))
+    assert loss == plain_loss
+    assert [name for name in plain if not torch.equal(plain[name], found[name])] == []
+
+
+def test_bfloat16_stays_near_float32_and_keeps_float32_weights(world):
+    model = new_model(world)
+    loss, plain = gradients(model, batches_of(world, model, 4))
+    low_loss, low = gradients(model, batches_of(world, model, 4), bf16=True)
+    assert low_loss == pytest.approx(loss, rel=2e-2)
+    assert {gradient.dtype for gradient in low.values()} == {torch.float32}
+    name = "multi_modal_projector.linear_2.weight"
+    assert_close(low[name], plain[name], rtol=0, atol=0.1 * plain[name].abs().max().item())
+
+
+def test_frozen_parts_get_no_gradient_and_stay_in_evaluation_mode(world):
+    model = new_model(world).train()
+    train_only_(model, ["multi_modal_projector"])
+    _, found = gradients(model, batches_of(world, model, 4))
+    assert {name.partition(".")[0] for name in found} == {"multi_modal_projector"}
+    assert not model.vision_tower.training
+    assert not model.language_model.training
+    assert model.multi_modal_projector.training
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(world):
+    model = new_model(world)
+    train_only_(model, ["multi_modal_projector"])
+    stage = ExperimentConfig().stages()[0]
+    optimizer = trainer.adamw(trainer.stage_groups(model, stage, 0.0), 0.9, 0.95)
+    before = model.multi_modal_projector.linear_1.weight.clone()
+    batch = batches_of(world, model, 8)[0]
+    batch.pixels_N3SS[0] = float("inf")
+    loss, norm = trainer.update_(model, optimizer, [batch], trainer.TrainingConfig(bf16=False))
+    assert not (torch.tensor([loss, norm]).isfinite().all())
+    assert torch.equal(model.multi_modal_projector.linear_1.weight, before)
+    assert not optimizer.state
+    assert model.multi_modal_projector.linear_1.weight.grad is None
+
+
+# A whole run
+
+
+def test_a_run_leaves_every_step_once_and_a_best_model_that_loads(whole_run):
+    directory = directory_of(whole_run)
+    rows = read_metrics(directory)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert [row["stage"] for row in rows if "loss" in row] == [1] * 5 + [2] * 5
+    assert [row["step"] for row in rows if "val_loss" in row] == [5, 10]
+    assert all((directory / name).is_file() for name in ("run.json", "experiment.json", "loss.svg", "report.md"))
+    best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    assert disk.step_of((directory / "best_model").resolve()) == best["step"]
+    assert MultimodalLLM.from_pretrained(directory / "best_model").processor is not None
+
+
+def test_stage_1_moves_the_projector_alone_and_stage_2_the_language_model_too(world, whole_run):
+    begin = new_model(world).state_dict()
+    after = [
+        load_file(directory_of(whole_run) / name / "model.safetensors")
+        for name in ("checkpoint-epoch-1-step-5", "checkpoint-epoch-2-step-10")
+    ]
+    moved = [{n.partition(".")[0] for n in state if not torch.equal(state[n], begin[n])} for state in after]
+    assert moved == [{"multi_modal_projector"}, {"multi_modal_projector", "language_model"}]
+
+
+@pytest.mark.parametrize("step", [3, 5, 8], ids=["inside stage 1", "between the stages", "inside stage 2"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world, whole_run, tmp_path, step):
+    config = world.config(tmp_path, save_steps=1, keep_checkpoints=100)
+    shutil.copytree(directory_of(whole_run), directory_of(config), symlinks=True)
+    for checkpoint in disk.checkpoints(directory_of(config)):
+        if disk.step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+    assert trainer.train(config, resume="auto") == 0
+    assert_equal_runs(config, whole_run)
+
+
+def test_more_and_smaller_micro_batches_resume_the_same_run(world, whole_run, tmp_path, capsys):
+    config = world.config(tmp_path, gradient_accumulation_steps=4)
+    config.data.batch_size = 1
+    checkpoint = directory_of(whole_run) / "checkpoint-epoch-1-step-3"
+    assert trainer.train(config, resume=str(checkpoint)) == 0
+    mine, theirs = ([row["loss"] for row in numbers(c) if "loss" in row] for c in (config, whole_run))
+    assert mine == pytest.approx(theirs[3:], abs=1e-4)
+    assert "changed: data.batch_size: 2 at the checkpoint, 1 now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_from_there(world, whole_run, tmp_path, capsys, number):
+    config = world.config(tmp_path)
+    metrics = directory_of(config) / "metrics.jsonl"
+
+    def interrupt():
+        while not metrics.exists() or metrics.read_text().count("\n") < 2:
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code = trainer.train(config)
+    thread.join()
+    assert code == 128 + number
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
+    saved = disk.step_of(disk.newest(directory_of(config)))
+    assert 2 <= saved < 10
+    assert len([row for row in numbers(config) if "loss" in row]) == saved
+    assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().out
+    assert trainer.train(config, resume="auto") == 0
+    assert_equal_runs(config, whole_run)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_one_warning(world, whole_run, tmp_path, capsys):
+    config = world.config(tmp_path, save_steps=1, keep_checkpoints=100)
+    shutil.copytree(directory_of(whole_run), directory_of(config), symlinks=True)
+    bad = directory_of(config) / "checkpoint-epoch-2-step-10"
+    (bad / "model.safetensors").write_bytes((bad / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"checkpoint-epoch-2-step-10/model.safetensors: .* bytes"):
+        trainer.train(config, resume=str(bad))
+    assert trainer.train(config, resume="auto") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("warning") == 1
+    assert "step 9 of 10" in printed
+    assert_equal_runs(config, whole_run)
+
+
+def test_a_finished_run_has_nothing_left_to_resume(whole_run, capsys):
+    before = (directory_of(whole_run) / "metrics.jsonl").read_text()
+    assert trainer.train(whole_run, resume="auto") == 0
+    assert "already at step 10 of 10" in capsys.readouterr().out
+    assert (directory_of(whole_run) / "metrics.jsonl").read_text() == before
+
+
+def test_more_epochs_continue_a_finished_run(world, whole_run, tmp_path, capsys):
+    config = world.config(tmp_path)
+    config.training.stage2.epochs = 2
+    checkpoint = directory_of(whole_run) / "checkpoint-epoch-2-step-10"
+    assert trainer.train(config, resume=str(checkpoint)) == 0
+    assert [row["step"] for row in numbers(config) if "loss" in row] == list(range(11, 16))
+    assert "changed: training.stage2.epochs: 1 at the checkpoint, 2 now" in capsys.readouterr().out
+
+
+def test_a_run_is_never_written_over_unasked(world, whole_run, tmp_path):
+    with pytest.raises(
+        UserError, match=r"holds a run already \(checkpoint-epoch-2-step-10\).*--resume auto.*--overwrite"
+    ):
+        trainer.train(whole_run)
+    config = world.config(tmp_path)
+    (directory_of(config) / "checkpoint-epoch-9-step-99").mkdir(parents=True)
+    config.training.stage2.epochs = 0
+    assert trainer.train(config, overwrite=True) == 0
+    assert [path.name for path in disk.checkpoints(directory_of(config))] == ["checkpoint-epoch-1-step-5"]
+
+
+# What a resumed run may not change
+
+
+def resumed(world, whole_run, tmp_path, change, **options):
+    config = world.config(tmp_path)
+    change(config)
+    return trainer.train(config, resume=str(directory_of(whole_run) / "checkpoint-epoch-1-step-3"), **options)
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("model.features", "pooled", "model.features: 'patch' at the checkpoint, 'pooled' now"),
+        ("model.qwen", "other", "model.qwen: .*qwen' at the checkpoint, 'other' now"),
+        ("seed", "7", "seed: 0 at the checkpoint, 7 now"),
+        ("data.batch_size", "3", r"samples of a step .*: 4 then, 6 now"),
+        (
+            "training.stage1.train",
+            "projector,language_model",
+            "training.stage1.train: .'projector',. at the checkpoint",
+        ),
+    ],
+)
+def test_another_model_or_order_is_refused_field_by_field(world, whole_run, tmp_path, name, value, words):
+    with pytest.raises(CheckpointError, match=words):
+        resumed(world, whole_run, tmp_path, lambda config: config.set_text(name, value))
+
+
+def test_another_data_file_is_refused_unless_allowed(world, whole_run, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text((world.folder / "train.json").read_text().replace("a cat", "a dog"))
+
+    def change(config):
+        config.data.train_data_path = str(other)
+
+    with pytest.raises(DataError, match=r"other.json: not the file of the checkpoint any more.*--allow-data-change"):
+        resumed(world, whole_run, tmp_path, change)
+    assert resumed(world, whole_run, tmp_path, change, allow_data_change=True) == 0
+
+
+def test_another_number_of_samples_is_refused(world, whole_run, tmp_path):
+    def change(config):
+        config.data.max_train_samples = 12
+
+    with pytest.raises(DataError, match="12 samples are used, 20 were at the checkpoint"):
+        resumed(world, whole_run, tmp_path, change)
+
+
+# Faults
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """A world whose language model answers NaN to the digit 7, which one training sample asks about."""
+    world = write_world(tmp_path_factory.mktemp("poisoned"), tie_word_embeddings=False)
+    file = world.folder / "qwen" / "model.safetensors"
+    tensors = load_file(file)
+    vocabulary = json.loads((world.folder / "qwen" / "tokenizer.json").read_text())["model"]["vocab"]
+    tensors["model.embed_tokens.weight"][vocabulary["7"]] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    records = json.loads((world.folder / "train.json").read_text())
+    records[13]["prompt"] = "What are 7?"
+    (world.folder / "train.json").write_text(json.dumps(records))
+    return world
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(poisoned, tmp_path):
+    config = poisoned.config(tmp_path, save_steps=1, keep_checkpoints=100)
+    with pytest.raises(RunError, match=r"step \d: loss nan, gradient norm nan, with the samples (s\d+, )*s13(,|;)"):
+        trainer.train(config)
+    for checkpoint in disk.checkpoints(directory_of(config)):
+        tensors = load_file(checkpoint / "model.safetensors")
+        assert all(tensors[n].isfinite().all() for n in tensors if n.startswith("multi_modal_projector"))
+    assert all(torch.tensor(row["loss"]).isfinite() for row in read_metrics(directory_of(config)) if "loss" in row)
+
+
+def test_a_bad_step_may_be_left_out_when_the_settings_say_so(poisoned, tmp_path, capsys):
+    config = poisoned.config(tmp_path, max_skipped_steps=1)
+    config.data.val_data_path = None
+    config.training.stage2.epochs = 0
+    assert trainer.train(config) == 0
+    rows = read_metrics(directory_of(config))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert sum("left_out" in row for row in rows) == 1
+    assert weights(config)["multi_modal_projector.linear_1.weight"].isfinite().all()
+    assert capsys.readouterr().out.count("; left out") == 1
+
+
+def test_one_failed_save_is_forgiven_and_the_next_one_ends_the_run(world, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    free = iter([10, usage.free, 10, 10])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+    config = world.config(tmp_path, save_steps=1)
+    with pytest.raises(RunError, match="no space left on"):
+        trainer.train(config)
+    assert [disk.step_of(path) for path in disk.checkpoints(directory_of(config))] == [2]
+    assert capsys.readouterr().out.count("warning: no space left") == 2
+    assert [row["step"] for row in read_metrics(directory_of(config))] == [1, 2, 3, 4]
+
+
+def test_too_few_samples_for_a_step_are_refused(world, tmp_path):
+    config = world.config(tmp_path, gradient_accumulation_steps=11)
+    with pytest.raises(DataError, match="20 training samples do not fill one step of 2 x 11"):
+        trainer.train(config)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("model.load_in_8bit", "load_in_8bit is not built yet"),
+        ("model.load_in_4bit", "load_in_4bit is not built yet"),
+        ("model.use_lora", "use_lora is not built yet"),
+    ],
+)
+def test_what_is_not_built_yet_is_named(world, tmp_path, name, words):
+    config = world.config(tmp_path)
+    config.set_text(name, "true")
+    with pytest.raises(ConfigError, match=words):
+        trainer.train(config)
+    assert not directory_of(config).exists()
+
+
+def test_several_processes_are_refused_for_now(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 4: training on several processes is not built yet"):
+        trainer.train(world.config(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_data_file_is_named_before_anything_is_made(world, tmp_path, split):
+    config = world.config(tmp_path)
+    setattr(config.data, f"{split}_data_path", "no/such.json")
+    with pytest.raises(DataError, match=rf"no/such.json: cannot be read .*; it is data.{split}_data_path"):
+        trainer.train(config)
+    assert not directory_of(config).exists()
+
+
+def test_a_run_needs_a_data_file(world, tmp_path):
+    config = world.config(tmp_path)
+    config.data.train_data_path = None
+    with pytest.raises(ConfigError, match="data.train_data_path is not set"):
+        trainer.train(config)
+
+
+def test_an_output_directory_that_cannot_be_made_is_named(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written to .*; choose another output_dir"):
+        trainer.train(world.config(tmp_path / "file"))
+
+
+# Validation
+
+
+def test_validation_is_the_mean_loss_of_all_samples_whatever_the_batch_size(world, tmp_path):
+    model, config = new_model(world), world.config(tmp_path)
+    samples = load_samples(config.data.val_data_path, config.data.image_dir)
+    rows = [read_row(sample, model.processor) for sample in samples]
+    loss_sum, targets = model(*vars(make_batch(rows, model.processor)).values())
+    scores = [validation_losses(model, samples, config, size) for size in (1, 4, 6)]
+    for score in scores:
+        assert score["val_loss"] == pytest.approx((loss_sum / targets).item(), abs=1e-5)
+    assert scores[0]["val_loss_shuffled"] is None  # no second picture to exchange
+    assert abs(scores[2]["val_loss_shuffled"] - scores[2]["val_loss"]) > 1e-3
+
+
+def test_sampled_captions_stand_beside_question_and_reference(world, tmp_path):
+    samples = load_samples(world.folder / "val.json", world.folder / "images")[:2]
+    captions = sample_captions(new_model(world), samples)
+    assert [(c["id"], c["prompt"], c["reference"]) for c in captions] == [
+        ("s20", "Describe this image.", "a cat"),
+        ("s21", "Describe this image.", "the thing over there"),
+    ]
+    assert all(isinstance(c["answer"], str) for c in captions)

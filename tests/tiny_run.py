@@ -1,0 +1,51 @@
+"""A training run that takes a second: random towers, 20 noise pictures to train on, 6 to validate.
+
+world = write_world(folder)     towers, pictures and data files
+config = world.config(out)      ten steps: five of stage 1, five of stage 2
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmllm.config import ExperimentConfig
+from official import write_clip, write_qwen
+
+CAPTIONS = ("a cat", "the thing over there", "in the hat and on the mat", "one")
+
+
+@dataclass(frozen=True)
+class World:
+    folder: Path
+
+    def config(self, output_dir: Path, **training) -> ExperimentConfig:
+        config = ExperimentConfig(experiment_name="tiny", output_dir=str(output_dir), device="cpu")
+        config.model.clip, config.model.qwen = str(self.folder / "clip"), str(self.folder / "qwen")
+        config.data.train_data_path = str(self.folder / "train.json")
+        config.data.val_data_path = str(self.folder / "val.json")
+        config.data.image_dir = str(self.folder / "images")
+        config.data.batch_size, config.data.num_workers = 2, 1
+        config.training.gradient_accumulation_steps = 2
+        config.training.stage1.epochs = config.training.stage2.epochs = 1
+        config.training.bf16 = False
+        config.training.num_sample_captions = 1
+        for name, value in training.items():
+            setattr(config.training, name, value)
+        return config
+
+
+def write_world(folder: Path, **qwen) -> World:
+    write_clip(folder / "clip", num_hidden_layers=2)
+    write_qwen(folder / "qwen", num_hidden_layers=2, **qwen)
+    (folder / "images").mkdir()
+    chance = np.random.default_rng(0)
+    records = []
+    for i in range(26):
+        Image.fromarray(chance.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+        records.append({"id": f"s{i}", "image": f"{i}.png", "text": CAPTIONS[i % 4]})
+    (folder / "train.json").write_text(json.dumps(records[:20]))
+    (folder / "val.json").write_text(json.dumps(records[20:]))
+    return World(folder)
