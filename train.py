@@ -60,9 +60,9 @@ def dry_run(config: ExperimentConfig) -> int:
 
 
 def train(config: ExperimentConfig, origins: dict[str, str], options: argparse.Namespace) -> int:
-    from mmllm import trainer
+    from mmllm import experiment
 
-    return trainer.train(
+    return experiment.train(
         config,
         origins,
         resume=options.resume,

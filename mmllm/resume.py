@@ -15,14 +15,20 @@ from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.log import say
 
 
-def data_sha256(split: str, path: str | None) -> str:
-    if path is None:
-        raise ConfigError(f"data.{split}_data_path is not set; name a data file: data.{split}_data_path=FILE")
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it is data.{split}_data_path") from error
+def data_sha256(config: ExperimentConfig) -> dict[str, str]:
+    """The checksums of the data files, by "train" and, where there is one, "val"."""
+    paths = {"train": config.data.train_data_path, "val": config.data.val_data_path}
+    if paths["train"] is None:
+        raise ConfigError("data.train_data_path is not set; name a data file: data.train_data_path=FILE")
+    sums = {}
+    for split, path in paths.items():
+        if path is not None:
+            try:
+                with open(path, "rb") as file:
+                    sums[split] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}); it is data.{split}_data_path") from error
+    return sums
 
 
 def open_directory(config: ExperimentConfig) -> Path:
@@ -39,7 +45,7 @@ def open_directory(config: ExperimentConfig) -> Path:
 
 
 def find_checkpoint(directory: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, None for a new run; UserError when that would write over another run."""
+    """The checkpoint to go on from, None for a new run; UserError when that would write over another run unasked."""
     existing = disk.checkpoints(directory)
     if resume == "auto":
         found = disk.newest(directory)
@@ -57,7 +63,6 @@ def find_checkpoint(directory: Path, resume: str | None, overwrite: bool) -> Pat
             f"{directory}: holds a run already ({existing[-1].name}); go on with --resume auto, start over with "
             "--overwrite, or choose another experiment_name"
         )
-    disk.remove_all(directory)
     return found if resume is not None else None
 
 
@@ -101,3 +106,12 @@ def refuse_changes(
     for name, line in sorted(changed.items()):
         if name not in ("output_dir", "experiment_name"):
             say(f"changed: {line}")
+
+
+def refuse_other_count(config: ExperimentConfig, state: dict, num_samples: int) -> None:
+    """DataError when other samples of the same file are used: the order would be another one."""
+    if state["num_samples"] != num_samples:
+        raise DataError(
+            f"{config.data.train_data_path}: {num_samples} samples are used, {state['num_samples']} were at the "
+            "checkpoint; undo what changed their number, or go on with --allow-data-change"
+        )

@@ -5,9 +5,10 @@ a step first fetches all of its micro-batches, counts the targets of them all, a
 number. Then any split of the same samples gives the same gradient; the mean of means is off by as much as a third.
 
 Everything random is a function of (seed, stage, step): a resumed run restores weights, moments and one integer, and goes
-on bit for bit. Recipe: LLaVA 1.5, https://arxiv.org/abs/2310.03744. Next: checkpoint.py, log.py.
+on bit for bit. Recipe: LLaVA 1.5, https://arxiv.org/abs/2310.03744. Next: checkpoint.py, experiment.py.
 """
 
+import json
 import math
 import os
 import resource
@@ -15,8 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -25,16 +25,15 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from mmllm import checkpoint as disk
-from mmllm.chat import IGNORED, marked
-from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig, explain
-from mmllm.data import Batch, BatchLoader, Sample, checked_samples, sample_order
-from mmllm.device import autocast, choose_device
+from mmllm.chat import IGNORED
+from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig
+from mmllm.data import Batch, BatchLoader, Sample, sample_order
+from mmllm.device import autocast
 from mmllm.errors import ConfigError, DataError, RunError
-from mmllm.log import RunLog, duration, progress_line, record_start, say, start_wandb, write_report
+from mmllm.log import RunLog, duration, progress_line, say, write_report
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
-from mmllm.plan import PART_OF, is_trained, peak_flops, step_flops, trained_parts
-from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes
+from mmllm.plan import PART_OF, is_trained, step_flops, trained_parts
 from mmllm.surgery import checkpoint_blocks_, count_parameters, train_only_
 from mmllm.validation import sample_captions, validation_losses
 
@@ -85,6 +84,7 @@ class Run:
     last_saved: str | None = None
     failed_saves: int = 0  # in a row
     skipped: int = 0  # steps in a row
+    broken: set[int] = field(default_factory=set)  # samples whose picture proved broken when it was used
     flops: float | None = None
 
 
@@ -149,7 +149,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
             scores = validate(model, stage, run, position.steps_before + done, position.stage)
         if run.stop or is_due(done, settings.save_steps, per_epoch, total):
             epoch = position.epochs_before + (done - 1) // per_epoch + 1
-            save(model, optimizer, run, position, done, epoch, scores, is_last=bool(run.stop) or done == total)
+            save(model, optimizer, run, position, done, epoch, scores)
 
     if position.is_pending:
         finish(position.done)
@@ -168,6 +168,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         else:
             names = sample_names(run.train_samples, loader, numbers, step // per_epoch)
             leave_out(row, loss, norm, names, run)
+        report_broken(loader, run)
         finish(step + 1)
         if run.stop:
             return
@@ -276,6 +277,17 @@ def report_step(row: dict, run: Run, is_last: bool) -> None:
         say(progress_line(row | {"ms": run.step_ms}, run.loss, run.total_steps))
 
 
+def report_broken(loader: BatchLoader, run: Run) -> None:
+    """Tell of pictures that proved broken only when they were used, and were replaced by the next sample."""
+    for index, reason in list(loader.broken.items()):
+        if index not in run.broken:
+            run.broken.add(index)
+            row = {"index": index, "file": run.train_samples[index].id, "reason": reason}
+            with (run.directory / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            say(f"warning: sample {index} ({run.train_samples[index].id}) is replaced by the next one: {reason}")
+
+
 def sample_names(samples: list[Sample], loader: BatchLoader, numbers: list[int], epoch: int) -> str:
     order = sample_order(len(samples), loader.seed, epoch)
     ids = [samples[index].id for number in numbers for index in loader.indices(order, number)]
@@ -327,8 +339,6 @@ def save(
     done: int,
     epoch: int,
     scores: dict | None,
-    *,
-    is_last: bool,
 ) -> None:
     """Write a checkpoint, remember the best one, remove old ones. One failure is forgiven, unless nothing comes after."""
     step = position.steps_before + done
@@ -352,7 +362,7 @@ def save(
         disk.save_checkpoint(run.directory / name, model, optimizer, state)
     except RunError as error:
         run.failed_saves += 1
-        if is_last or run.failed_saves > 1:
+        if run.stop or step == run.total_steps or run.failed_saves > 1:
             raise
         say(f"warning: {error}; the run goes on and tries again at the next checkpoint")
         return
@@ -363,7 +373,7 @@ def save(
     say(f"saved {run.directory / name} in {duration(time.perf_counter() - begin)}")
 
 
-# From a configuration to a finished run -------------------------------------------------------------------------------
+# Before the first step ------------------------------------------------------------------------------------------------
 
 
 def refuse_unbuilt(config: ExperimentConfig) -> None:
@@ -398,167 +408,3 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
         checkpoint_blocks_(model.language_model.model.layers)
         if is_trained(model.vision_tower):
             checkpoint_blocks_(model.vision_tower.vision_model.encoder.layers)
-
-
-def train(
-    config: ExperimentConfig,
-    origins: dict[str, str] | None = None,
-    *,
-    resume: str | None = None,
-    overwrite: bool = False,
-    allow_data_change: bool = False,
-) -> int:
-    """Run both stages. Returns the exit code: 0, or 128 + the number of the signal that stopped it (after saving).
-
-    `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
-    """
-    origins = origins or {}
-    refuse_unbuilt(config)
-    device = choose_device(config.device)
-    sha256 = {"train": data_sha256("train", config.data.train_data_path)}
-    if config.data.val_data_path:
-        sha256["val"] = data_sha256("val", config.data.val_data_path)
-    directory = open_directory(config)
-    checkpoint = find_checkpoint(directory, resume, overwrite)
-    state = disk.read_state(checkpoint) if checkpoint else None
-    if state:
-        refuse_changes(config, checkpoint, state, sha256, allow_data_change)
-    for line in explain(config, origins):
-        say(f"  {line}")
-    if config.training.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        say("this card has no bfloat16: training in float32")
-        config.training.bf16 = False
-    model = load_model(config, origins, checkpoint, device)
-    prepare(model, config)
-    samples = load_data(config, model, directory)
-    if state and state["num_samples"] != len(samples[0]) and not allow_data_change:
-        raise DataError(
-            f"{config.data.train_data_path}: {len(samples[0])} samples are used, {state['num_samples']} were at the "
-            "checkpoint; undo what changed their number, or go on with --allow-data-change"
-        )
-    positions = stage_positions(config, len(samples[0]), checkpoint, state)
-    last_stage, total_steps = positions[-1], positions[-1].steps_before + stage_steps(config, len(samples[0]))[-1]
-    if state and state["stage"] == last_stage.stage and state["step"] >= total_steps and not state["is_pending"]:
-        say(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
-        return 0
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    record_start(directory, device=name, origins=origins, resumed_from=checkpoint and str(checkpoint))
-    config.save(directory / "experiment.json")
-    wandb_run = start_wandb("mmllm", config.experiment_name, config.to_dict()) if config.use_wandb else None
-    if state:
-        disk.set_aside_later(directory, state["step"])
-        say(f"going on from {checkpoint}: step {state['step']} of {total_steps}, stage {state['stage']}")
-    log = RunLog(directory, state["step"] if state else 0, wandb_run)
-    with StopSignal() as stop, closing(log):
-        run = Run(
-            config,
-            directory,
-            *samples,
-            log,
-            stop,
-            data_sha256=sha256,
-            total_steps=total_steps,
-            best=state["best"] if state and state["data_sha256"].get("val") == sha256.get("val") else None,
-            last_saved=checkpoint and checkpoint.name,
-            flops=peak_flops(device),
-        )
-        for position in positions:
-            if not stop:
-                run_stage(model, config.stages()[position.stage - 1], run, position)
-    return conclude(run)
-
-
-def conclude(run: Run) -> int:
-    """The last lines of a run, and its exit code."""
-    write_report(run.directory)
-    if run.stop:
-        cause = signal.Signals(run.stop.number).name
-        say(f"stopped by {cause}; saved {run.directory / run.last_saved}; go on with --resume auto")
-        return 128 + run.stop.number
-    model = run.directory / disk.BEST
-    which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.last_saved
-    images = [path for sample in [*run.val_samples, *run.train_samples] for path in sample.images[:1]]
-    say(f"done. Best model: {model} -> {which}")
-    say(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")
-    say(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
-    return 0
-
-
-def load_model(
-    config: ExperimentConfig, origins: dict[str, str], checkpoint: Path | None, device: torch.device
-) -> MultimodalLLM:
-    """The model of the checkpoint, of `model.pretrained`, or of the two towers; float32, in memory of its own."""
-    settings = config.model
-    source = checkpoint or settings.pretrained
-    if source:
-        model = MultimodalLLM.from_pretrained(source, device=device)
-        found = {"features": model.config.features, "system_prompt": model.processor.system}
-        for name, value in found.items():
-            if f"model.{name}" in origins and config.get(f"model.{name}") != value:
-                raise ConfigError(f"model.{name} is {config.get(f'model.{name}')!r}, but {source} has {value!r}")
-    else:
-        model = MultimodalLLM.from_towers(
-            settings.clip,
-            settings.qwen,
-            features=settings.features,
-            system=settings.system_prompt,
-            seed=config.seed,
-            device=device,
-        )
-    for parameter in model.parameters():
-        # out of the mapped file: another alignment in memory may change the last bit of a sum
-        parameter.data = parameter.data.clone()
-    return model
-
-
-def load_data(config: ExperimentConfig, model: MultimodalLLM, directory: Path) -> tuple[list[Sample], list[Sample]]:
-    """The checked samples for training and validation, the latter in a fixed mixed order; shows what will be learnt."""
-    data, process = config.data, model.processor
-    report = directory / "bad_samples.jsonl"
-    train_samples = checked_samples(
-        data.train_data_path, data, process, report, split=data.train_split, limit=data.max_train_samples
-    )
-    val_samples = []
-    if data.val_data_path:
-        report = directory / "bad_val_samples.jsonl"
-        val_samples = checked_samples(
-            data.val_data_path, data, process, report, split=data.val_split, limit=data.max_val_samples
-        )
-    else:
-        say("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
-    say(
-        f"{len(train_samples)} samples to train on, {len(val_samples)} to validate. The first, what is learnt in [[ ]]:"
-    )
-    first = process.encode(list(train_samples[0].messages), data.max_length)
-    say("  " + marked(first, process, "[[", "]]").strip().replace("\n", "\n  "))
-    return train_samples, [val_samples[index] for index in sample_order(len(val_samples), 0, 0)]
-
-
-def stage_steps(config: ExperimentConfig, num_samples: int) -> list[int]:
-    steps = [stage.epochs * steps_per_epoch(stage, num_samples) for stage in config.stages()]
-    if not sum(steps):
-        raise ConfigError("both stages have 0 epochs; set training.stage1.epochs or training.stage2.epochs")
-    return steps
-
-
-def stage_positions(
-    config: ExperimentConfig, num_samples: int, checkpoint: Path | None, state: dict | None
-) -> list[Position]:
-    """Where each stage that is left begins."""
-    steps, epochs = stage_steps(config, num_samples), [stage.epochs for stage in config.stages()]
-    if state is None:
-        return [Position(1), Position(2, steps[0], epochs[0])]
-    done = state["stage_step"]
-    epochs_before = 0 if state["stage"] == 1 else epochs[0]
-    resumed = Position(
-        state["stage"],
-        state["step"] - done,
-        epochs_before,
-        done,
-        state["updates"],
-        state["is_pending"],
-        checkpoint,
-    )
-    if state["stage"] == 2:
-        return [resumed]
-    return [resumed, Position(2, max(steps[0], done), epochs[0])]

@@ -69,5 +69,9 @@ def sample_captions(model: MultimodalLLM, samples: list[Sample], is_stopped: Cal
         prompts.append(Prompt(tuple(process.encode_prompt(question)), pixels))
         asked = "".join(part for part in question[-1].parts if part is not IMAGE).strip() if question else ""
         captions.append({"id": sample.id, "prompt": asked, "reference": "".join(sample.messages[last].parts)})
-    answers = generate(model, prompts, GenerationConfig(max_new_tokens=CAPTION_TOKENS), cancelled=is_stopped)
+    room = model.config.text.max_position_embeddings - max(len(prompt.ids) for prompt in prompts)
+    if room < 1:
+        return []
+    settings = GenerationConfig(max_new_tokens=min(CAPTION_TOKENS, room))
+    answers = generate(model, prompts, settings, cancelled=is_stopped)
     return [caption | {"answer": answer.text} for caption, answer in zip(captions, answers, strict=True)]

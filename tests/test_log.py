@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -121,3 +122,40 @@ def test_wandb_is_never_needed(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does for a package that cannot be imported
     assert log.start_wandb("mmllm", "name", {}) is None
     assert "wandb is not installed" in capsys.readouterr().out
+
+
+class FakeWandb(types.ModuleType):
+    """What the package would do, noted down."""
+
+    Error = OSError
+
+    def __init__(self, key):
+        super().__init__("wandb")
+        self.api, self.rows = types.SimpleNamespace(api_key=key), []
+
+    def init(self, **settings):
+        self.settings = settings
+        return self
+
+    def log(self, row, step):
+        self.rows.append((step, row))
+
+    def finish(self):
+        self.rows.append("finished")
+
+
+def test_wandb_gets_the_numbers_of_each_step_when_it_is_asked_for(tmp_path, monkeypatch):
+    wandb = FakeWandb("key")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run_log = log.RunLog(tmp_path, wandb_run=log.start_wandb("mmllm", "tiny", {"seed": 0}))
+    run_log.write({"step": 1, "loss": 2.0, "captions": [CAPTION]})
+    run_log.close()
+    assert wandb.settings == {"project": "mmllm", "name": "tiny", "config": {"seed": 0}}
+    assert wandb.rows == [(1, {"step": 1, "loss": 2.0}), "finished"]
+
+
+def test_wandb_without_an_account_asks_for_nothing(monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(None))
+    assert log.start_wandb("mmllm", "tiny", {}) is None
+    assert "wandb is not logged in" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mmllm import trainer
 from mmllm.config import ExperimentConfig
 from mmllm.data import load_samples, make_batch, read_row
 from mmllm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
+from mmllm.experiment import train
 from mmllm.log import read_metrics
 from mmllm.model import MultimodalLLM
 from mmllm.surgery import checkpoint_blocks_, train_only_
@@ -43,12 +45,12 @@ def world(tmp_path_factory):
 def whole_run(world, tmp_path_factory):
     """Ten steps without interruption, each of them saved."""
     config = world.config(tmp_path_factory.mktemp("whole"), save_steps=1, keep_checkpoints=100)
-    assert trainer.train(config) == 0
+    assert train(config) == 0
     return config
 
 
 def directory_of(config):
-    return trainer.Path(config.output_dir) / config.experiment_name
+    return Path(config.output_dir) / config.experiment_name
 
 
 def new_model(world):
@@ -202,7 +204,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world, whole_run, tm
     for checkpoint in disk.checkpoints(directory_of(config)):
         if disk.step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)
-    assert trainer.train(config, resume="auto") == 0
+    assert train(config, resume="auto") == 0
     assert_equal_runs(config, whole_run)
 
 
@@ -210,7 +212,7 @@ def test_more_and_smaller_micro_batches_resume_the_same_run(world, whole_run, tm
     config = world.config(tmp_path, gradient_accumulation_steps=4)
     config.data.batch_size = 1
     checkpoint = directory_of(whole_run) / "checkpoint-epoch-1-step-3"
-    assert trainer.train(config, resume=str(checkpoint)) == 0
+    assert train(config, resume=str(checkpoint)) == 0
     mine, theirs = ([row["loss"] for row in numbers(c) if "loss" in row] for c in (config, whole_run))
     assert mine == pytest.approx(theirs[3:], abs=1e-4)
     assert "changed: data.batch_size: 2 at the checkpoint, 1 now" in capsys.readouterr().out
@@ -229,7 +231,7 @@ def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_from_there(world, 
     handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
     thread = threading.Thread(target=interrupt)
     thread.start()
-    code = trainer.train(config)
+    code = train(config)
     thread.join()
     assert code == 128 + number
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
@@ -237,7 +239,7 @@ def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_from_there(world, 
     assert 2 <= saved < 10
     assert len([row for row in numbers(config) if "loss" in row]) == saved
     assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().out
-    assert trainer.train(config, resume="auto") == 0
+    assert train(config, resume="auto") == 0
     assert_equal_runs(config, whole_run)
 
 
@@ -247,17 +249,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_one_warning(world, whol
     bad = directory_of(config) / "checkpoint-epoch-2-step-10"
     (bad / "model.safetensors").write_bytes((bad / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"checkpoint-epoch-2-step-10/model.safetensors: .* bytes"):
-        trainer.train(config, resume=str(bad))
-    assert trainer.train(config, resume="auto") == 0
+        train(config, resume=str(bad))
+    assert train(config, resume="auto") == 0
     printed = capsys.readouterr().out
     assert printed.count("warning") == 1
-    assert "step 9 of 10" in printed
+    assert "checkpoint-epoch-2-step-9: step 9, stage 2" in printed
     assert_equal_runs(config, whole_run)
 
 
 def test_a_finished_run_has_nothing_left_to_resume(whole_run, capsys):
     before = (directory_of(whole_run) / "metrics.jsonl").read_text()
-    assert trainer.train(whole_run, resume="auto") == 0
+    assert train(whole_run, resume="auto") == 0
     assert "already at step 10 of 10" in capsys.readouterr().out
     assert (directory_of(whole_run) / "metrics.jsonl").read_text() == before
 
@@ -266,7 +268,7 @@ def test_more_epochs_continue_a_finished_run(world, whole_run, tmp_path, capsys)
     config = world.config(tmp_path)
     config.training.stage2.epochs = 2
     checkpoint = directory_of(whole_run) / "checkpoint-epoch-2-step-10"
-    assert trainer.train(config, resume=str(checkpoint)) == 0
+    assert train(config, resume=str(checkpoint)) == 0
     assert [row["step"] for row in numbers(config) if "loss" in row] == list(range(11, 16))
     assert "changed: training.stage2.epochs: 1 at the checkpoint, 2 now" in capsys.readouterr().out
 
@@ -275,11 +277,17 @@ def test_a_run_is_never_written_over_unasked(world, whole_run, tmp_path):
     with pytest.raises(
         UserError, match=r"holds a run already \(checkpoint-epoch-2-step-10\).*--resume auto.*--overwrite"
     ):
-        trainer.train(whole_run)
+        train(whole_run)
     config = world.config(tmp_path)
-    (directory_of(config) / "checkpoint-epoch-9-step-99").mkdir(parents=True)
+    old = directory_of(config) / "checkpoint-epoch-9-step-99"
+    old.mkdir(parents=True)
+    config.data.max_train_samples = 3
+    with pytest.raises(DataError, match="3 training samples do not fill one step"):
+        train(config, overwrite=True)
+    assert old.is_dir()  # a start that is refused removes nothing
+    config.data.max_train_samples = None
     config.training.stage2.epochs = 0
-    assert trainer.train(config, overwrite=True) == 0
+    assert train(config, overwrite=True) == 0
     assert [path.name for path in disk.checkpoints(directory_of(config))] == ["checkpoint-epoch-1-step-5"]
 
 
@@ -289,7 +297,7 @@ def test_a_run_is_never_written_over_unasked(world, whole_run, tmp_path):
 def resumed(world, whole_run, tmp_path, change, **options):
     config = world.config(tmp_path)
     change(config)
-    return trainer.train(config, resume=str(directory_of(whole_run) / "checkpoint-epoch-1-step-3"), **options)
+    return train(config, resume=str(directory_of(whole_run) / "checkpoint-epoch-1-step-3"), **options)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +360,7 @@ def poisoned(tmp_path_factory):
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(poisoned, tmp_path):
     config = poisoned.config(tmp_path, save_steps=1, keep_checkpoints=100)
     with pytest.raises(RunError, match=r"step \d: loss nan, gradient norm nan, with the samples (s\d+, )*s13(,|;)"):
-        trainer.train(config)
+        train(config)
     for checkpoint in disk.checkpoints(directory_of(config)):
         tensors = load_file(checkpoint / "model.safetensors")
         assert all(tensors[n].isfinite().all() for n in tensors if n.startswith("multi_modal_projector"))
@@ -363,7 +371,7 @@ def test_a_bad_step_may_be_left_out_when_the_settings_say_so(poisoned, tmp_path,
     config = poisoned.config(tmp_path, max_skipped_steps=1)
     config.data.val_data_path = None
     config.training.stage2.epochs = 0
-    assert trainer.train(config) == 0
+    assert train(config) == 0
     rows = read_metrics(directory_of(config))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert sum("left_out" in row for row in rows) == 1
@@ -377,7 +385,7 @@ def test_one_failed_save_is_forgiven_and_the_next_one_ends_the_run(world, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
     config = world.config(tmp_path, save_steps=1)
     with pytest.raises(RunError, match="no space left on"):
-        trainer.train(config)
+        train(config)
     assert [disk.step_of(path) for path in disk.checkpoints(directory_of(config))] == [2]
     assert capsys.readouterr().out.count("warning: no space left") == 2
     assert [row["step"] for row in read_metrics(directory_of(config))] == [1, 2, 3, 4]
@@ -386,7 +394,7 @@ def test_one_failed_save_is_forgiven_and_the_next_one_ends_the_run(world, tmp_pa
 def test_too_few_samples_for_a_step_are_refused(world, tmp_path):
     config = world.config(tmp_path, gradient_accumulation_steps=11)
     with pytest.raises(DataError, match="20 training samples do not fill one step of 2 x 11"):
-        trainer.train(config)
+        train(config)
 
 
 @pytest.mark.parametrize(
@@ -401,14 +409,14 @@ def test_what_is_not_built_yet_is_named(world, tmp_path, name, words):
     config = world.config(tmp_path)
     config.set_text(name, "true")
     with pytest.raises(ConfigError, match=words):
-        trainer.train(config)
+        train(config)
     assert not directory_of(config).exists()
 
 
 def test_several_processes_are_refused_for_now(world, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 4: training on several processes is not built yet"):
-        trainer.train(world.config(tmp_path))
+        train(world.config(tmp_path))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -416,21 +424,63 @@ def test_a_missing_data_file_is_named_before_anything_is_made(world, tmp_path, s
     config = world.config(tmp_path)
     setattr(config.data, f"{split}_data_path", "no/such.json")
     with pytest.raises(DataError, match=rf"no/such.json: cannot be read .*; it is data.{split}_data_path"):
-        trainer.train(config)
+        train(config)
     assert not directory_of(config).exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("training.stage2.train", (), "training.stage2.train is empty"),
+        ("training.stage1.epochs", 0, "both stages have 0 epochs"),
+    ],
+)
+def test_a_run_that_would_train_nothing_is_refused(world, tmp_path, name, value, words):
+    config = world.config(tmp_path)
+    if value == 0:
+        config.training.stage2.epochs = 0
+    section, _, last = name.rpartition(".")
+    setattr(config.get(section), last, value)
+    with pytest.raises(ConfigError, match=words):
+        train(config)
+
+
+def test_a_picture_that_proves_broken_in_the_middle_of_a_run_is_replaced_and_told(tmp_path, capsys):
+    world = write_world(tmp_path)
+    config = world.config(tmp_path / "out")
+    config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.1
+    picture = world.folder / "images" / "3.png"
+    content = bytearray(picture.read_bytes())
+    content[len(content) // 2] ^= 255  # its head and its end are whole: only decoding shows it
+    picture.write_bytes(content)
+    assert train(config) == 0
+    rows = [json.loads(line) for line in (directory_of(config) / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(row["index"], row["file"]) for row in rows] == [(3, "s3")]
+    assert "warning: sample 3 (s3) is replaced by the next one" in capsys.readouterr().out
+
+
+def test_the_model_of_an_earlier_run_can_be_trained_on(world, whole_run, tmp_path):
+    config = world.config(tmp_path)
+    config.model.pretrained = str(directory_of(whole_run) / "best_model")
+    config.training.stage1.epochs = 0
+    assert train(config) == 0
+    assert [row["stage"] for row in numbers(config) if "loss" in row] == [2] * 5
+    config.experiment_name, config.model.features = "other", "pooled"
+    with pytest.raises(ConfigError, match="model.features is 'pooled', but .*best_model has 'patch'"):
+        train(config, {"model.features": "command line"})
 
 
 def test_a_run_needs_a_data_file(world, tmp_path):
     config = world.config(tmp_path)
     config.data.train_data_path = None
     with pytest.raises(ConfigError, match="data.train_data_path is not set"):
-        trainer.train(config)
+        train(config)
 
 
 def test_an_output_directory_that_cannot_be_made_is_named(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to .*; choose another output_dir"):
-        trainer.train(world.config(tmp_path / "file"))
+        train(world.config(tmp_path / "file"))
 
 
 # Validation

@@ -1,0 +1,206 @@
+"""From a configuration to a finished run: what `train.py` does once its arguments are read.
+
+The surprising fact: most of it is refusing early. Whatever can be wrong with settings, data, disk or checkpoint is found
+before the first weight is read, because the alternative is finding it after the first epoch.
+Next: trainer.py, resume.py.
+"""
+
+import signal
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from mmllm import checkpoint as disk
+from mmllm.chat import marked
+from mmllm.config import ExperimentConfig, explain
+from mmllm.data import Sample, checked_samples, sample_order
+from mmllm.device import choose_device
+from mmllm.errors import ConfigError
+from mmllm.log import RunLog, record_start, say, start_wandb, write_report
+from mmllm.model import MultimodalLLM
+from mmllm.plan import peak_flops
+from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
+from mmllm.trainer import Position, Run, StopSignal, prepare, refuse_unbuilt, run_stage, steps_per_epoch
+
+
+def train(
+    config: ExperimentConfig,
+    origins: dict[str, str] | None = None,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    allow_data_change: bool = False,
+) -> int:
+    """Run both stages. Returns the exit code: 0, or 128 + the number of the signal that stopped it (after saving).
+
+    `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
+    """
+    origins = origins or {}
+    refuse_unbuilt(config)
+    device = choose_device(config.device)
+    sha256 = data_sha256(config)
+    directory = open_directory(config)
+    checkpoint = find_checkpoint(directory, resume, overwrite)
+    state = disk.read_state(checkpoint) if checkpoint else None
+    if state:
+        refuse_changes(config, checkpoint, state, sha256, allow_data_change)
+    for line in explain(config, origins):
+        say(f"  {line}")
+    settle_precision(config, device)
+    model = load_model(config, origins, checkpoint, device)
+    prepare(model, config)
+    train_samples, val_samples = load_data(config, model, directory)
+    if state and not allow_data_change:
+        refuse_other_count(config, state, len(train_samples))
+    positions, total_steps = stage_positions(config, len(train_samples), checkpoint, state)
+    if not positions:
+        say(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
+        return 0
+    with StopSignal() as stop, closing(begin(config, origins, directory, checkpoint, state, device)) as log:
+        run = Run(
+            config,
+            directory,
+            train_samples,
+            val_samples,
+            log,
+            stop,
+            data_sha256=sha256,
+            total_steps=total_steps,
+            best=best_of(directory, state, sha256),
+            last_saved=checkpoint and checkpoint.name,
+            flops=peak_flops(device),
+        )
+        for position in positions:
+            if not stop:
+                run_stage(model, config.stages()[position.stage - 1], run, position)
+    return conclude(run)
+
+
+def begin(
+    config: ExperimentConfig,
+    origins: dict[str, str],
+    directory: Path,
+    checkpoint: Path | None,
+    state: dict | None,
+    device: torch.device,
+) -> RunLog:
+    """Nothing is refused any more: clear the place, write down what begins, open the log."""
+    if state:
+        say(f"going on from {checkpoint}: step {state['step']}, stage {state['stage']}")
+    if checkpoint and checkpoint.parent.resolve() == directory.resolve():
+        disk.set_aside_later(directory, state["step"])
+    else:
+        disk.remove_all(directory)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    record_start(directory, device=name, origins=origins, resumed_from=checkpoint and str(checkpoint))
+    config.save(directory / "experiment.json")
+    wandb_run = start_wandb("mmllm", config.experiment_name, config.to_dict()) if config.use_wandb else None
+    return RunLog(directory, state["step"] if state else 0, wandb_run)
+
+
+def best_of(directory: Path, state: dict | None, sha256: dict[str, str]) -> dict | None:
+    """The best checkpoint so far, if it is still there and was measured on the same validation data."""
+    best = state and state["best"]
+    is_same = best and state["data_sha256"].get("val") == sha256.get("val") and (directory / best["name"]).is_dir()
+    return best if is_same else None
+
+
+def settle_precision(config: ExperimentConfig, device: torch.device) -> None:
+    """Cards before Ampere only imitate bfloat16, slowly: say so and train in float32."""
+    if config.training.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        say("this card has no bfloat16: training in float32")
+        config.training.bf16 = False
+
+
+def conclude(run: Run) -> int:
+    """The last lines of a run, and its exit code."""
+    write_report(run.directory)
+    if run.stop:
+        cause = signal.Signals(run.stop.number).name
+        say(f"stopped by {cause}; saved {run.directory / run.last_saved}; go on with --resume auto")
+        return 128 + run.stop.number
+    model = run.directory / disk.BEST
+    which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.last_saved
+    images = [path for sample in [*run.val_samples, *run.train_samples] for path in sample.images[:1]]
+    say(f"done. Best model: {model} -> {which}")
+    say(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")
+    say(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
+    return 0
+
+
+def load_model(
+    config: ExperimentConfig, origins: dict[str, str], checkpoint: Path | None, device: torch.device
+) -> MultimodalLLM:
+    """The model of the checkpoint, of `model.pretrained`, or of the two towers; float32, in memory of its own."""
+    settings = config.model
+    source = checkpoint or settings.pretrained
+    if source:
+        model = MultimodalLLM.from_pretrained(source, device=device)
+        found = {"features": model.config.features, "system_prompt": model.processor.system}
+        for name, value in found.items():
+            if f"model.{name}" in origins and config.get(f"model.{name}") != value:
+                raise ConfigError(f"model.{name} is {config.get(f'model.{name}')!r}, but {source} has {value!r}")
+    else:
+        model = MultimodalLLM.from_towers(
+            settings.clip,
+            settings.qwen,
+            features=settings.features,
+            system=settings.system_prompt,
+            seed=config.seed,
+            device=device,
+        )
+    for parameter in model.parameters():
+        # out of the mapped file: another alignment in memory may change the last bit of a sum
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def load_data(config: ExperimentConfig, model: MultimodalLLM, directory: Path) -> tuple[list[Sample], list[Sample]]:
+    """The checked samples for training and validation, the latter in a fixed mixed order; shows what will be learnt."""
+    data, process = config.data, model.processor
+    report = directory / "bad_samples.jsonl"
+    train_samples = checked_samples(
+        data.train_data_path, data, process, report, split=data.train_split, limit=data.max_train_samples
+    )
+    val_samples = []
+    if data.val_data_path:
+        report = directory / "bad_val_samples.jsonl"
+        val_samples = checked_samples(
+            data.val_data_path, data, process, report, split=data.val_split, limit=data.max_val_samples
+        )
+    else:
+        say("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
+    say(
+        f"{len(train_samples)} samples to train on, {len(val_samples)} to validate. The first, what is learnt in [[ ]]:"
+    )
+    first = process.encode(list(train_samples[0].messages), data.max_length)
+    say("  " + marked(first, process, "[[", "]]").strip().replace("\n", "\n  "))
+    return train_samples, [val_samples[index] for index in sample_order(len(val_samples), 0, 0)]
+
+
+def stage_positions(
+    config: ExperimentConfig, num_samples: int, checkpoint: Path | None, state: dict | None
+) -> tuple[list[Position], int]:
+    """Where each stage that is left begins, and the number of steps of the whole run."""
+    stages = config.stages()
+    for number, stage in enumerate(stages, 1):
+        if stage.epochs and not stage.train:
+            raise ConfigError(f"training.stage{number}.train is empty; name what it trains, or set its epochs to 0")
+    steps = [stage.epochs and stage.epochs * steps_per_epoch(stage, num_samples) for stage in stages]
+    if not sum(steps):
+        raise ConfigError("both stages have 0 epochs; set training.stage1.epochs or training.stage2.epochs")
+    if state is None:
+        positions = [Position(1), Position(2, steps[0], stages[0].epochs)]
+        return [position for position in positions if steps[position.stage - 1]], sum(steps)
+    number, done = state["stage"], state["stage_step"]
+    epochs_before = 0 if number == 1 else stages[0].epochs
+    resumed = Position(
+        number, state["step"] - done, epochs_before, done, state["updates"], state["is_pending"], checkpoint
+    )
+    positions = [resumed]
+    if number == 1 and steps[1]:
+        positions.append(Position(2, max(steps[0], done), stages[0].epochs))
+    total = max(positions[-1].steps_before + steps[positions[-1].stage - 1], state["step"])
+    is_finished = state["step"] == total and not state["is_pending"]
+    return [] if is_finished else positions, total
