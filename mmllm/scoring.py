@@ -7,9 +7,11 @@ that of a single picture is always 0. pycocoevalcap does the counting. METEOR, a
 VQA: https://visualqa.org/evaluation.html, https://github.com/GT-Vision-Lab/VQA. Next: evaluate.py.
 """
 
+import math
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +115,48 @@ def meteor(candidates: list[str], references: list[list[str]]) -> float:
             return float(lines[-1])
         except (OSError, ValueError) as error:
             raise RunError(f"METEOR's Java program failed; try `{' '.join(command)}`, or do without METEOR") from error
+
+
+def best_constant_caption(references: Sequence[Sequence[str]], finalists: int = 20) -> str:
+    """The caption among `references` that has the highest CIDEr when it is said of every picture.
+
+    A model that does not beat it has not looked. The exact score of every caption would take an hour for 5,000 of
+    them, so all are ranked by a stand-in, their similarity to the mean reference, and only the best are scored.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    truth = {i: [words(text) for text in texts] for i, texts in enumerate(references)}
+    text_of = {words(text): text for texts in references for text in texts}
+    counts = {text: ngrams(text) for text in text_of}
+    pictures_with = Counter(gram for texts in truth.values() for gram in set().union(*(counts[text] for text in texts)))
+    weights = {text: weighted(counts[text], pictures_with, len(truth)) for text in counts}
+    mean = Counter()
+    for texts in truth.values():
+        for text in texts:
+            for gram, weight in weights[text].items():
+                mean[gram] += weight / len(texts)
+
+    def likeness(text: str) -> float:
+        return sum(weight * mean[gram] for gram, weight in weights[text].items())
+
+    def cider(text: str) -> float:
+        return Cider().compute_score(truth, dict.fromkeys(truth, [text]))[0]
+
+    return text_of[max(sorted(weights, key=likeness)[-finalists:], key=cider)]
+
+
+def ngrams(text: str) -> Counter:
+    parts = text.split()
+    return Counter(tuple(parts[i : i + n]) for n in range(1, 5) for i in range(len(parts) - n + 1))
+
+
+def weighted(counts: Counter, pictures_with: Counter, num_pictures: int) -> dict[tuple, float]:
+    """tf-idf of the n-grams of a text; those of each n have length 1 together."""
+    weights = {gram: count * math.log(num_pictures / pictures_with[gram]) for gram, count in counts.items()}
+    square = Counter()
+    for gram, weight in weights.items():
+        square[len(gram)] += weight**2
+    return {gram: weight / math.sqrt(square[len(gram)]) for gram, weight in weights.items() if weight}
 
 
 # ---- VQA

@@ -1,0 +1,299 @@
+"""Measure a trained model on pictures with captions, on questions, or on both.
+
+python -m mmllm.evaluate --model outputs/demo/best_model --data val.json
+python -m mmllm.evaluate --model DIR --data dataset_coco.json --image-dir coco --split test --num-beams 3
+
+Everything is asked twice, the second time with the pictures exchanged. A model that looks at them does worse then; one
+that has only learnt what is usually said scores the same. `--constant` adds what needs no model at all: the one caption
+that suits all pictures best, and the most common answer to each kind of question.
+
+Written to --out: captions.json and answers.json (the result formats of COCO and VQAv2), the same with shuffled
+pictures, and scores.json.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmllm.errors import DataError, UserError, run
+from mmllm.scoring import (
+    MultimodalEvaluator,
+    best_constant_caption,
+    is_answer,
+    vqa_accuracy,
+    vqa_accuracy_normalised,
+)
+
+PEOPLE = 4  # a question that this many answered is scored by VQA's rule, which needs that many for full marks
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to say: the turns so far with their pictures, and what would be right. `is_caption`: not a question."""
+
+    id: str
+    messages: tuple
+    images: tuple[Path, ...]
+    references: tuple[str, ...]
+    kind: str
+    is_caption: bool
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mmllm.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", metavar="DIR", help="model directory or hub name (default: newest under outputs/)")
+    parser.add_argument("--data", required=True, metavar="FILE", help="samples in any supported format")
+    parser.add_argument("--image-dir", metavar="DIR", help="where the pictures are (default: beside FILE)")
+    parser.add_argument("--split", default="val", help="part of Karpathy's files (default: %(default)s)")
+    parser.add_argument("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
+    parser.add_argument("--out", metavar="DIR", help="(default: outputs/evaluation/NAME OF THE DATA FILE)")
+    parser.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N pictures or questions")
+    parser.add_argument("--batch-size", type=at_least_one, default=16, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=60, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the exchange of pictures (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on CUDA, else float32)")
+    parser.add_argument("--no-shuffled", action="store_true", help="do not ask again with exchanged pictures")
+    parser.add_argument("--constant", action="store_true", help="score the best constant caption and answers too")
+    parser.add_argument("--meteor", action="store_true", help="METEOR too, for the true pictures; needs Java")
+    return parser.parse_args(arguments)
+
+
+TASK_HELP = "auto: a sample is a caption if it has the default prompt or the kind `caption`, else a question"
+
+
+def at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least 1")
+    return number
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    evaluator = MultimodalEvaluator(meteor=options.meteor)  # says now, not after an hour, that there is no Java
+    without_java = MultimodalEvaluator(meteor=False)
+    # torch takes two seconds to import: only now that the command line is known to be right
+    from mmllm.data import load_samples
+    from mmllm.generate import GenerationConfig
+    from mmllm.pipeline import default_model, load_pipeline
+
+    tasks = tasks_of(load_samples(options.data, options.image_dir, options.split), options.task)[: options.limit]
+    check_pictures(tasks)
+    config = GenerationConfig(max_new_tokens=options.max_new_tokens, num_beams=options.num_beams)
+    model = options.model or default_model()
+    out = Path(options.out or Path("outputs/evaluation") / Path(options.data).stem)
+    make_directory(out)
+    pipeline = load_pipeline(model, device=options.device, dtype=options.dtype)
+
+    runs = {"true pictures": tasks}
+    if not options.no_shuffled:
+        if others := with_other_pictures(tasks, options.seed):
+            runs["shuffled pictures"] = others
+        else:
+            print("fewer than two pictures: there is nothing to exchange")
+    rows, seconds = {}, 0.0
+    for name, row_tasks in runs.items():
+        started = time.perf_counter()
+        predictions = predict(pipeline, row_tasks, config, options.batch_size, name)
+        seconds += time.perf_counter() - started
+        write_predictions(out, tasks, predictions, suffix="" if row_tasks is tasks else "_shuffled")
+        rows[name] = score(tasks, predictions, evaluator if row_tasks is tasks else without_java)
+    if options.constant:
+        rows["best constant"] = score(tasks, constant_predictions(tasks), without_java)
+    about = {"model": str(model), "data": str(options.data), "split": options.split, "generation": vars(config)}
+    write_json(out / "scores.json", about | {"seed": options.seed, "seconds": round(seconds, 1), "scores": rows})
+    print("\n".join(table(rows)))
+    print(f"{len(tasks)} asked, {seconds / len(runs) / len(tasks):.2f} s each; predictions and scores.json in {out}")
+
+
+def tasks_of(samples: list, task: str = "auto") -> list[Task]:
+    """What each picture or question is asked, once: the samples of one record are one task, and so are records that
+    caption the same picture."""
+    from mmllm.data import CAPTION_PROMPT
+
+    tasks: dict[tuple, Task] = {}
+    seen = set()
+    for sample in samples:
+        answers = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]
+        messages = sample.messages[: answers[-1]] if answers else sample.messages
+        images = sample.images[: sum(message.num_images for message in messages)]
+        asked = "".join(part for part in messages[-1].parts if isinstance(part, str)).strip() if messages else ""
+        is_caption = task == "caption" or (task == "auto" and (sample.kind == "caption" or asked == CAPTION_PROMPT))
+        record = record_of(sample)
+        key = (messages, images) if is_caption else (messages, images, record)
+        if (key, record) in seen:
+            continue
+        seen.add((key, record))
+        if key in tasks:
+            tasks[key] = replace(tasks[key], references=(*tasks[key].references, *sample.references))
+        else:
+            tasks[key] = Task(record, messages, images, sample.references, sample.kind, is_caption)
+    return list(tasks.values())
+
+
+def record_of(sample) -> str:
+    """The id of the record that a sample comes from: data.py numbers the samples of a record with several captions."""
+    record, mark, number = sample.id.rpartition("#")
+    is_numbered = mark and number.isdecimal() and int(number) < len(sample.references) > 1
+    return record if is_numbered else sample.id
+
+
+def check_pictures(tasks: list[Task]) -> None:
+    """Raises DataError for pictures that are missing or broken, before anything is paid for."""
+    from mmllm.data import image_fault
+
+    faults = [
+        fault for path in sorted({path for task in tasks for path in task.images}) if (fault := image_fault(path))
+    ]
+    if faults:
+        raise DataError(f"{len(faults)} pictures cannot be used, the first is {faults[0]}")
+
+
+def with_other_pictures(tasks: list[Task], seed: int) -> list[Task]:
+    """The tasks with every picture replaced by another one, the same for all tasks; none if there is no other one."""
+    paths = sorted({path for task in tasks for path in task.images})
+    if len(paths) < 2:
+        return []
+    random.Random(seed).shuffle(paths)
+    other = dict(zip(paths, paths[1:] + paths[:1], strict=True))
+    return [replace(task, images=tuple(other[path] for path in task.images)) for task in tasks]
+
+
+def predict(pipeline, tasks: list[Task], config, batch_size: int, name: str) -> list[str]:
+    """What the model says, in the order of the tasks; pictures are read a few batches ahead."""
+    from mmllm.data import prefetch
+    from mmllm.generate import generate
+
+    def prompts(start: int) -> list:
+        return [pipeline.prompt(list(task.messages), list(task.images)) for task in tasks[start : start + batch_size]]
+
+    said = []
+    for batch in prefetch(prompts, range(0, len(tasks), batch_size), num_workers=2):
+        said += [answer.text.strip() for answer in generate(pipeline.model, batch, config)]
+        if sys.stderr.isatty():
+            print(f"\r{name}: {len(said)} of {len(tasks)}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return said
+
+
+def score(tasks: list[Task], predictions: list[str], evaluator: MultimodalEvaluator) -> dict[str, dict]:
+    """Scores of the captions, of the questions that several people answered ("vqa"), and of the others ("answers").
+
+    Each holds its `count`; questions also `by_kind`. What has no reference is not scored.
+    """
+    pairs = [(task, text) for task, text in zip(tasks, predictions, strict=True) if task.references]
+    captions = [(task, text) for task, text in pairs if task.is_caption]
+    asked = [(task, text) for task, text in pairs if not task.is_caption]
+    scores = {}
+    if captions:
+        references = [task.references for task, _ in captions]
+        measured = evaluator.evaluate_captioning([text for _, text in captions], references)
+        scores["captions"] = {"count": len(captions)} | measured
+    if people := [(task, text) for task, text in asked if len(task.references) >= PEOPLE]:
+        scores["vqa"] = mean_by_kind(
+            people, {"vqa_accuracy": vqa_accuracy, "vqa_accuracy_normalised": vqa_accuracy_normalised}
+        )
+    if single := [(task, text) for task, text in asked if len(task.references) < PEOPLE]:
+        scores["answers"] = mean_by_kind(single, {"accuracy": is_answer})
+    return scores
+
+
+def mean_by_kind(pairs: list[tuple[Task, str]], rules: dict) -> dict:
+    """The mean of each rule over all pairs, and over those of each kind of question where kinds are given."""
+    kinds = sorted({task.kind for task, _ in pairs} - {""})
+    parts = {kind: [pair for pair in pairs if pair[0].kind == kind] for kind in kinds}
+    result = {"count": len(pairs)} | {name: mean(rule, pairs) for name, rule in rules.items()}
+    if kinds:
+        result["by_kind"] = {
+            kind: {"count": len(part)} | {name: mean(rule, part) for name, rule in rules.items()}
+            for kind, part in parts.items()
+        }
+    return result
+
+
+def mean(rule, pairs: list[tuple[Task, str]]) -> float:
+    return sum(rule(text, task.references) for task, text in pairs) / len(pairs)
+
+
+def constant_predictions(tasks: list[Task]) -> list[str]:
+    """What can be said without a look: the caption most like all, and the most common answer to each kind of question."""
+    captions = [task.references for task in tasks if task.is_caption and task.references]
+    caption = best_constant_caption(captions) if captions else ""
+    answers = defaultdict(Counter)
+    for task in tasks:
+        answers[task.kind].update(task.references if not task.is_caption else ())
+    common = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items() if counts}
+    return [caption if task.is_caption else common.get(task.kind, "") for task in tasks]
+
+
+def write_predictions(out: Path, tasks: list[Task], predictions: list[str], suffix: str) -> None:
+    """captions.json as COCO's server wants it, answers.json as VQAv2's does; only what there is."""
+    pairs = list(zip(tasks, predictions, strict=True))
+    captions = [{"image_id": number_or_name(task.id), "caption": text} for task, text in pairs if task.is_caption]
+    answers = [{"question_id": number_or_name(task.id), "answer": text} for task, text in pairs if not task.is_caption]
+    for name, results in (("captions", captions), ("answers", answers)):
+        path = out / f"{name}{suffix}.json"
+        path.unlink(missing_ok=True)  # of an earlier evaluation
+        if results:
+            write_json(path, results)
+
+
+def number_or_name(name: str) -> int | str:
+    return int(name) if name.isdecimal() else name
+
+
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made, {error.strerror}; name another folder with --out") from error
+
+
+def write_json(path: Path, content: object) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written, {error.strerror}; name another folder with --out") from error
+
+
+def table(rows: dict[str, dict]) -> list[str]:
+    """Lines to print: a block for the captions, one for each kind of scoring of answers."""
+    lines = []
+    for part in ("captions", "vqa", "answers"):
+        found = {name: flat(scores[part]) for name, scores in rows.items() if part in scores}
+        if not found:
+            continue
+        count = next(iter(found.values()))["count"]
+        columns = [column for column in next(iter(found.values())) if column != "count"]
+        widths = [max(8, len(column) + 2) for column in columns]
+        heads = "".join(column.rjust(width) for column, width in zip(columns, widths, strict=True))
+        lines += ["", f"{part} ({count})".ljust(20) + heads]
+        for name, values in found.items():
+            cells = [f"{values[column]:.4f}" if column in values else "-" for column in columns]
+            lines.append(name.ljust(20) + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+        if part == "captions" and count == 1:
+            lines.append("CIDEr of a single picture is 0 by its definition")
+    return [*lines, ""] if lines else ["no sample has a reference: nothing to score", ""]
+
+
+def flat(scores: dict) -> dict[str, float]:
+    """The scores of a part with the kinds of question as columns of their own."""
+    kinds = scores.get("by_kind", {})
+    first = "accuracy" if "accuracy" in scores else "vqa_accuracy"
+    return {name: value for name, value in scores.items() if name != "by_kind"} | {
+        kind: values[first] for kind, values in kinds.items()
+    }
+
+
+if __name__ == "__main__":
+    run(main)
