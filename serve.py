@@ -57,10 +57,10 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise RunError(f"port {port} is taken; choose another one, such as --port {port + 1}") from error
-        raise UserError(f"cannot listen on {host} port {port} ({error}); see --host and --port") from error
+        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); see --host and --port") from error
 
 
 def main() -> int:

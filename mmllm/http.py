@@ -228,12 +228,14 @@ async def parse_form(request: Request, body: bytes) -> dict[str, str | bytes]:
         )
         raise HttpError(400, "invalid_form", message) from None
     fields: dict[str, str | bytes] = {}
-    for name, value in form.multi_items():
-        if name in fields:
-            message = f"field {shown(name)} is there twice; send it once"
-            raise HttpError(400, "too_many_images" if name == "image" else "duplicate_field", message, param=name[:100])
-        fields[name] = await value.read() if isinstance(value, UploadFile) else value
-    await form.close()
+    try:
+        for name, value in form.multi_items():
+            if name in fields:
+                code = "too_many_images" if name == "image" else "duplicate_field"
+                raise HttpError(400, code, f"field {shown(name)} is there twice; send it once", param=name[:100])
+            fields[name] = await value.read() if isinstance(value, UploadFile) else value
+    finally:
+        await form.close()
     return fields
 
 

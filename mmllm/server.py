@@ -89,6 +89,8 @@ class Settings:
             value = getattr(self, each.name)
             if each.type in (int, float) and not (0 < value < math.inf or (each.name == "port" and value == 0)):
                 raise UserError(f"MMLLM_{each.name.upper()} is {value}; it must be above 0")
+        if self.port > 65535:
+            raise UserError(f"MMLLM_PORT is {self.port}; it must be below 65536")
         if self.dtype not in (None, "float32", "bfloat16"):
             raise UserError(f"MMLLM_DTYPE is {self.dtype!r}; it must be float32 or bfloat16")
 
