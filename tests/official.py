@@ -118,7 +118,8 @@ def write_qwen(folder: str | Path, shards: int = 1, **overrides) -> Path:
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         save_file({name: tensors[name] for name in names[i::shards]}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names[i::shards], file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {"total_size": sum(value.nbytes for value in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
