@@ -1,0 +1,131 @@
+"""The command line of sample.py: what it prints, and with which exit code it leaves."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import sample
+from mmllm.errors import run
+from official import write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "x.png"
+    Image.radial_gradient("L").save(path)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A function: arguments -> (exit code, stdout, stderr) of sample.py."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            run(sample.main)
+        return left.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_one_picture_gives_one_caption(call, folder, picture):
+    code, out, err = call("--model", folder, "--image", picture, "--max-new-tokens", 5, "--device", "cpu")
+    assert (code, err) == (0, "") and out.endswith("\n")
+
+
+def test_several_pictures_are_named_and_a_bad_one_does_not_stop_the_others(call, folder, picture, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("not a picture")
+    code, out, err = call("--model", folder, "--image", picture, bad, picture, "--max-new-tokens", 5, "--device", "cpu")
+    assert code == 1 and out.count(f"{picture}: ") == 2
+    assert err.startswith("error: ") and "bad.jpg" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "text", "truncated"])
+def test_a_picture_that_cannot_be_read_is_one_line_and_exit_code_2(call, folder, picture, tmp_path, kind):
+    path = tmp_path / f"{kind}.png"
+    if kind == "directory":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes({"empty": b"", "text": b"hello", "truncated": picture.read_bytes()[:200]}[kind])
+    code, out, err = call("--model", folder, "--image", path, "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and path.name in err and "0x" not in err and err.count("\n") == 1
+
+
+def test_sampling_repeats_by_seed(call, folder, picture):
+    arguments = (
+        "--model",
+        folder,
+        "--image",
+        picture,
+        "--temperature",
+        1.2,
+        "--top-k",
+        50,
+        "--top-p",
+        0.9,
+        "--device",
+        "cpu",
+    )
+    answers = [call(*arguments, "--max-new-tokens", 8, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("--max-new-tokens", "0"), "max-new-tokens"),
+        (("--temperature", "-1"), "temperature"),
+        (("--top-p", "2"), "top_p"),
+        (("--device", "tpu"), "tpu"),
+        (("--model", "/nowhere"), "/nowhere"),
+        (("--max-new-tokens", "9999999"), "positions"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_exit_code_2(call, folder, picture, arguments, named):
+    code, _, err = call("--model", folder, "--device", "cpu", "--image", picture, *arguments)
+    assert code == 2 and named in err
+
+
+def test_without_any_trained_model_the_command_that_makes_one_is_named(call, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("--image", picture)
+    assert code == 2 and "make demo" in err
+
+
+def test_a_conversation_reads_lines_until_an_empty_one(call, folder, picture, monkeypatch):
+    lines = iter(["What is this?", "And now?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    code, out, _ = call("--model", folder, "--chat", "--image", picture, "--max-new-tokens", 4, "--device", "cpu")
+    assert code == 0 and out.count("\n") >= 2
+
+
+def test_ctrl_c_ends_the_line_and_leaves_with_130(call, folder, monkeypatch):
+    def interrupt(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    code, out, err = call("--model", folder, "--chat", "--device", "cpu")
+    assert (code, out, err) == (130, "\n", "")
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train.py", "serve.py", "convert_weights.py"])
+def test_help_answers_before_torch_could_load(script):
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", script, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and "usage" in result.stdout
+    assert " torch" not in result.stderr, "torch was imported"
+    assert time.perf_counter() - start < 5  # half a second on a quiet machine
