@@ -1,0 +1,248 @@
+"""Pixels against CLIP's own processor, and everything that a picture can be wrong in."""
+
+import base64
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import CLIPImageProcessorPil
+
+from mmllm import image as module
+from mmllm.errors import CheckpointError, ImageError
+from mmllm.image import ImageProcessor, decode, decode_base64
+
+REFERENCE = CLIPImageProcessorPil()
+SIZES = [(224, 224), (640, 480), (481, 640), (225, 224), (223, 900), (1, 1), (1, 2), (2, 1), (37, 5), (3, 40)]
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    bands = {"RGB": 3, "L": 1, "RGBA": 4, "CMYK": 4, "LA": 2}[mode]
+    values = np.random.default_rng(0).integers(0, 256, (height, width, bands), dtype=np.uint8)
+    return Image.fromarray(
+        values[:, :, 0] if bands == 1 else values, mode=None if mode in ("RGB", "RGBA", "L") else mode
+    )
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def reference(image: Image.Image) -> torch.Tensor:
+    return REFERENCE(image, return_tensors="pt")["pixel_values"][0]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pixels_are_those_of_clips_processor(size):
+    picture = noise(*size)
+    assert torch.equal(ImageProcessor()(encoded(picture)), reference(picture))
+
+
+@pytest.mark.parametrize("name", ["candle_bike.jpg", "CLIP.png", "000000039769.png"])
+def test_pixels_of_photographs_are_those_of_clips_processor(shared, name):
+    path = shared(f"images/{name}")
+    with Image.open(path) as picture:
+        wanted = reference(decode(path) if picture.mode == "RGBA" else picture.convert("RGB"))
+    assert torch.equal(ImageProcessor()(path), wanted)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_modes_become_the_rgb_that_pillow_makes(mode):
+    picture = noise(40, 30, mode)
+    assert torch.equal(ImageProcessor()(picture), reference(picture.convert("RGB")))
+
+
+def test_a_palette_picture_has_its_colors():
+    picture = noise(40, 30).quantize(17)
+    assert torch.equal(ImageProcessor()(encoded(picture)), reference(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_lies_over_white(mode):
+    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    ImageDraw.Draw(picture).rectangle((0, 0, 3, 7), fill=(0, 0, 0, 255))
+    if mode == "P":
+        paletted = picture.convert("RGB").quantize(2)
+        hidden = paletted.getpixel((7, 7))
+        rgb = decode(encoded(paletted, transparency=hidden))
+    else:
+        rgb = decode(picture.convert("LA") if mode == "LA" else picture)
+    assert rgb.mode == "RGB"
+    assert rgb.getpixel((7, 7)) == (255, 255, 255) and rgb.getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_a_palette_with_alpha_lies_over_white():
+    assert decode(Image.new("PA", (8, 8), (3, 0))).getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    got = np.asarray(decode(encoded(Image.fromarray(grey))))[:, :, 0]
+    assert np.array_equal(got, grey // 257)
+
+
+def test_32_bits_that_hold_bytes_stay_bytes():
+    grey = np.arange(256, dtype=np.int32).reshape(16, 16)
+    assert np.array_equal(np.asarray(decode(Image.fromarray(grey)))[:, :, 0], grey)
+
+
+def test_float_pixels_are_refused():
+    with pytest.raises(ImageError, match="float pixels"):
+        decode(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_photograph_stands_upright(orientation):
+    """A camera stores the sensor's rows and how to turn them: undo each of the eight ways."""
+    upright = noise(20, 30)
+    stored = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    turned = upright if stored is None else upright.transpose(stored)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    got = decode(encoded(turned, exif=exif))
+    assert got.size == upright.size and np.array_equal(np.asarray(got), np.asarray(upright))
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0"]
+)
+def test_orientation_that_means_nothing_is_ignored(exif):
+    assert decode(encoded(noise(20, 30), "JPEG", exif=exif)).size == (20, 30)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_an_animation_gives_its_first_frame(kind):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
+    data = encoded(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
+    assert decode(data).getpixel((4, 4)) == (255, 0, 0)
+
+
+def pointless_png(width: int, height: int) -> bytes:
+    """A PNG whose header promises far more than it holds."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def with_long_text() -> bytes:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("comment", "a" * 70_000_000, zip=True)
+    return encoded(Image.new("RGB", (4, 4)), pnginfo=info)
+
+
+BAD = {
+    "empty": (b"", "empty_image"),
+    "text": (b"hello, I am not a picture", "unsupported_image"),
+    "html": (b"<html><body>not found</body></html>", "unsupported_image"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"></svg>', "unsupported_image"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "unsupported_image"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unsupported_image"),
+    "zip": (b"PK\x03\x04" + bytes(40), "unsupported_image"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unsupported_image"),
+    "cut off PNG": (encoded(noise(60, 60))[:-900], "corrupt_image"),
+    "cut off JPEG": (encoded(noise(60, 60), "JPEG")[:900], "corrupt_image"),
+    "header only": (encoded(noise(60, 60))[:20], "corrupt_image"),
+    "bomb": (pointless_png(10_000, 10_000), "image_too_large"),
+    "huge bomb": (pointless_png(60_000, 60_000), "image_too_large"),
+    "one pixel wide": (pointless_png(1, 40_000), "image_aspect"),
+    "70 MB of comment": (with_long_text(), "corrupt_image"),
+}
+
+
+@pytest.mark.parametrize(("data", "code"), BAD.values(), ids=BAD.keys())
+def test_a_bad_picture_is_refused_with_its_code_and_nothing_of_the_libraries(data, code):
+    with pytest.raises(ImageError) as caught:
+        ImageProcessor()(data)
+    assert caught.value.code == code, str(caught.value)
+    for word in ("PIL", "0x", "BytesIO", "Traceback"):
+        assert word not in str(caught.value)
+
+
+def test_a_very_long_picture_takes_little_memory(monkeypatch):
+    """200:1 is allowed; it is cropped before it is resized, so the largest picture ever made stays small."""
+    made = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: made.append(size) or resize(self, size, *rest))
+    assert ImageProcessor()(Image.new("RGB", (10, 2000), "red")).shape == (3, 224, 224)
+    assert max(width * height for width, height in made) <= 224 * 224 * module.CROP_FIRST_ASPECT
+
+
+def test_long_pictures_give_the_same_middle_as_clips_processor():
+    picture = noise(10, 10).resize((60, 1500), Image.Resampling.BICUBIC)
+    assert (ImageProcessor()(picture) - reference(picture)).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    "address", ["http://169.254.169.254/latest", "https://example.org/x.jpg", "file:///etc/passwd", "FTP://x/y"]
+)
+def test_nothing_is_ever_fetched(address):
+    with pytest.raises(ImageError) as caught:
+        decode(address)
+    assert caught.value.code == "image_url_not_supported"
+
+
+def test_base64_bare_or_as_a_data_uri_with_any_claim():
+    data = encoded(noise(4, 4))
+    text = base64.b64encode(data).decode()
+    broken_up = "\n".join(text[i : i + 20] for i in range(0, len(text), 20))
+    for form in (text, broken_up, f"data:image/jpeg;base64,{text}", f"DATA:text/plain;BASE64,{text}"):
+        assert decode_base64(form) == data
+    assert decode(f"data:image/png;base64,{text}").size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "text", ["????", "abc", "_-_-", "data:image/png,plain", "data:image/png;base64", "/etc/passwd=="]
+)
+def test_what_is_not_base64_is_refused(text):
+    with pytest.raises(ImageError) as caught:
+        decode_base64(text)
+    assert caught.value.code == "invalid_base64"
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ImageError, match="no such image: .*x.jpg"):
+        decode(tmp_path / "x.jpg")
+    with pytest.raises(ImageError, match="a directory"):
+        decode(tmp_path)
+
+
+def test_the_configuration_of_clip_is_read_in_both_its_forms():
+    official = {"size": 224, "crop_size": 224, "resample": 3, "do_center_crop": True}
+    assert ImageProcessor.from_dict(official) == ImageProcessor()
+    assert ImageProcessor.from_dict(REFERENCE.to_dict()) == ImageProcessor()
+    assert ImageProcessor.from_dict(ImageProcessor(336).to_dict()) == ImageProcessor(336)
+
+
+@pytest.mark.parametrize("change", [{"resample": 2}, {"crop_size": {"height": 224, "width": 200}}, {"size": 256}])
+def test_another_arithmetic_is_refused(change):
+    with pytest.raises(CheckpointError, match="only a square crop"):
+        ImageProcessor.from_dict(ImageProcessor().to_dict() | change)
+
+
+def test_the_warnings_of_pillow_are_left_as_they_were():
+    before = list(warnings.filters)
+    with pytest.raises(ImageError):
+        decode(pointless_png(10_000, 10_000))
+    assert warnings.filters == before

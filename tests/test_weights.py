@@ -1,0 +1,296 @@
+"""Files of weights: every official layout read, every damage named, nothing half written."""
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+from torch import nn
+
+from mmllm.errors import CheckpointError, RunError
+from mmllm.model import language_tensors, vision_tensors
+from mmllm.qwen import Qwen2Config
+from mmllm.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_not_finite
+from official import write_clip, write_qwen
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605247071\n"
+
+
+def test_the_three_layouts_hold_the_same_tensors(tmp_path):
+    whole = read_tensors(write_qwen(tmp_path / "a"))
+    shards = read_tensors(write_qwen(tmp_path / "b", shards=3))
+    (tmp_path / "c").mkdir()
+    torch.save(whole, tmp_path / "c" / "pytorch_model.bin")
+    pickled = read_tensors(tmp_path / "c")
+    assert whole.keys() == shards.keys() == pickled.keys()
+    assert all(torch.equal(whole[name], other[name]) for other in (shards, pickled) for name in whole)
+
+
+def test_the_old_clip_file_with_its_text_tower_and_position_ids(tmp_path):
+    """What the main branch of the official repository holds: only pytorch_model.bin, with more than the tower."""
+    tensors = read_tensors(write_clip(tmp_path))
+    more = {
+        "vision_model.embeddings.position_ids": torch.arange(17)[None],
+        "text_model.embeddings.position_ids": torch.arange(77)[None],
+        "text_model.embeddings.token_embedding.weight": torch.zeros(3, 4),
+        "logit_scale": torch.tensor(4.6),
+    }
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors | more, tmp_path / "pytorch_model.bin")
+    assert vision_tensors(tmp_path, "pooled").keys() == tensors.keys()
+    assert not any(name.startswith("visual_projection") for name in vision_tensors(tmp_path, "patch"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open(tmp_path / "pytorch_model.bin", "wb") as file:
+        pickle.dump({"a": Evil()}, file)
+    with pytest.raises(CheckpointError, match="not a plain file of tensors"):
+        read_tensors(tmp_path)
+    torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="not a plain file of tensors"):
+        read_tensors(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": "text"}, {"a": {"b": torch.zeros(1)}}], ids=str)
+def test_a_bin_that_holds_no_named_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="something other than named tensors"):
+        read_tensors(tmp_path)
+
+
+def damaged(data: bytes) -> dict[str, bytes]:
+    return {
+        "cut off": data[: len(data) // 2],
+        "header only": data[:40],
+        "empty": b"",
+        "html": b"<!DOCTYPE html><html><body>Not found</body></html>",
+        "huge header": b"\xff" * 7 + b"\x7f" + data[8:],
+        "a name twice": (lambda h: len(h).to_bytes(8, "little") + h + bytes(8))(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["cut off", "header only", "empty", "html", "huge header", "a name twice"])
+def test_a_damaged_safetensors_file_is_named(tmp_path, kind):
+    save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
+    data = damaged((tmp_path / "model.safetensors").read_bytes())[kind]
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: \d+ bytes that are not a whole safetensors file"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path, name):
+    (tmp_path / name).write_text(LFS_POINTER)
+    with pytest.raises(CheckpointError, match="Git LFS pointer.*git lfs pull"):
+        read_tensors(tmp_path)
+
+
+def test_an_index_is_not_trusted(tmp_path):
+    write_qwen(tmp_path, shards=2)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    first = next(iter(index["weight_map"]))
+    for name, named in (
+        ("../outside.safetensors", "not a plain file name"),
+        ("absent.safetensors", "missing, but model.safetensors.index.json names it"),
+    ):
+        changed = {"weight_map": index["weight_map"] | {first: name}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=named):
+            read_tensors(tmp_path)
+    shard = index["weight_map"][first]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"nowhere": shard}}))
+    with pytest.raises(CheckpointError, match="1 tensors are in no shard, first nowhere"):
+        read_tensors(tmp_path)
+
+
+def test_a_folder_without_weights_says_what_it_needs(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"it needs model.safetensors, its shards and index, or pytorch_model.bin"
+    ):
+        read_tensors(tmp_path)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_told():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    tensors = dict(module.state_dict())
+    tensors["extra"] = tensors.pop("0.bias")
+    tensors["1.weight"] = torch.zeros(4, 2)
+    with pytest.raises(CheckpointError) as caught:
+        load_strict_(module, tensors, Path("folder"))
+    message = str(caught.value)
+    for part in ("folder", "0.bias", "extra", "1.weight", "[4, 2]", "[2, 4]"):
+        assert part in message, message
+
+
+def test_a_tied_head_in_the_file_must_be_the_embedding(tmp_path):
+    folder = write_qwen(tmp_path)
+    config = Qwen2Config.from_dict(read_json(folder / "config.json"))
+    tensors = read_tensors(folder)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    language_tensors(folder, config)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from the embedding"):
+        language_tensors(folder, config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value):
+    with pytest.raises(CheckpointError, match="deep.down"):
+        refuse_not_finite({"fine": torch.ones(3), "deep.down": torch.tensor([1.0, value])}, "folder")
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(RuntimeError), atomic_directory(target) as temporary:
+        (temporary / "half").write_text("x")
+        raise RuntimeError("killed")
+    assert list(tmp_path.iterdir()) == []
+    with atomic_directory(target) as temporary:
+        (temporary / "a").write_text("1")
+        assert not target.exists()
+    with pytest.raises(CheckpointError, match="exists"), atomic_directory(target):
+        pass
+    with atomic_directory(target, replace=True) as temporary:
+        (temporary / "b").write_text("2")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    with pytest.raises(RunError, match="No space left"), atomic_directory(tmp_path / "model") as temporary:
+        (temporary / "half").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("./nothing", "no such folder"),
+        ("a/b/c", "no such folder"),
+        ("nothing", "no such folder"),
+        (__file__, "a file; name"),
+    ],
+)
+def test_a_source_that_is_no_folder_is_refused(source, named):
+    with pytest.raises(CheckpointError, match=named):
+        locate(source)
+
+
+# From the hub ---------------------------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few addresses of the hub that a download asks for, over the files of one folder."""
+
+    folder: Path
+    sha = "0" * 40
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def answer(self):
+        path = self.path.partition("?")[0]
+        self.asked.append((self.command, path))
+        files = {file.name: file for file in self.folder.iterdir()}
+        name = path.rpartition("/")[2]
+        if path.startswith("/api/models/org/tiny/tree/"):
+            sizes = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": "0"} for n, f in files.items()]
+            self.send(json.dumps(sizes).encode(), "application/json")
+        elif path.startswith("/api/models/org/tiny"):
+            siblings = [{"rfilename": name} for name in files]
+            about = {"id": "org/tiny", "sha": self.sha, "siblings": siblings}
+            self.send(json.dumps(about).encode(), "application/json")
+        elif path.startswith("/org/tiny/resolve/") and name in files:
+            self.send(files[name].read_bytes(), "application/octet-stream")
+        else:
+            self.send_error(404)
+
+    def send(self, body: bytes, kind: str):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"' + self.path.rpartition("/")[2] + '"')
+        self.send_header("X-Repo-Commit", self.sha)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        """No line per request."""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder to fill, the environment that makes it the hub, and what was asked."""
+    folder, asked = tmp_path / "hub", []
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Hub,), {"folder": folder, "asked": asked}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }
+    yield folder, environment, asked
+    server.shutdown()
+    server.server_close()
+
+
+def locate_elsewhere(environment: dict) -> subprocess.CompletedProcess:
+    code = "from mmllm.weights import locate; print(locate('org/tiny'))"
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_hub_repository_is_downloaded_once(hub):
+    folder, environment, asked = hub
+    write_qwen(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"twice the size, not needed")
+    first = locate_elsewhere(environment)
+    assert first.returncode == 0, first.stderr
+    found = Path(first.stdout.strip())
+    assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert not (found / "pytorch_model.bin").exists()
+    bodies = [path for method, path in asked if method == "GET" and "/resolve/" in path]
+    again = locate_elsewhere(environment)
+    assert again.stdout == first.stdout
+    assert [path for method, path in asked if method == "GET" and "/resolve/" in path] == bodies
+
+
+def test_the_old_file_is_fetched_where_there_is_no_other(hub):
+    folder, environment, _ = hub
+    write_clip(folder)
+    torch.save(read_tensors(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    result = locate_elsewhere(environment)
+    assert result.returncode == 0, result.stderr
+    assert (Path(result.stdout.strip()) / "pytorch_model.bin").is_file()
+
+
+def test_a_hub_that_does_not_answer_is_one_error_that_says_what_to_do(hub):
+    _, environment, _ = hub
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    result = locate_elsewhere(environment)
+    assert "CheckpointError: org/tiny: neither a folder here nor to be had from the hub" in result.stderr
