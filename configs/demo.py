@@ -1,0 +1,25 @@
+"""The drawn world of `make demo`, which has prepared its pictures and backbones: minutes on two cores.
+
+    python -m mmllm.toy demo
+
+Many small steps learn faster here than few large ones.
+"""
+
+from mmllm.config import ExperimentConfig
+
+config = ExperimentConfig()
+config.experiment_name = "demo"
+config.model.pretrained = "outputs/toy/start"
+config.data.train_data_path = "outputs/toy/data/train.json"
+config.data.val_data_path = "outputs/toy/data/val.json"
+config.data.batch_size = 16
+config.data.max_val_samples = 160
+config.training.bf16 = False  # layers of 128 numbers gain nothing
+config.training.weight_decay = 0.02
+config.training.adam_beta2 = 0.98
+config.training.log_steps = 25
+config.training.stage1.epochs = 1
+config.training.stage1.batch_size = 32
+config.training.stage1.learning_rate = 3e-3
+config.training.stage2.epochs = 3
+config.training.stage2.learning_rate = 1.5e-3

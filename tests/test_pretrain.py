@@ -1,0 +1,134 @@
+"""The small backbones learn, and the command writes two official folders that train.py takes."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from mmllm import pretrain
+from mmllm.chat import IGNORED
+from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.errors import UserError
+from mmllm.image import ImageProcessor
+from mmllm.model import MultimodalLLM
+from mmllm.pretrain import CONTROL_TOKENS, CaptionedPictures, build_tokenizer, initialise_, pretrain_clip, pretrain_qwen
+from mmllm.qwen import Qwen2, Qwen2Config
+
+COLORS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Sixteen plain pictures with two captions each, and their data file."""
+    records = []
+    for i in range(16):
+        name = list(COLORS)[i % 4]
+        Image.new("RGB", (40, 40), COLORS[name]).save(tmp_path / f"{i}.png")
+        records.append({"image": f"{i}.png", "captions": [f"a {name} wall", f"only {name}, picture {i}"]})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return tmp_path / "captions.jsonl"
+
+
+def tiny_tower() -> CLIPVisionTower:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = CLIPVisionTower(CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=16), True)
+    initialise_(tower, 0)
+    return tower
+
+
+@pytest.mark.parametrize("word_loss", [0.0, 0.1])
+def test_clip_learns_to_match_pictures_and_captions(word_loss):
+    pixels = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    captions = [[[i, 8 + i], [i]] for i in range(8)]
+    matched = pretrain_clip(
+        tiny_tower(), lambda step: (pixels, captions), 20, steps=60, learning_rate=3e-3, word_loss=word_loss
+    )
+    assert matched > 0.9
+
+
+def test_the_words_are_foretold_by_how_many_said_them(monkeypatch):
+    """The target of the second task is the share of the captions that hold a token."""
+    targets = []
+    real = torch.nn.functional.binary_cross_entropy_with_logits
+
+    def spy(logits, target, **options):
+        targets.append(target)
+        return real(logits, target, **options)
+
+    monkeypatch.setattr(pretrain.F, "binary_cross_entropy_with_logits", spy)
+    captions = [[[1, 2, 2], [1], [3], [1]], [[0]]]
+    pretrain_clip(
+        tiny_tower(), lambda step: (torch.randn(2, 3, 16, 16), captions), 5, steps=1, learning_rate=0, word_loss=1
+    )
+    assert targets[0].tolist() == [[0, 0.75, 0.25, 0.25, 0], [1, 0, 0, 0, 0]]
+
+
+def test_qwen_learns_only_what_is_labelled():
+    config = Qwen2Config(
+        vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, rope_theta=1e4, max_position_embeddings=32,
+    )  # fmt: skip
+    lm = Qwen2(config)
+    initialise_(lm, 0)
+    chance = torch.Generator().manual_seed(0)
+
+    def copies(step: int):
+        """The noise in front is not learnt; the answer repeats its first token."""
+        ids = torch.randint(0, 16, (16, 4), generator=chance)
+        rows = torch.cat([ids, ids[:, :1]], 1)
+        labels = torch.full_like(rows, IGNORED)
+        labels[:, -1] = rows[:, -1]
+        return rows, labels
+
+    assert pretrain_qwen(lm, copies, steps=150, learning_rate=5e-3) < 0.3
+
+
+def test_initialisation_is_a_function_of_the_seed():
+    first, second, third = tiny_tower(), tiny_tower(), tiny_tower()
+    initialise_(third, 1)
+    same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
+    assert all(same) and not torch.equal(next(first.parameters()), next(third.parameters()))
+
+
+def test_the_tokenizer_is_made_like_qwens():
+    tokenizer = build_tokenizer(["a red wall, a red door"] * 5, 300)
+    size = tokenizer.get_vocab_size()
+    assert [tokenizer.token_to_id(name) for name in CONTROL_TOKENS] == list(range(size - len(CONTROL_TOKENS), size))
+    assert tokenizer.decode(tokenizer.encode("été 12 日本\n").ids) == "été 12 日本\n"
+    digits = tokenizer.encode("2026").tokens
+    assert digits == list("2026"), "Qwen2.5 never joins digits"
+
+
+def test_a_picture_is_mirrored_only_where_no_caption_says_left_or_right(photographs):
+    from mmllm.data import load_samples
+
+    lines = [json.loads(line) for line in photographs.read_text().split("\n")]
+    lines[0]["captions"] = ["something on the Left"]
+    photographs.write_text("\n".join(map(json.dumps, lines)))
+    pictures = CaptionedPictures(load_samples(photographs, None), lambda text: [len(text)], ImageProcessor(16))
+    assert pictures.can_flip == [False] + [True] * 15
+    pixels, captions = pictures.batch(16, random.Random(0))
+    assert pixels.shape == (16, 3, 16, 16) and sorted(map(len, captions)) == [1] + [2] * 15
+    assert np.allclose(pixels.std(), 1, atol=0.5)
+
+
+def test_the_command_writes_two_folders_that_can_be_joined(photographs, tmp_path, monkeypatch):
+    sizes = "--image-size 16 --patch-size 8 --vision-width 64 --vision-layers 2 --vocab-size 320 --text-width 64"
+    steps = "--text-layers 1 --clip-steps 3 --clip-batch 4 --qwen-steps 3 --device cpu"
+    arguments = ["pretrain", "--data", str(photographs), "--out", str(tmp_path / "out"), *sizes.split(), *steps.split()]
+    monkeypatch.setattr(sys, "argv", arguments)
+    pretrain.main()
+    model = MultimodalLLM.from_towers(tmp_path / "out" / "clip", tmp_path / "out" / "qwen")
+    assert model.config.num_image_tokens == 4
+    assert Tokenizer.from_file(str(tmp_path / "out" / "qwen" / "tokenizer.json")).get_vocab_size() <= 320
+
+
+def test_too_few_pictures_for_a_batch_are_told(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--data", str(photographs), "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="fewer pictures than --clip-batch 64; lower it"):
+        pretrain.main()
