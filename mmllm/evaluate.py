@@ -170,7 +170,7 @@ def with_other_pictures(tasks: list[Task], seed: int) -> list[Task]:
 
 def predict(pipeline, tasks: list[Task], config, batch_size: int, name: str) -> list[str]:
     """What the model says, in the order of the tasks; pictures are read a few batches ahead."""
-    from mmllm.data import prefetch
+    from mmllm.batches import prefetch
     from mmllm.generate import generate
 
     def prompts(start: int) -> list:

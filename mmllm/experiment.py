@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from mmllm import checkpoint as disk
+from mmllm.batches import sample_order
 from mmllm.chat import marked
 from mmllm.config import ExperimentConfig, explain
-from mmllm.data import Sample, checked_samples, sample_order
+from mmllm.data import Sample, checked_samples
 from mmllm.device import choose_device
 from mmllm.errors import ConfigError
 from mmllm.log import RunLog, record_start, say, start_wandb, write_report

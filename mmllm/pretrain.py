@@ -26,9 +26,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mmllm.batches import collate
 from mmllm.chat import ChatProcessor, assistant, user
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
-from mmllm.data import CAPTION_PROMPT, Sample, collate, load_samples
+from mmllm.data import CAPTION_PROMPT, Sample, load_samples
 from mmllm.device import autocast, choose_device
 from mmllm.errors import UserError, run
 from mmllm.image import ImageProcessor, decode

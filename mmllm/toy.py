@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from mmllm.batches import collate
 from mmllm.chat import ChatProcessor, assistant, user
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
-from mmllm.data import CAPTION_PROMPT, collate
+from mmllm.data import CAPTION_PROMPT
 from mmllm.errors import run
 from mmllm.image import ImageProcessor
 from mmllm.log import duration, say

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from mmllm import checkpoint as disk
+from mmllm.batches import Batch, BatchLoader, sample_order
 from mmllm.chat import IGNORED
 from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig
-from mmllm.data import Batch, BatchLoader, Sample, sample_order
+from mmllm.data import Sample
 from mmllm.device import autocast
 from mmllm.errors import ConfigError, DataError, RunError
 from mmllm.log import RunLog, duration, progress_line, say, write_report

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import torch
 
+from mmllm.batches import ordered_batches
 from mmllm.chat import IMAGE
 from mmllm.config import ExperimentConfig
-from mmllm.data import Sample, ordered_batches
+from mmllm.data import Sample
 from mmllm.device import autocast
 from mmllm.generate import GenerationConfig, Prompt, generate
 from mmllm.model import MultimodalLLM

@@ -9,20 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mmllm.batches import BatchLoader, ordered_batches, sample_order
 from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, user
 from mmllm.config import DataConfig
-from mmllm.data import (
-    BadSample,
-    BatchLoader,
-    Sample,
-    check_samples,
-    checked_samples,
-    image_fault,
-    load_samples,
-    ordered_batches,
-    read_samples,
-    sample_order,
-)
+from mmllm.data import BadSample, Sample, check_samples, checked_samples, image_fault, load_samples, read_samples
 from mmllm.errors import DataError, ImageError
 from mmllm.image import ImageProcessor
 from mmllm.tokenizer import Tokenizer

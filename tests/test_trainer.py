@@ -16,8 +16,9 @@ from torch.testing import assert_close
 
 from mmllm import checkpoint as disk
 from mmllm import trainer
+from mmllm.batches import make_batch, read_row
 from mmllm.config import ExperimentConfig
-from mmllm.data import load_samples, make_batch, read_row
+from mmllm.data import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
 from mmllm.experiment import train
 from mmllm.log import read_metrics

@@ -1,0 +1,169 @@
+"""Samples to batches, in an order that nobody has to remember.
+
+The surprising fact: the order of samples is a pure function of (seed, epoch, index), so a run resumes from one integer,
+on any number of processes.
+Next: trainer.py.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmllm.chat import IGNORED, ChatProcessor, Encoded
+from mmllm.data import Sample
+from mmllm.errors import DataError, ImageError
+
+
+def sample_order(num_samples: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch: a permutation that depends on nothing but its arguments.
+
+    The indices are sorted by numbers of splitmix64 (https://prng.di.unimi.it/splitmix64.c): numpy's own permutations may
+    change from one version to the next, and a resumed run would see other samples.
+    """
+    start = mixed(mixed(np.array([seed], np.uint64) * GOLDEN) + np.array([epoch], np.uint64) * GOLDEN)
+    return np.argsort(mixed(start + np.arange(1, num_samples + 1, dtype=np.uint64) * GOLDEN), kind="stable").tolist()
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right: ids and labels (B, T), pixels of all their pictures in order (N, 3, S, S), N may be 0."""
+
+    ids_BT: Tensor
+    labels_BT: Tensor
+    pixels_N3SS: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=True) for x in (self.ids_BT, self.labels_BT, self.pixels_N3SS)))
+
+
+def collate(rows: list[Encoded], pixels: list[Tensor], pad_id: int, image_size: int) -> Batch:
+    """One batch of encoded conversations and their pictures."""
+    length = max(len(row.ids) for row in rows)
+    ids_BT = torch.full((len(rows), length), pad_id)
+    labels_BT = torch.full((len(rows), length), IGNORED)
+    for i, row in enumerate(rows):
+        ids_BT[i, : len(row.ids)] = torch.tensor(row.ids)
+        labels_BT[i, : len(row.labels)] = torch.tensor(row.labels)
+    return Batch(ids_BT, labels_BT, torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size))
+
+
+Row = tuple[Encoded, list[Tensor]]  # a conversation and the pixels of its pictures
+
+
+class BatchLoader:
+    """Shuffled micro-batches of `samples`, made ahead by threads (decoding a picture frees the interpreter).
+
+    Each of `world_size` processes gets its own slice of every global batch; the last samples of an epoch that fill no
+    global batch wait for another epoch. A picture that proves broken only now is replaced by the next sample, as long
+    as no more than `max_broken` do; which ones and why is in `broken`.
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        processor: ChatProcessor,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        max_length: int | None = None,
+        num_workers: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
+        max_broken: int = 0,
+    ):
+        if len(samples) < batch_size * world_size:
+            raise DataError(
+                f"{len(samples)} samples do not fill one batch of {batch_size} x {world_size} processes; "
+                "lower data.batch_size or bring more samples"
+            )
+        self.samples, self.processor, self.max_length = samples, processor, max_length
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self.rank, self.world_size, self.max_broken = rank, world_size, max_broken
+        self.broken: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch, for each process."""
+        return len(self.samples) // (self.batch_size * self.world_size)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The micro-batches of an epoch from number `start` on."""
+        order = sample_order(len(self.samples), self.seed, epoch)
+        yield from prefetch(lambda number: self._make(order, number), range(start, len(self)), self.num_workers)
+
+    def indices(self, order: list[int], number: int) -> list[int]:
+        """The samples of this process's micro-batch `number`."""
+        start = (number * self.world_size + self.rank) * self.batch_size
+        return order[start : start + self.batch_size]
+
+    def _make(self, order: list[int], number: int) -> Batch:
+        return make_batch([self._read(index) for index in self.indices(order, number)], self.processor)
+
+    def _read(self, index: int) -> Row:
+        """The sample at `index`, or the first one after it that can be read."""
+        while True:
+            try:
+                return read_row(self.samples[index], self.processor, self.max_length)
+            except ImageError as error:
+                self.broken[index] = str(error)
+                if len(self.broken) > min(self.max_broken, len(self.samples) - 1):
+                    raise DataError(f"sample {index} ({self.samples[index].id}): {error}") from error
+            index = (index + 1) % len(self.samples)
+
+
+def ordered_batches(
+    samples: list[Sample],
+    processor: ChatProcessor,
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    num_workers: int = 2,
+) -> Iterator[Batch]:
+    """All samples in their order, the last batch as small as it is: for validation."""
+
+    def make(start: int) -> Batch:
+        part = samples[start : start + batch_size]
+        return make_batch([read_row(sample, processor, max_length) for sample in part], processor)
+
+    return prefetch(make, range(0, len(samples), batch_size), num_workers)
+
+
+def read_row(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> Row:
+    encoded = processor.encode(list(sample.messages), max_length)
+    return encoded, [processor.image_processor(path) for path in sample.images]
+
+
+def make_batch(rows: list[Row], processor: ChatProcessor) -> Batch:
+    pixels = [image for _, images in rows for image in images]
+    return collate([row for row, _ in rows], pixels, processor.tokenizer.pad_id, processor.image_processor.size)
+
+
+def prefetch(make: Callable[[int], Batch], numbers: range, num_workers: int) -> Iterator[Batch]:
+    """`make(number)` for each number, in order, made by threads a few ahead; 0 workers: made when asked for."""
+    if num_workers == 0:
+        yield from map(make, numbers)
+        return
+    waiting: list[Future[Batch]] = []
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="batch") as pool:
+        try:
+            for number in numbers:
+                waiting.append(pool.submit(make, number))
+                if len(waiting) > 2 * num_workers:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
