@@ -39,12 +39,13 @@ class Section:
 
 @dataclass
 class LoraConfig(Section):
-    """Low-rank adapters, in PEFT's words."""
+    """Low-rank adapters, in PEFT's words. `target_modules` may be ("all-linear",)."""
 
     r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.1
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "k_proj", "o_proj")
+    use_rslora: bool = False
 
 
 @dataclass

@@ -23,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mmllm.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.config import LoraConfig
 from mmllm.errors import CheckpointError
 from mmllm.image import ImageProcessor
+from mmllm.lora import CONFIG_FILE, LoRALinear, load_adapter_, write_adapter
 from mmllm.projector import Projector
 from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.tokenizer import Tokenizer
@@ -110,6 +112,7 @@ class MultimodalLLM(nn.Module):
         self.multi_modal_projector = Projector(width, config.text.hidden_size)
         self.language_model = Qwen2(config.text)
         self.processor: ChatProcessor | None = None
+        self.lora: LoraConfig | None = None  # set where the language model has adapters
 
     @property
     def device(self) -> torch.device:
@@ -183,6 +186,8 @@ class MultimodalLLM(nn.Module):
             tensors.setdefault("language_model.lm_head.weight", tensors.get(EMBEDDING, torch.empty(0)))
         load_strict_(model, tensors, folder)
         model.language_model.tie_weights()
+        if (folder / CONFIG_FILE).exists():
+            model.lora = load_adapter_(model, folder)
         return model._finished(processor, folder)
 
     @classmethod
@@ -243,15 +248,19 @@ class MultimodalLLM(nn.Module):
             self.write_files(temporary)
 
     def write_files(self, folder: Path) -> None:
-        """Writes config.json, model.safetensors, mmllm.json and the processor's files into `folder`."""
+        """Writes config.json, model.safetensors, mmllm.json, the processor's files and adapters into `folder`."""
         tied = {"language_model.lm_head.weight"} if self.config.text.tie_word_embeddings else set()
-        tensors = {name: value.contiguous() for name, value in self.state_dict().items() if name not in tied}
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        if any(isinstance(layer, LoRALinear) and layer.is_merged for layer in self.modules()):
+            raise ValueError("the adapters are merged: unmerge_lora_ before saving, or they would count twice")
+        base = {n: v.contiguous() for n, v in self.state_dict().items() if n not in tied and ".lora_" not in n}
+        save_file(base, folder / "model.safetensors", {"format": "pt"})
+        if self.lora:
+            write_adapter(folder, self, self.lora)
         ours = {
             "format_version": 1,
             "features": self.config.features,
             "system_prompt": self.processor.system,
-            "surgery": [],
+            "surgery": ["lora"] if self.lora else [],
         }
         for name, content in (("config.json", self.config.to_dict()), ("mmllm.json", ours)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -265,8 +274,11 @@ def read_config(folder: str | Path) -> tuple[MultimodalConfig, str]:
     """Configuration and system text of a model directory."""
     folder = Path(folder)
     ours = read_json(folder / "mmllm.json")
-    if ours.get("format_version") != 1 or ours.get("surgery"):
+    surgery = ours.get("surgery") or []
+    if ours.get("format_version") != 1 or not set(surgery) <= {"lora"}:
         raise CheckpointError(f"{folder / 'mmllm.json'}: written by a newer mmllm; update this one")
+    if ("lora" in surgery) != (folder / CONFIG_FILE).exists():
+        raise CheckpointError(f"{folder}: mmllm.json and {CONFIG_FILE} disagree on whether there are adapters")
     return MultimodalConfig.from_dict(read_json(folder / "config.json")), ours.get("system_prompt", DEFAULT_SYSTEM)
 
 

@@ -14,6 +14,7 @@ from mmllm.clip import CLIPVisionConfig
 from mmllm.config import ExperimentConfig, ModelConfig, StageConfig
 from mmllm.data import read_samples
 from mmllm.errors import ConfigError, DataError
+from mmllm.lora import add_lora_
 from mmllm.model import MultimodalConfig, MultimodalLLM, read_config
 from mmllm.qwen import Qwen2Config
 from mmllm.surgery import count_parameters, train_only_
@@ -65,6 +66,8 @@ def describe(config: ExperimentConfig) -> list[str]:
     """The lines of `--dry-run`."""
     with torch.device("meta"):
         model = MultimodalLLM(architecture(config.model))
+    if config.model.use_lora:
+        add_lora_(model.language_model, config.model.lora_config)
     stages = config.stages()
     trainable = []
     for stage in stages:
@@ -128,11 +131,13 @@ def step_flops(model: MultimodalLLM, tokens: int, targets: int, images: int) -> 
 
     Two a weight and token forward, two for the gradient of the input, two for that of a trained weight.
     """
-    text, vision = model.config.text, model.config.vision
-    language = count_parameters(model.language_model.model.layers) * tokens
-    language += text.vocab_size * text.hidden_size * targets
+    text, vision, layers = model.config.text, model.config.vision, model.language_model.model.layers
+    head = text.vocab_size * text.hidden_size * targets
+    language = 4 * (count_parameters(layers) * tokens + head)
+    language += 2 * count_parameters(layers, only_trainable=True) * tokens
+    if model.language_model.lm_head.weight.requires_grad:
+        language += 2 * head
     tower = count_parameters(model.vision_tower) * (vision.num_patches + 1) * images
-    language *= 6 if is_trained(model.language_model) else 4
     return language + tower * (6 if is_trained(model.vision_tower) else 2)
 
 

@@ -13,13 +13,19 @@ from torch.utils.checkpoint import checkpoint
 
 
 def train_only_(model: nn.Module, parts: Iterable[str]) -> None:
-    """Make the children called `parts` trainable and freeze the others, which stay in evaluation mode."""
+    """Make the children called `parts` trainable and freeze the others, which stay in evaluation mode.
+
+    Of a child with adapters only these are trained.
+    """
     parts = set(parts)
     unknown = parts - dict(model.named_children()).keys()
     if unknown:
         raise ValueError(f"no part {', '.join(sorted(unknown))} in a {type(model).__name__}")
     for name, child in model.named_children():
-        child.requires_grad_(name in parts)
+        parameters = dict(child.named_parameters())
+        has_adapters = any(".lora_" in key for key in parameters)
+        for key, parameter in parameters.items():
+            parameter.requires_grad_(name in parts and (".lora_" in key or not has_adapters))
         child.train(name in parts)
 
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -32,6 +32,7 @@ from mmllm.data import Sample
 from mmllm.device import autocast
 from mmllm.errors import ConfigError, DataError, RunError
 from mmllm.log import RunLog, duration, progress_line, say, write_report
+from mmllm.lora import adapters, add_lora_, fold_lora_, target_layers
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.plan import PART_OF, is_trained, step_flops, trained_parts
@@ -382,7 +383,6 @@ def refuse_unbuilt(config: ExperimentConfig) -> None:
     missing = {
         "load_in_8bit": "the int8 language model",
         "load_in_4bit": "the int4 language model",
-        "use_lora": "low-rank adapters",
     }
     asked = [name for name in missing if config.get(f"model.{name}")]
     if asked:
@@ -401,11 +401,28 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """The surgery on a loaded model, in the only order that works:
 
     quantize_ -> add_lora_ -> train_only_ -> checkpoint_blocks_ -> compile_blocks_ -> shard_.
-    The first two and the last two are not built yet, see `refuse_unbuilt`; each stage narrows `train_only_` to its own.
+    The first and the last two are not built yet, see `refuse_unbuilt`; each stage narrows `train_only_` to its own.
     """
     refuse_unbuilt(config)
+    adapt_(model, config)
     train_only_(model, {part for stage in config.stages() for part in trained_parts(stage)})
     if config.training.gradient_checkpointing:
         checkpoint_blocks_(model.language_model.model.layers)
         if is_trained(model.vision_tower):
             checkpoint_blocks_(model.vision_tower.vision_model.encoder.layers)
+
+
+def adapt_(model: MultimodalLLM, config: ExperimentConfig) -> None:
+    """Adapters as the configuration says: new ones, those that the model came with, or none."""
+    wanted = config.model.lora_config if config.model.use_lora else None
+    if model.lora and wanted:
+        same_layers = set(adapters(model.language_model)) == set(target_layers(model.language_model, wanted))
+        if not same_layers or replace(wanted, target_modules=()) != replace(model.lora, target_modules=()):
+            raise ConfigError(f"model.lora_config is {wanted}, but the model came with {model.lora}; use the same")
+    if model.lora and not wanted:
+        say("the model came with adapters and model.use_lora is false: they are added to its weights")
+        fold_lora_(model.language_model)
+        model.lora = None
+    elif wanted and not model.lora:
+        add_lora_(model.language_model, wanted, config.seed)
+        model.lora = wanted

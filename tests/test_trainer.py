@@ -403,7 +403,6 @@ def test_too_few_samples_for_a_step_are_refused(world, tmp_path):
     [
         ("model.load_in_8bit", "load_in_8bit is not built yet"),
         ("model.load_in_4bit", "load_in_4bit is not built yet"),
-        ("model.use_lora", "use_lora is not built yet"),
     ],
 )
 def test_what_is_not_built_yet_is_named(world, tmp_path, name, words):
