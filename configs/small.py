@@ -2,7 +2,6 @@
 
     python train.py configs/small.py data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
 
-The int8 base is not built yet and the run says so; with `model.load_in_8bit=false` the adapters train on a float32 base.
 Rates as in torchtune's recipes for Qwen2.5 with LoRA. Scores and memory: not measured.
 """
 

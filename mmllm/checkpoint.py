@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mmllm.errors import CheckpointError, RunError
 from mmllm.log import say
-from mmllm.surgery import count_parameters
+from mmllm.surgery import count_parameters, count_weights
 from mmllm.weights import atomic_directory
 
 FORMAT = 1
@@ -77,7 +77,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 def refuse_full_disk(directory: Path, model: nn.Module) -> None:
     """RunError when the disk cannot take one more checkpoint (float32 weights, two moments) and a fifth more."""
-    needed = 1.2 * 4 * (count_parameters(model) + 2 * count_parameters(model, only_trainable=True))
+    needed = 1.2 * 4 * (count_weights(model) + 2 * count_parameters(model, only_trainable=True))
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise RunError(

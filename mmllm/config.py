@@ -179,6 +179,11 @@ class ExperimentConfig(Section):
                 raise ConfigError(f"{source}{full} is {value!r}; {fault}")
         if self.model.load_in_8bit and self.model.load_in_4bit:
             raise ConfigError("model.load_in_8bit and model.load_in_4bit are both true; choose one")
+        trains = any("language_model" in stage.train and stage.epochs for stage in self.stages())
+        if self.model.load_in_8bit and trains and not self.model.use_lora:
+            raise ConfigError(
+                "model.load_in_8bit holds the language model frozen: set model.use_lora=true, or let no stage train it"
+            )
 
     def get(self, dotted: str) -> object:
         """The value of a setting by its full name."""

@@ -3,8 +3,10 @@
 The surprising fact: an adapter that fits no module is no error to the library that everyone uses. It warns, and the model
 answers as if it had never been trained. So here every tensor of an adapter file must find its place.
 
-A layer with adapters is still an `nn.Linear` with its `weight` and `bias` in their old names, so base checkpoints load
-with adapters and without. Paper: https://arxiv.org/abs/2106.09685; rank-stabilised scaling:
+A layer with an adapter is the same layer: it gets two parameters, and its `forward` is replaced on the instance. So base
+weights keep their names, and whatever the layer is made of (int8, see quant.py) stays.
+
+Paper: https://arxiv.org/abs/2106.09685; rank-stabilised scaling:
 https://arxiv.org/abs/2312.03732; files: https://huggingface.co/docs/peft (checkpoint format).
 Next: model.py, trainer.py.
 """
@@ -12,6 +14,8 @@ Next: model.py, trainer.py.
 import json
 import math
 import re
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 
 from mmllm.config import LoraConfig
 from mmllm.errors import CheckpointError, ConfigError
+from mmllm.quant import Int8Linear
 from mmllm.weights import read_json, read_safetensors
 
 ALL_LINEAR = "all-linear"
@@ -29,45 +34,55 @@ ADAPTER = re.compile(r"(?:.*\.)?(layers\.\d+\..+)\.lora_([AB])(?:\.default)?\.we
 PROJECTOR = re.compile(r"(?:.*\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))")
 
 
-class LoRALinear(nn.Linear):
-    """y = W x + b + scaling B A dropout(x); A is drawn from +-1/sqrt(in), B begins at zero."""
+@dataclass
+class Adapter:
+    """What a layer knows of its adapter besides `lora_A` and `lora_B`."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig, chance: torch.Generator):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias, self.training = base.weight, base.bias, base.training
-        bound, device = 1 / math.sqrt(base.in_features), base.weight.device
-        drawn = torch.empty(config.r, base.in_features).uniform_(-bound, bound, generator=chance)
-        self.lora_A = nn.Parameter(drawn.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device))
-        self.scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        self.dropout = config.lora_dropout
-        self.is_merged = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        if self.is_merged:
-            return y
-        low = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
-        return y + (self.scaling * F.linear(low, self.lora_B)).to(y.dtype)
-
-    @torch.no_grad()
-    def merge_(self, sign: int = 1) -> None:
-        """Adds B A to W; with `sign` -1 takes it out again, up to rounding."""
-        if self.is_merged == (sign == 1):
-            raise ValueError(f"the adapter is {'already' if self.is_merged else 'not'} merged")
-        self.weight += (sign * self.scaling * self.lora_B.float() @ self.lora_A.float()).to(self.weight.dtype)
-        self.is_merged = sign == 1
+    scaling: float
+    dropout: float
+    is_merged: bool = False
 
 
-def adapters(module: nn.Module) -> dict[str, LoRALinear]:
+def adapt_(layer: nn.Module, config: LoraConfig, chance: torch.Generator) -> None:
+    """Makes `layer` y = W x + b + scaling B A dropout(x); A is drawn from +-1/sqrt(in), B begins at zero."""
+    bound, device = 1 / math.sqrt(layer.in_features), layer.weight.device
+    drawn = torch.empty(config.r, layer.in_features).uniform_(-bound, bound, generator=chance)
+    layer.lora_A = nn.Parameter(drawn.to(device))
+    layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, config.r, device=device))
+    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    layer.lora = Adapter(scaling, config.lora_dropout)
+    layer.forward = partial(adapted, layer)
+
+
+def adapted(layer: nn.Module, x: Tensor) -> Tensor:
+    y = type(layer).forward(layer, x)
+    if layer.lora.is_merged:
+        return y
+    low = F.linear(F.dropout(x, layer.lora.dropout, layer.training).to(layer.lora_A.dtype), layer.lora_A)
+    return y + (layer.lora.scaling * F.linear(low, layer.lora_B)).to(y.dtype)
+
+
+@torch.no_grad()
+def merge_(layer: nn.Module, sign: int = 1) -> None:
+    """Adds B A to W; with `sign` -1 takes it out again, up to rounding."""
+    if layer.lora.is_merged == (sign == 1):
+        raise ValueError(f"the adapter is {'already' if layer.lora.is_merged else 'not'} merged")
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError("adapters cannot be added to int8 weights; load the model with model.load_in_8bit=false")
+    layer.weight += (sign * layer.lora.scaling * layer.lora_B.float() @ layer.lora_A.float()).to(layer.weight.dtype)
+    layer.lora.is_merged = sign == 1
+
+
+def adapters(module: nn.Module) -> dict[str, nn.Module]:
     """The layers with adapters, by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+    return {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
 
 
 def target_layers(language_model: nn.Module, config: LoraConfig) -> list[str]:
     """The linear layers that `target_modules` names (or all but the head); ConfigError when it names one that is none."""
-    linear = [n for n, layer in language_model.named_modules() if isinstance(layer, nn.Linear) and n != "lm_head"]
+    linear = [
+        n for n, layer in language_model.named_modules() if isinstance(layer, nn.Linear | Int8Linear) and n != "lm_head"
+    ]
     targets = set(config.target_modules)
     chosen = [name for name in linear if targets == {ALL_LINEAR} or name.rpartition(".")[2] in targets]
     unknown = targets - {name.rpartition(".")[2] for name in chosen} - {ALL_LINEAR}
@@ -83,32 +98,25 @@ def add_lora_(language_model: nn.Module, config: LoraConfig, seed: int = 0) -> N
     """Gives each of the `target_layers` an adapter, drawn by `seed`."""
     chance = torch.Generator().manual_seed(seed)
     for name in target_layers(language_model, config):
-        replace_(language_model, name, LoRALinear(language_model.get_submodule(name), config, chance))
-
-
-def replace_(module: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(module.get_submodule(parent), last, layer)
+        adapt_(language_model.get_submodule(name), config, chance)
 
 
 def merge_lora_(module: nn.Module) -> None:
     """Adds all adapters to their weights: as fast as a model without, and again one after `unmerge_lora_`."""
     for layer in adapters(module).values():
-        layer.merge_()
+        merge_(layer)
 
 
 def unmerge_lora_(module: nn.Module) -> None:
     for layer in adapters(module).values():
-        layer.merge_(sign=-1)
+        merge_(layer, sign=-1)
 
 
 def fold_lora_(module: nn.Module) -> None:
-    """Adds all adapters to their weights for good: plain linear layers are left."""
-    for name, layer in adapters(module).items():
-        layer.merge_()
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight, plain.bias = layer.weight, layer.bias
-        replace_(module, name, plain)
+    """Adds all adapters to their weights for good: layers as they were before are left."""
+    for layer in adapters(module).values():
+        merge_(layer)
+        del layer.lora_A, layer.lora_B, layer.lora, layer.forward
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

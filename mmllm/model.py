@@ -26,8 +26,9 @@ from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.config import LoraConfig
 from mmllm.errors import CheckpointError
 from mmllm.image import ImageProcessor
-from mmllm.lora import CONFIG_FILE, LoRALinear, load_adapter_, write_adapter
+from mmllm.lora import CONFIG_FILE, adapters, load_adapter_, write_adapter
 from mmllm.projector import Projector
+from mmllm.quant import quantize_
 from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.tokenizer import Tokenizer
 from mmllm.weights import atomic_directory, load_strict_, locate, read_json, read_tensors
@@ -113,6 +114,7 @@ class MultimodalLLM(nn.Module):
         self.language_model = Qwen2(config.text)
         self.processor: ChatProcessor | None = None
         self.lora: LoraConfig | None = None  # set where the language model has adapters
+        self.is_int8 = False  # whether its linear layers are int8
 
     @property
     def device(self) -> torch.device:
@@ -179,14 +181,24 @@ class MultimodalLLM(nn.Module):
         """
         folder = locate(source)
         config, system = read_config(folder)
+        surgery = read_surgery(folder)
         processor = ChatProcessor.load(folder, config.num_image_tokens, system)
         model = cls._empty(config)
-        tensors = {name: value.to(device, dtype) for name, value in read_tensors(folder).items()}
+        exact = "language_model." if "int8" in surgery else None  # rounded to int8 as they are, not to `dtype` before
+        tensors = {
+            name: value.to(device, torch.float32 if exact and name.startswith(exact) else dtype)
+            for name, value in read_tensors(folder).items()
+        }
         if config.text.tie_word_embeddings:
             tensors.setdefault("language_model.lm_head.weight", tensors.get(EMBEDDING, torch.empty(0)))
         load_strict_(model, tensors, folder)
         model.language_model.tie_weights()
-        if (folder / CONFIG_FILE).exists():
+        if "int8" in surgery:
+            quantize_(model.language_model)
+            model.is_int8 = True
+            for parameter in model.language_model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        if "lora" in surgery:
             model.lora = load_adapter_(model, folder)
         return model._finished(processor, folder)
 
@@ -250,7 +262,7 @@ class MultimodalLLM(nn.Module):
     def write_files(self, folder: Path) -> None:
         """Writes config.json, model.safetensors, mmllm.json, the processor's files and adapters into `folder`."""
         tied = {"language_model.lm_head.weight"} if self.config.text.tie_word_embeddings else set()
-        if any(isinstance(layer, LoRALinear) and layer.is_merged for layer in self.modules()):
+        if any(layer.lora.is_merged for layer in adapters(self).values()):
             raise ValueError("the adapters are merged: unmerge_lora_ before saving, or they would count twice")
         base = {n: v.contiguous() for n, v in self.state_dict().items() if n not in tied and ".lora_" not in n}
         save_file(base, folder / "model.safetensors", {"format": "pt"})
@@ -260,7 +272,7 @@ class MultimodalLLM(nn.Module):
             "format_version": 1,
             "features": self.config.features,
             "system_prompt": self.processor.system,
-            "surgery": ["lora"] if self.lora else [],
+            "surgery": ["int8"] * self.is_int8 + ["lora"] * (self.lora is not None),
         }
         for name, content in (("config.json", self.config.to_dict()), ("mmllm.json", ours)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -274,12 +286,19 @@ def read_config(folder: str | Path) -> tuple[MultimodalConfig, str]:
     """Configuration and system text of a model directory."""
     folder = Path(folder)
     ours = read_json(folder / "mmllm.json")
-    surgery = ours.get("surgery") or []
-    if ours.get("format_version") != 1 or not set(surgery) <= {"lora"}:
+    if ours.get("format_version") != 1:
+        raise CheckpointError(f"{folder / 'mmllm.json'}: written by a newer mmllm; update this one")
+    return MultimodalConfig.from_dict(read_json(folder / "config.json")), ours.get("system_prompt", DEFAULT_SYSTEM)
+
+
+def read_surgery(folder: Path) -> list[str]:
+    """What was done to the model of a directory, in order: "int8", "lora"."""
+    surgery = read_json(folder / "mmllm.json").get("surgery") or []
+    if not set(surgery) <= {"int8", "lora"}:
         raise CheckpointError(f"{folder / 'mmllm.json'}: written by a newer mmllm; update this one")
     if ("lora" in surgery) != (folder / CONFIG_FILE).exists():
         raise CheckpointError(f"{folder}: mmllm.json and {CONFIG_FILE} disagree on whether there are adapters")
-    return MultimodalConfig.from_dict(read_json(folder / "config.json")), ours.get("system_prompt", DEFAULT_SYSTEM)
+    return surgery
 
 
 def read_tower_configs(clip_folder: Path, qwen_folder: Path) -> tuple[CLIPVisionConfig, Qwen2Config]:

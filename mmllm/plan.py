@@ -16,8 +16,9 @@ from mmllm.data import read_samples
 from mmllm.errors import ConfigError, DataError
 from mmllm.lora import add_lora_
 from mmllm.model import MultimodalConfig, MultimodalLLM, read_config
+from mmllm.quant import quantize_
 from mmllm.qwen import Qwen2Config
-from mmllm.surgery import count_parameters, train_only_
+from mmllm.surgery import count_parameters, count_weights, train_only_
 from mmllm.weights import read_json
 
 PART_OF = {  # the words of the configuration: the model's own names
@@ -66,6 +67,8 @@ def describe(config: ExperimentConfig) -> list[str]:
     """The lines of `--dry-run`."""
     with torch.device("meta"):
         model = MultimodalLLM(architecture(config.model))
+    if config.model.load_in_8bit:
+        quantize_(model.language_model)
     if config.model.use_lora:
         add_lora_(model.language_model, config.model.lora_config)
     stages = config.stages()
@@ -75,8 +78,8 @@ def describe(config: ExperimentConfig) -> list[str]:
         trainable.append({name: count_parameters(part, True) for name, part in model.named_children()})
     lines = [f"{'':22}{'parameters':>14}{'stage 1 trains':>16}{'stage 2 trains':>16}"]
     for name, part in model.named_children():
-        lines.append(_row(name, count_parameters(part), *(counts[name] for counts in trainable)))
-    lines.append(_row("total", count_parameters(model), *(sum(counts.values()) for counts in trainable)))
+        lines.append(_row(name, count_weights(part), *(counts[name] for counts in trainable)))
+    lines.append(_row("total", count_weights(model), *(sum(counts.values()) for counts in trainable)))
     samples, note = count_samples(config)
     for number, stage in enumerate(stages, 1):
         train_only_(model, trained_parts(stage))
@@ -123,7 +126,8 @@ def peak_bytes(model: MultimodalLLM, config: ExperimentConfig, stage: StageConfi
         activations = text.num_hidden_layers * block
     copies = 2 * count_parameters(model.language_model) if bf16 else 0
     logits = 4 * 4 * min(tokens * text.vocab_size, 2**26)  # one piece, its gradient and what both are made of
-    return 4 * count_parameters(model) + 12 * count_parameters(model, True) + copies + activations + logits
+    held = 4 * count_parameters(model) + sum(b.numel() * b.element_size() for b in model.buffers())
+    return held + 12 * count_parameters(model, True) + copies + activations + logits
 
 
 def step_flops(model: MultimodalLLM, tokens: int, targets: int, images: int) -> float:
@@ -133,7 +137,7 @@ def step_flops(model: MultimodalLLM, tokens: int, targets: int, images: int) -> 
     """
     text, vision, layers = model.config.text, model.config.vision, model.language_model.model.layers
     head = text.vocab_size * text.hidden_size * targets
-    language = 4 * (count_parameters(layers) * tokens + head)
+    language = 4 * (count_weights(layers) * tokens + head)
     language += 2 * count_parameters(layers, only_trainable=True) * tokens
     if model.language_model.lm_head.weight.requires_grad:
         language += 2 * head

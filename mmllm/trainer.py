@@ -36,7 +36,8 @@ from mmllm.lora import adapters, add_lora_, fold_lora_, target_layers
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.plan import PART_OF, is_trained, step_flops, trained_parts
-from mmllm.surgery import checkpoint_blocks_, count_parameters, train_only_
+from mmllm.quant import quantize_
+from mmllm.surgery import checkpoint_blocks_, count_parameters, count_weights, train_only_
 from mmllm.validation import sample_captions, validation_losses
 
 NAMES_SHOWN = 8
@@ -141,7 +142,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         disk.load_optimizer_(position.checkpoint, model, optimizer, position.updates)
     say(
         f"stage {position.stage}: {total} steps of {stage.batch_size} x {stage.gradient_accumulation_steps} samples, "
-        f"training {', '.join(stage.train)}: {count_parameters(model, True):,} of {count_parameters(model):,} parameters"
+        f"training {', '.join(stage.train)}: {count_parameters(model, True):,} of {count_weights(model):,} parameters"
     )
 
     def finish(done: int) -> None:
@@ -381,7 +382,6 @@ def save(
 def refuse_unbuilt(config: ExperimentConfig) -> None:
     """ConfigError for what the configuration may ask for and this version has not: never train something else instead."""
     missing = {
-        "load_in_8bit": "the int8 language model",
         "load_in_4bit": "the int4 language model",
     }
     asked = [name for name in missing if config.get(f"model.{name}")]
@@ -401,10 +401,11 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """The surgery on a loaded model, in the only order that works:
 
     quantize_ -> add_lora_ -> train_only_ -> checkpoint_blocks_ -> compile_blocks_ -> shard_.
-    The first and the last two are not built yet, see `refuse_unbuilt`; each stage narrows `train_only_` to its own.
+    The last two are not built yet, see `refuse_unbuilt`; each stage narrows `train_only_` to its own.
     """
     refuse_unbuilt(config)
-    adapt_(model, config)
+    apply_int8_(model, config)
+    apply_lora_(model, config)
     train_only_(model, {part for stage in config.stages() for part in trained_parts(stage)})
     if config.training.gradient_checkpointing:
         checkpoint_blocks_(model.language_model.model.layers)
@@ -412,7 +413,19 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
             checkpoint_blocks_(model.vision_tower.vision_model.encoder.layers)
 
 
-def adapt_(model: MultimodalLLM, config: ExperimentConfig) -> None:
+def apply_int8_(model: MultimodalLLM, config: ExperimentConfig) -> None:
+    """Make the language model int8 where the configuration asks for it."""
+    wanted = config.model.load_in_8bit
+    if model.is_int8 and not wanted:
+        raise ConfigError("the model came with an int8 base; set model.load_in_8bit=true")
+    if wanted and not model.is_int8:
+        if model.lora:
+            raise ConfigError("the model came with adapters beside a float base; set model.load_in_8bit=false")
+        quantize_(model.language_model)
+        model.is_int8 = True
+
+
+def apply_lora_(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """Adapters as the configuration says: new ones, those that the model came with, or none."""
     wanted = config.model.lora_config if config.model.use_lora else None
     if model.lora and wanted:

@@ -401,7 +401,6 @@ def test_too_few_samples_for_a_step_are_refused(world, tmp_path):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("model.load_in_8bit", "load_in_8bit is not built yet"),
         ("model.load_in_4bit", "load_in_4bit is not built yet"),
     ],
 )

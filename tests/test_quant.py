@@ -1,0 +1,217 @@
+"""The int8 base against the matrix it stands for: products, gradients, files, and a run with adapters."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_run import write_world
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from mmllm import checkpoint as disk
+from mmllm.batches import make_batch, read_row
+from mmllm.config import ExperimentConfig, LoraConfig
+from mmllm.data import load_samples
+from mmllm.errors import CheckpointError, ConfigError
+from mmllm.experiment import train
+from mmllm.lora import add_lora_, merge_lora_
+from mmllm.model import MultimodalLLM
+from mmllm.quant import Int8Linear, quantize, quantize_
+from mmllm.surgery import count_weights, train_only_
+from mmllm.trainer import accumulate_gradients
+from official import write_model
+
+
+def some_weight() -> torch.Tensor:
+    weight = torch.randn(50, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 50)[:, None]
+    weight[7] = 0
+    return weight
+
+
+def test_a_weight_is_off_by_half_a_scale_at_most():
+    weight = some_weight()
+    q, scale = quantize(weight)
+    assert q.dtype == torch.int8 and scale.shape == (50, 1)
+    assert ((q * scale - weight).abs() <= scale / 2 * (1 + 1e-6)).all()
+    rows = weight.abs().amax(1) > 0
+    assert (scale[rows] / (weight.abs().amax(1, keepdim=True)[rows] / 127) - 1).abs().max() < 2**-14
+    assert (q[7] == 0).all()
+
+
+def test_quantising_what_was_quantised_changes_no_bit():
+    q, scale = quantize(some_weight())
+    exact = q.double() * scale.double()
+    assert torch.equal((q * scale).double(), exact), "float32 holds the product"
+    again, same = quantize(q * scale)
+    rows = (q != 0).any(1)
+    assert torch.equal(again, q) and torch.equal(same[rows], scale[rows])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_and_gradients_are_those_of_the_rounded_matrix(bias):
+    layer = nn.Linear(33, 50, bias=bias)
+    layer.weight.data = some_weight() / some_weight().std()
+    int8 = Int8Linear(layer)
+    rounded = int8.weight * int8.scale
+    x = torch.randn(4, 6, 33, requires_grad=True)
+    wanted, got = F.linear(x, rounded, layer.bias), int8(x)
+    pull = torch.randn_like(wanted)
+    (want_gradient,), (gradient,) = (torch.autograd.grad(y, x, pull) for y in (wanted, got))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_it_computes_in_bfloat16():
+    layer = nn.Linear(33, 50)
+    x = torch.randn(5, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, wanted = Int8Linear(layer)(x), layer(x)
+    assert got.dtype == torch.bfloat16
+    assert (got - wanted).float().abs().max() < 0.05
+
+
+def test_what_is_kept_for_the_backward_pass_is_a_quarter():
+    layer = nn.Linear(400, 300, bias=False).requires_grad_(False)
+    int8, kept = Int8Linear(layer), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        int8(torch.randn(2, 400, requires_grad=True))
+    assert sum(kept) <= 300 * 400 + 4 * 300
+
+
+@pytest.fixture
+def model(tmp_path) -> MultimodalLLM:
+    return MultimodalLLM.from_pretrained(write_model(tmp_path / "model"))
+
+
+def some_logits(model) -> torch.Tensor:
+    ids = torch.randint(0, 280, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.logits(ids, torch.zeros(0, 3, 32, 32))
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_a_saved_int8_model_comes_back_bit_for_bit_and_transformers_reads_it(model, tmp_path, with_lora):
+    weights = count_weights(model)
+    quantize_(model.language_model)
+    model.is_int8 = True
+    assert count_weights(model) == weights
+    if with_lora:
+        model.lora = LoraConfig(r=2)
+        add_lora_(model.language_model, model.lora)
+    model.save_pretrained(tmp_path / "saved")
+    again = MultimodalLLM.from_pretrained(tmp_path / "saved")
+    assert again.is_int8 and torch.equal(some_logits(again), some_logits(model))
+    if not with_lora:
+        theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        ids = torch.randint(0, 280, (1, 20), generator=torch.Generator().manual_seed(0))
+        assert (theirs(input_ids=ids).logits - some_logits(model)).abs().max() < 1e-3
+    half = MultimodalLLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    for mine, other in zip(model.language_model.buffers(), half.language_model.buffers(), strict=True):
+        assert torch.equal(mine, other), "rounded to int8 before anything else"
+
+
+def test_the_head_and_the_embedding_stay_one_float_matrix(model):
+    quantize_(model.language_model)
+    assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
+
+
+def test_adapters_are_not_merged_into_int8(model):
+    quantize_(model.language_model)
+    add_lora_(model.language_model, LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="cannot be added to int8 weights"):
+        merge_lora_(model.language_model)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def small_config(world, folder, **training) -> ExperimentConfig:
+    """The settings of configs/small.py on the tiny run."""
+    config = world.config(folder, **training)
+    config.model.use_lora = config.model.load_in_8bit = True
+    config.model.lora_config.r = 4
+    return config
+
+
+def run_directory(config) -> Path:
+    return Path(config.output_dir) / config.experiment_name
+
+
+def test_any_split_gives_the_same_gradient_of_adapters_beside_int8(world):
+    model = MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen")
+    quantize_(model.language_model)
+    add_lora_(model.language_model, LoraConfig(r=4, lora_dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.fill_(0.02)
+    model = model.to(torch.float64)
+    train_only_(model, ["multi_modal_projector", "language_model"])
+    rows = [
+        read_row(s, model.processor) for s in load_samples(world.folder / "train.json", world.folder / "images")[:8]
+    ]
+    found = []
+    for size in (8, 3):
+        model.zero_grad()
+        accumulate_gradients(model, [make_batch(rows[i : i + size], model.processor) for i in range(0, 8, size)])
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    whole, split = found
+    assert any(".lora_A" in name for name in whole)
+    assert max((split[name] - whole[name]).norm() / whole[name].norm() for name in whole) <= 1e-12
+
+
+def test_a_run_with_adapters_on_int8_is_resumed_bit_for_bit(world, tmp_path):
+    whole = small_config(world, tmp_path / "whole", save_steps=1, keep_checkpoints=100)
+    assert train(whole) == 0
+    config = small_config(world, tmp_path / "again", save_steps=1, keep_checkpoints=100)
+    shutil.copytree(run_directory(whole), run_directory(config), symlinks=True)
+    for checkpoint in disk.checkpoints(run_directory(config))[8:]:
+        shutil.rmtree(checkpoint)
+    assert train(config, resume="auto") == 0
+    last = [disk.checkpoints(run_directory(c))[-1] for c in (whole, config)]
+    for name in ("model.safetensors", "adapter_model.safetensors", "training/optimizer.safetensors"):
+        assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes(), name
+
+
+def test_the_loss_stays_near_that_of_a_float_base(world, tmp_path):
+    losses = []
+    for folder, is_int8 in ((tmp_path / "a", False), (tmp_path / "b", True)):
+        config = small_config(world, folder)
+        config.model.load_in_8bit = is_int8
+        assert train(config) == 0
+        state = disk.read_state(disk.checkpoints(run_directory(config))[-1])
+        losses.append(state["best"]["val_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_an_int8_base_cannot_be_trained_itself(world):
+    config = small_config(world, world.folder)
+    config.model.use_lora = False
+    with pytest.raises(ConfigError, match="holds the language model frozen: set model.use_lora=true"):
+        config.validate()
+    config.training.stage2.epochs = 0
+    config.validate()
+
+
+def test_a_float_base_is_not_exchanged_under_trained_adapters(world, tmp_path):
+    config = small_config(world, tmp_path)
+    config.model.load_in_8bit = False
+    assert train(config) == 0
+    following = small_config(world, tmp_path / "next")
+    following.model.pretrained = str(run_directory(config) / "best_model")
+    with pytest.raises(ConfigError, match="came with adapters beside a float base"):
+        train(following)
+
+
+def test_a_directory_of_a_later_version_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "mmllm.json"
+    file.write_text(file.read_text().replace('"surgery": []', '"surgery": ["int2"]'))
+    with pytest.raises(CheckpointError, match="written by a newer mmllm"):
+        MultimodalLLM.from_pretrained(tmp_path / "saved")
