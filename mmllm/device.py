@@ -1,5 +1,7 @@
 """Where the numbers live: CUDA, then Apple's MPS, then the CPU."""
 
+import resource
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -24,3 +26,11 @@ def choose_device(name: str = "auto") -> torch.device:
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager:
     """Low-precision products inside the block: bfloat16, or none at all when `bf16` is False."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were in use so far: on the GPU, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most  # kilobytes everywhere but on a Mac

@@ -55,7 +55,8 @@ def run(main: Callable[[], int | None]) -> None:
     except (UserError, RunError) as error:
         if os.environ.get("MMLLM_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, RunError) or os.environ.get("RANK", "0") == "0":  # bad input is the same in every process
+            print(f"error: {error}", file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print(flush=True)

@@ -5,6 +5,7 @@ before the first weight is read, because the alternative is finding it after the
 Next: trainer.py, resume.py.
 """
 
+import os
 import signal
 from contextlib import closing
 from pathlib import Path
@@ -16,13 +17,14 @@ from mmllm.batches import sample_order
 from mmllm.chat import marked
 from mmllm.config import ExperimentConfig, explain
 from mmllm.data import Sample, checked_samples
-from mmllm.device import choose_device
+from mmllm.distributed import World
 from mmllm.errors import ConfigError
-from mmllm.log import RunLog, record_start, say, start_wandb, write_report
+from mmllm.log import OtherLog, RunLog, record_start, say, start_wandb, write_report
 from mmllm.model import MultimodalLLM
 from mmllm.plan import peak_flops
 from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
-from mmllm.trainer import Position, Run, StopSignal, prepare, refuse_unbuilt, run_stage, steps_per_epoch
+from mmllm.stop import StopSignal
+from mmllm.trainer import Position, Run, prepare, refuse_unbuilt, run_stage, steps_per_epoch
 
 
 def train(
@@ -37,28 +39,43 @@ def train(
 
     `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
     """
-    origins = origins or {}
     refuse_unbuilt(config)
-    device = choose_device(config.device)
+    world = World.start(config.device)
+    try:
+        return train_in(world, config, origins or {}, resume, overwrite, allow_data_change)
+    finally:
+        world.stop()
+
+
+def train_in(
+    world: World,
+    config: ExperimentConfig,
+    origins: dict[str, str],
+    resume: str | None,
+    overwrite: bool,
+    allow_data_change: bool,
+) -> int:
+    """What `train` does in each of the processes."""
+    device = world.device
     sha256 = data_sha256(config)
-    directory = open_directory(config)
-    checkpoint = find_checkpoint(directory, resume, overwrite)
+    directory = world.by_first(lambda: open_directory(config))
+    checkpoint = world.by_first(lambda: find_checkpoint(directory, resume, overwrite))
     state = disk.read_state(checkpoint) if checkpoint else None
     if state:
-        refuse_changes(config, checkpoint, state, sha256, allow_data_change)
+        refuse_changes(config, checkpoint, state, sha256, allow_data_change, world.size)
     for line in explain(config, origins):
         say(f"  {line}")
     settle_precision(config, device)
     model = load_model(config, origins, checkpoint, device)
     prepare(model, config)
-    train_samples, val_samples = load_data(config, model, directory)
+    train_samples, val_samples = load_data(config, model, directory if world.is_first else None)
     if state and not allow_data_change:
         refuse_other_count(config, state, len(train_samples))
-    positions, total_steps = stage_positions(config, len(train_samples), checkpoint, state)
+    positions, total_steps = stage_positions(config, len(train_samples), checkpoint, state, world.size)
     if not positions:
         say(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
         return 0
-    with StopSignal() as stop, closing(begin(config, origins, directory, checkpoint, state, device)) as log:
+    with StopSignal() as stop, closing(begin(config, origins, directory, checkpoint, state, world)) as log:
         run = Run(
             config,
             directory,
@@ -66,16 +83,17 @@ def train(
             val_samples,
             log,
             stop,
+            world,
             data_sha256=sha256,
             total_steps=total_steps,
             best=best_of(directory, state, sha256),
             last_saved=checkpoint and checkpoint.name,
-            flops=peak_flops(device),
+            flops=(peak_flops(device) or 0) * world.size or None,
         )
         for position in positions:
-            if not stop:
-                run_stage(model, config.stages()[position.stage - 1], run, position)
-    return conclude(run)
+            if run_stage(model, config.stages()[position.stage - 1], run, position):
+                break
+    return world.by_first(lambda: conclude(run))
 
 
 def begin(
@@ -84,9 +102,12 @@ def begin(
     directory: Path,
     checkpoint: Path | None,
     state: dict | None,
-    device: torch.device,
-) -> RunLog:
+    world: World,
+) -> RunLog | OtherLog:
     """Nothing is refused any more: clear the place, write down what begins, open the log."""
+    if not world.is_first:
+        return OtherLog()
+    device = world.device
     if state:
         say(f"going on from {checkpoint}: step {state['step']}, stage {state['stage']}")
     if checkpoint and checkpoint.parent.resolve() == directory.resolve():
@@ -157,16 +178,21 @@ def load_model(
     return model
 
 
-def load_data(config: ExperimentConfig, model: MultimodalLLM, directory: Path) -> tuple[list[Sample], list[Sample]]:
-    """The checked samples for training and validation, the latter in a fixed mixed order; shows what will be learnt."""
+def load_data(
+    config: ExperimentConfig, model: MultimodalLLM, directory: Path | None
+) -> tuple[list[Sample], list[Sample]]:
+    """The checked samples for training and validation, the latter in a fixed mixed order; shows what will be learnt.
+
+    `directory` takes the lists of the bad ones; None: another process writes them.
+    """
     data, process = config.data, model.processor
-    report = directory / "bad_samples.jsonl"
+    report = directory / "bad_samples.jsonl" if directory else Path(os.devnull)
     train_samples = checked_samples(
         data.train_data_path, data, process, report, split=data.train_split, limit=data.max_train_samples
     )
     val_samples = []
     if data.val_data_path:
-        report = directory / "bad_val_samples.jsonl"
+        report = directory / "bad_val_samples.jsonl" if directory else Path(os.devnull)
         val_samples = checked_samples(
             data.val_data_path, data, process, report, split=data.val_split, limit=data.max_val_samples
         )
@@ -181,14 +207,14 @@ def load_data(config: ExperimentConfig, model: MultimodalLLM, directory: Path) -
 
 
 def stage_positions(
-    config: ExperimentConfig, num_samples: int, checkpoint: Path | None, state: dict | None
+    config: ExperimentConfig, num_samples: int, checkpoint: Path | None, state: dict | None, processes: int = 1
 ) -> tuple[list[Position], int]:
     """Where each stage that is left begins, and the number of steps of the whole run."""
     stages = config.stages()
     for number, stage in enumerate(stages, 1):
         if stage.epochs and not stage.train:
             raise ConfigError(f"training.stage{number}.train is empty; name what it trains, or set its epochs to 0")
-    steps = [stage.epochs and stage.epochs * steps_per_epoch(stage, num_samples) for stage in stages]
+    steps = [stage.epochs and stage.epochs * steps_per_epoch(stage, num_samples, processes) for stage in stages]
     if not sum(steps):
         raise ConfigError("both stages have 0 epochs; set training.stage1.epochs or training.stage2.epochs")
     if state is None:

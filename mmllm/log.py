@@ -21,9 +21,10 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
 
 
 def say(text: str) -> None:
-    """One console line, at once: the reader may be a file that somebody follows."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """One console line, at once: the reader may be a file that somebody follows. Of several processes the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 class RunLog:
@@ -49,6 +50,16 @@ class RunLog:
         self.file.close()
         if self.wandb_run:
             self.wandb_run.finish()
+
+
+class OtherLog:
+    """What the other processes of a run write: nothing, the first one has it all."""
+
+    def write(self, row: dict) -> None:
+        """Not here."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
 
 
 def read_metrics(directory: Path) -> list[dict]:

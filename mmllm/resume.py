@@ -81,7 +81,12 @@ def chosen_checkpoint(path: Path) -> Path:
 
 
 def refuse_changes(
-    config: ExperimentConfig, checkpoint: Path, state: dict, sha256: dict[str, str], allow_data_change: bool
+    config: ExperimentConfig,
+    checkpoint: Path,
+    state: dict,
+    sha256: dict[str, str],
+    allow_data_change: bool,
+    processes: int = 1,
 ) -> None:
     """UserError for what a resumed run cannot change; what it may change is told."""
     old = ExperimentConfig.load(checkpoint / "training" / "experiment.json")
@@ -92,9 +97,11 @@ def refuse_changes(
     stage = f"training.stage{state['stage']}.train"
     fixed = [line for name, line in changed.items() if name.startswith("model.") or name in ("seed", stage)]
     per_step = [c.stages()[state["stage"] - 1] for c in (old, config)]
-    sizes = [stage.batch_size * stage.gradient_accumulation_steps for stage in per_step]
+    counts = (state.get("processes", 1), processes)
+    sizes = [s.batch_size * s.gradient_accumulation_steps * n for s, n in zip(per_step, counts, strict=True)]
     if sizes[0] != sizes[1]:
-        fixed.append(f"samples of a step (batch_size x gradient_accumulation_steps): {sizes[0]} then, {sizes[1]} now")
+        what = "samples of a step (batch_size x gradient_accumulation_steps x processes)"
+        fixed.append(f"{what}: {sizes[0]} then, {sizes[1]} now")
     if fixed:
         raise CheckpointError(f"{checkpoint} cannot be resumed with another {'; '.join(fixed)}")
     for split in sha256.keys() & state["data_sha256"].keys():

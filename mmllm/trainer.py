@@ -10,15 +10,10 @@ on bit for bit. Recipe: LLaVA 1.5, https://arxiv.org/abs/2310.03744. Next: check
 
 import json
 import math
-import os
-import resource
-import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -29,7 +24,8 @@ from mmllm.batches import Batch, BatchLoader, sample_order
 from mmllm.chat import IGNORED
 from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig
 from mmllm.data import Sample
-from mmllm.device import autocast
+from mmllm.device import autocast, peak_memory
+from mmllm.distributed import World
 from mmllm.errors import ConfigError, DataError, RunError
 from mmllm.log import RunLog, duration, progress_line, say, write_report
 from mmllm.lora import adapters, add_lora_, fold_lora_, target_layers
@@ -37,11 +33,11 @@ from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.plan import PART_OF, is_trained, step_flops, trained_parts
 from mmllm.quant import quantize_
+from mmllm.stop import StopSignal
 from mmllm.surgery import checkpoint_blocks_, count_parameters, count_weights, train_only_
 from mmllm.validation import sample_captions, validation_losses
 
 NAMES_SHOWN = 8
-STDERR = 2
 
 
 # The gradient of one optimiser step -----------------------------------------------------------------------------------
@@ -52,9 +48,14 @@ def count_targets(batches: Iterable[Batch]) -> int:
     return sum(int((batch.labels_BT[:, 1:] != IGNORED).sum()) for batch in batches)
 
 
-def accumulate_gradients(model: MultimodalLLM, batches: list[Batch], bf16: bool = False) -> Tensor:
-    """Add to `.grad` the gradient of the mean loss over all targets of all `batches`; returns that loss, on the device."""
-    targets = max(1, count_targets(batches))
+def accumulate_gradients(
+    model: MultimodalLLM, batches: list[Batch], bf16: bool = False, targets: float | None = None
+) -> Tensor:
+    """Add to `.grad` the gradient of the summed loss over `targets`; returns that quotient, on the device.
+
+    `targets` are those of all processes; None: of `batches`, which then are the whole step.
+    """
+    targets = max(1, count_targets(batches) if targets is None else targets)
     total = torch.zeros((), device=model.device)
     for batch in batches:
         batch = batch.to(model.device)
@@ -78,13 +79,15 @@ class Run:
     train_samples: list[Sample]
     val_samples: list[Sample]
     log: RunLog
-    stop: "StopSignal"
+    stop: StopSignal
+    world: World
     data_sha256: dict[str, str]
     total_steps: int = 0
     best: dict | None = None  # {"name": of the checkpoint, "val_loss": of it}
     loss: float | None = None  # smoothed, for the eye
     step_ms: float | None = None
     last_saved: str | None = None
+    saved_step: int | None = None
     failed_saves: int = 0  # in a row
     skipped: int = 0  # steps in a row
     broken: set[int] = field(default_factory=set)  # samples whose picture proved broken when it was used
@@ -104,49 +107,30 @@ class Position:
     checkpoint: Path | None = None
 
 
-class StopSignal:
-    """Notes Ctrl-C or SIGTERM while the block runs, so that the step ends and is saved; a second one ends at once."""
+def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Position) -> bool:
+    """Train one stage from step `position.done` to its end, or until `run.stop`; validate and save when due.
 
-    def __init__(self) -> None:
-        self.number = 0
-
-    def __enter__(self) -> "StopSignal":
-        self.old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-    def __bool__(self) -> bool:
-        return self.number != 0
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        for each in self.old:
-            signal.signal(each, signal.SIG_DFL)
-        # not print: the signal may have come in the middle of one
-        os.write(STDERR, b"\nstopping after this step, then saving; once more stops at once\n")
-
-
-def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Position) -> None:
-    """Train one stage from step `position.done` to its end, or until `run.stop`; validate and save when due."""
+    Returns whether it was stopped.
+    """
     settings = run.config.training
     train_only_(model, trained_parts(stage))
     loader = stage_loader(stage, run, model, position.stage)
-    per_epoch = steps_per_epoch(stage, len(run.train_samples))
+    per_epoch = steps_per_epoch(stage, len(run.train_samples), run.world.size)
     total = stage.epochs * per_epoch
     warmup = round(settings.warmup_ratio * total)
     optimizer = adamw(stage_groups(model, stage, settings.weight_decay), settings.adam_beta1, settings.adam_beta2)
     if position.done:
         disk.load_optimizer_(position.checkpoint, model, optimizer, position.updates)
     say(
-        f"stage {position.stage}: {total} steps of {stage.batch_size} x {stage.gradient_accumulation_steps} samples, "
+        f"stage {position.stage}: {total} steps of {stage.batch_size} x {stage.gradient_accumulation_steps}"
+        f"{f' x {run.world.size} processes' if run.world.size > 1 else ''} samples, "
         f"training {', '.join(stage.train)}: {count_parameters(model, True):,} of {count_weights(model):,} parameters"
     )
 
     def finish(done: int) -> None:
-        """What is due after step `done`: validation, a checkpoint."""
+        """What is due after step `done`: validation, a checkpoint. The first process does it, the others go on to wait."""
+        if not run.world.is_first:
+            return
         scores = None
         if run.val_samples and is_due(done, settings.eval_steps, per_epoch, total):
             scores = validate(model, stage, run, position.steps_before + done, position.stage)
@@ -160,36 +144,59 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         step_batches(loader, stage.gradient_accumulation_steps, per_epoch, position.done, total), position.done
     ):
         begin = time.perf_counter()
-        torch.manual_seed(step_seed(run.config.seed, position.stage, step))
+        torch.manual_seed(step_seed(run.config.seed, position.stage, step) + run.world.rank)
         rate = set_learning_rates_(optimizer, step, warmup, total)
-        loss, norm = update_(model, optimizer, batches, settings)
+        counts = run.world.sum(step_counts(batches))
+        loss, norm = update_(model, optimizer, batches, settings, counts[0], run.world)
         row = {"stage": position.stage, "step": position.steps_before + step + 1, "learning_rate": rate}
         if math.isfinite(loss) and math.isfinite(norm):
             run.skipped = 0
-            row |= {"loss": loss, "grad_norm": norm} | speed(model, batches, time.perf_counter() - begin, run.flops)
+            row |= {"loss": loss, "grad_norm": norm} | speed(model, counts, time.perf_counter() - begin, run.flops)
             report_step(row, run, is_last=step + 1 == total)
         else:
             names = sample_names(run.train_samples, loader, numbers, step // per_epoch)
             leave_out(row, loss, norm, names, run)
         report_broken(loader, run)
+        is_stopped(run)
         finish(step + 1)
-        if run.stop:
-            return
+        if is_stopped(run):
+            if run.saved_step != position.steps_before + step + 1:  # the signal came after the step was finished
+                finish(step + 1)
+            return True
+    return False
+
+
+def is_stopped(run: Run) -> bool:
+    """Whether any process has had a signal, the same answer in all; one that comes while they ask waits for the next time."""
+    number = run.world.largest(run.stop.number)
+    if number:
+        run.stop.number = number
+    return bool(number)
 
 
 def update_(
-    model: MultimodalLLM, optimizer: torch.optim.Optimizer, batches: list[Batch], settings: TrainingConfig
+    model: MultimodalLLM,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    settings: TrainingConfig,
+    targets: float,
+    world: World,
 ) -> tuple[float, float]:
-    """One optimiser step; returns its loss and gradient norm. When one of them is not finite, nothing moves."""
+    """One optimiser step; returns its loss and gradient norm. When one of them is not finite, nothing moves.
+
+    `targets`: of the step in all processes.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        loss = accumulate_gradients(model, batches, settings.bf16)
+        loss = accumulate_gradients(model, batches, settings.bf16, targets)
     except torch.OutOfMemoryError as error:
         rows, length = max(batch.ids_BT.shape for batch in batches)
         raise RunError(
             f"out of memory at {peak_memory(model.device) / 1e9:.1f} GB with {rows} x {length} tokens; halve "
             "data.batch_size and double the accumulation, or set training.gradient_checkpointing=true"
         ) from error
+    world.sum_([loss])
+    world.sum_gradients_(parameters)
     norm = clip_grad_norm_(parameters, settings.max_grad_norm)
     loss, norm = torch.stack((loss, norm.to(loss.dtype))).tolist()  # the one wait for the device in a step
     if math.isfinite(loss) and math.isfinite(norm):
@@ -222,16 +229,19 @@ def stage_loader(stage: StageConfig, run: Run, model: MultimodalLLM, number: int
         max_length=data.max_length,
         num_workers=data.num_workers,
         max_broken=allowed,
+        rank=run.world.rank,
+        world_size=run.world.size,
     )
 
 
-def steps_per_epoch(stage: StageConfig, num_samples: int) -> int:
+def steps_per_epoch(stage: StageConfig, num_samples: int, processes: int = 1) -> int:
     """Optimiser steps of an epoch; DataError when the samples do not fill one."""
-    wanted = stage.batch_size * stage.gradient_accumulation_steps
+    wanted = stage.batch_size * stage.gradient_accumulation_steps * processes
     if num_samples < wanted:
         raise DataError(
             f"{num_samples} training samples do not fill one step of {stage.batch_size} x "
-            f"{stage.gradient_accumulation_steps}; lower data.batch_size or the accumulation, or bring more samples"
+            f"{stage.gradient_accumulation_steps}{f' x {processes} processes' if processes > 1 else ''}; "
+            "lower data.batch_size or the accumulation, or bring more samples"
         )
     return num_samples // wanted
 
@@ -250,11 +260,16 @@ def is_due(done: int, every: int | None, per_epoch: int, total: int) -> bool:
     return done == total or done % (every or per_epoch) == 0
 
 
-def speed(model: MultimodalLLM, batches: list[Batch], seconds: float, flops: float | None) -> dict:
-    """What a step did in its time."""
+def step_counts(batches: list[Batch]) -> tuple[int, int, int]:
+    """Targets, tokens and pictures of a step in this process."""
     tokens = sum(batch.ids_BT.numel() for batch in batches)
-    images = sum(len(batch.pixels_N3SS) for batch in batches)
-    mfu = step_flops(model, tokens, count_targets(batches), images) / seconds / flops if flops else None
+    return count_targets(batches), tokens, sum(len(batch.pixels_N3SS) for batch in batches)
+
+
+def speed(model: MultimodalLLM, counts: list[float], seconds: float, flops: float | None) -> dict:
+    """What a step of `step_counts` did in its time, all processes together; `flops`: of all devices."""
+    targets, tokens, images = counts
+    mfu = step_flops(model, tokens, targets, images) / seconds / flops if flops else None
     return {
         "ms": 1000 * seconds,
         "tokens_per_s": tokens / seconds,
@@ -262,14 +277,6 @@ def speed(model: MultimodalLLM, batches: list[Batch], seconds: float, flops: flo
         "mfu": mfu,
         "peak_bytes": peak_memory(model.device),
     }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that were in use so far: on the GPU, or of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most  # kilobytes everywhere but on a Mac
 
 
 def report_step(row: dict, run: Run, is_last: bool) -> None:
@@ -357,6 +364,7 @@ def save(
         "is_pending": bool(run.stop) and scores is None,
         "best": best,
         "num_samples": len(run.train_samples),
+        "processes": run.world.size,
         "data_sha256": run.data_sha256,
         "config": run.config.to_dict(),
     }
@@ -369,7 +377,7 @@ def save(
             raise
         say(f"warning: {error}; the run goes on and tries again at the next checkpoint")
         return
-    run.failed_saves, run.best, run.last_saved = 0, best, name
+    run.failed_saves, run.best, run.last_saved, run.saved_step = 0, best, name, step
     best_name = best["name"] if best else name
     disk.point_best(run.directory, best_name)
     disk.prune(run.directory, run.config.training.keep_checkpoints, best_name)
@@ -389,12 +397,6 @@ def refuse_unbuilt(config: ExperimentConfig) -> None:
         switches = " ".join(f"model.{name}=false" for name in asked)
         what = " and ".join(f"{name} is not built yet ({missing[name]})" for name in asked)
         raise ConfigError(f"{what}; train all weights with {switches}")
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(
-            f"WORLD_SIZE is {processes}: training on several processes is not built yet; run `python train.py` on one "
-            "and raise training.gradient_accumulation_steps"
-        )
 
 
 def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
