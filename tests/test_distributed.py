@@ -18,6 +18,7 @@ from tiny_run import write_world
 
 from mmllm import checkpoint as disk
 from mmllm.distributed import World
+from mmllm.errors import UserError
 from mmllm.experiment import train
 from mmllm.trainer import accumulate_gradients
 
@@ -121,3 +122,12 @@ def test_one_process_adds_nothing(world):
     ALONE.sum_gradients_(model.parameters())
     assert all(p.grad is None for p in model.parameters())
     assert accumulate_gradients(model, [], targets=5) == 0
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("mmllm.distributed.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UserError, match="torchrun started process 2 for 1 GPUs; lower --nproc_per_node"):
+        World.start("auto")
