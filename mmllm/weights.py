@@ -37,7 +37,7 @@ def locate(source: str | Path) -> Path:
     if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         raise CheckpointError(f"{source}: no such folder; name a folder with config.json and model.safetensors")
     try:
-        folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "model*.safetensors"]))
+        folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "*model*.safetensors"]))
         if not list(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "pytorch_model.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
