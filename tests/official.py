@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.model import MultimodalLLM
+from mmllm.pretrain import CONTROL_TOKENS, SPLIT
 from mmllm.qwen import Qwen2, Qwen2Config
 
 CLIP = {
@@ -43,14 +44,6 @@ QWEN = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-CONTROL_TOKENS = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
-    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-]
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def spread_(module: nn.Module) -> None:
