@@ -333,17 +333,16 @@ def demo(out: Path, run_directory: Path) -> None:
     python("sample.py", "--model", model, "--image", *pictures)
     sheet = contact_sheet(model, run_directory / "contact_sheet.png")
     accuracy = {name: scores["val"][name]["answers"] for name in scores["val"]}
-    one, two = (by_number(accuracy["true pictures"], things) for things in ("one", "two"))
-    held = scores["held_out"]["true pictures"]["answers"]["accuracy"]
-    say("")
-    say(
-        f"answers on new pictures: {accuracy['true pictures']['accuracy']:.1%} right (one thing {one:.1%}, two {two:.1%})"
-    )
-    say(f"  with another picture: {accuracy['shuffled pictures']['accuracy']:.1%}, without a look, the most common")
-    say(f"  answer to each kind of question: {accuracy['best constant']['accuracy']:.1%}")
-    say(f"on colours and shapes never seen together: {held:.1%}")
+    held_out = scores["held_out"]["true pictures"]["answers"]
+    say(f"\n{'right answers':34}{'one shape':>12}{'two shapes':>12}{'together':>12}")
+    for name, answers in (*accuracy.items(), ("never seen together", held_out)):
+        one, two = (by_number(answers, things) for things in ("one", "two"))
+        say(f"{name:34}{one:>12.1%}{two:>12.1%}{answers['accuracy']:>12.1%}")
     say(f"look at {sheet}; all of it took {duration(time.perf_counter() - start)}")
-    say(f"next: python sample.py --image {pictures[0]} --chat; python serve.py; then your own pictures:")
+    say("next: two shapes need longer: python train.py configs/demo.py --overwrite stage2.epochs=8; or talk to it:")
+    say(f"  python sample.py --image {pictures[0]} --chat")
+    say("  python serve.py")
+    say("then your own pictures, with the published models:")
     say("  python train.py configs/full.py data.train_data_path=... data.val_data_path=... data.image_dir=...")
 
 
@@ -364,7 +363,7 @@ def by_number(answers: dict, things: str) -> float:
 def contact_sheet(model: Path, file: Path) -> Path:
     """Draws new scenes with what the model says of them; what is wrong is red, with the truth behind it."""
     chance, pipeline, font = random.Random(2), load_pipeline(model), ImageFont.load_default(13)
-    width, height, columns, scale = 380, 300, 4, 1.2
+    width, height, columns, scale = 360, 315, 4, 1.2
     rows = -(-SHEET_PICTURES // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -375,24 +374,25 @@ def contact_sheet(model: Path, file: Path) -> Path:
         sheet.paste(picture.resize((side, side)), (x, y))
         lines = [(CAPTION_PROMPT, caption(scene))]
         lines += [(q.text, q.answer) for q in chance.sample(questions(scene), 3)]
+        below = y + side + 8
         for n, (question, truth) in enumerate(lines):
             answer = pipeline.answer_question(picture, question)
             text = answer if n == 0 else f"{question} {answer}"
             text += "" if answer == truth else f" (no: {truth})"
-            pen.text(
-                (x, y + side + 8 + 18 * n), fitted(text, font, width - 24), "black" if answer == truth else "#c00", font
-            )
+            for line in wrapped(text, font, width - 24):
+                pen.text((x, below), line, "black" if answer == truth else "#c00", font)
+                below += 17
     sheet.save(file)
     return file
 
 
-def fitted(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """`text`, shortened to `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
+def wrapped(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+    """`text` in lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
+    return lines
 
 
 def main() -> None:
