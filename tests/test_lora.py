@@ -22,7 +22,7 @@ from mmllm.lora import adapters, add_lora_, fold_lora_, merge_lora_, unmerge_lor
 from mmllm.model import MultimodalConfig, MultimodalLLM
 from mmllm.surgery import count_parameters, train_only_
 from mmllm.trainer import accumulate_gradients
-from official import write_model, write_qwen
+from official import write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by peft
 NAMES = ("q_proj", "v_proj", "k_proj", "o_proj")
@@ -292,8 +292,3 @@ def test_adapters_of_another_size_are_not_replaced_silently(world, whole_run, tm
     config.model.lora_config.r = 8
     with pytest.raises(ConfigError, match="but the model came with"):
         train(config)
-
-
-def test_write_qwen_has_the_layers_that_are_adapted(tmp_path):
-    names = set(load_file(write_qwen(tmp_path) / "model.safetensors"))
-    assert {f"model.layers.0.self_attn.{name}.weight" for name in NAMES} <= names
