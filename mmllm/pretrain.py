@@ -49,6 +49,7 @@ SPLIT = (  # where Qwen2.5 cuts text before it merges bytes
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PRETRAIN_BETAS = (0.9, 0.98)
+TEXT_LENGTH = 256  # tokens of a picture's captions that the text tower reads
 
 
 def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -98,10 +99,10 @@ def initialise_(model: CLIPVisionTower | Qwen2, seed: int) -> None:
 class TextTower(nn.Module):
     """Captions to vectors, for the contrastive loss alone: a few layers, then the mean of the tokens."""
 
-    def __init__(self, vocab_size: int, width: int, num_layers: int, out_features: int, max_length: int = 256):
+    def __init__(self, vocab_size: int, width: int, num_layers: int, out_features: int):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, width)
-        self.positions = nn.Parameter(torch.randn(max_length, width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(TEXT_LENGTH, width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False) if num_layers else None
         self.norm = nn.LayerNorm(width)
@@ -132,7 +133,8 @@ def pretrain_clip(
     """Trains `tower` (with its projection) in place to match pictures and captions; returns the share of pictures whose
     own caption was the nearest of their batch, averaged over the last tenth of the steps.
 
-    `next_batch(step)` gives pixels (B, 3, S, S) and for each the token ids of its captions, which are read as one text.
+    `next_batch(step)` gives pixels (B, 3, S, S) and for each the token ids of its captions, which are read as one text
+    of TEXT_LENGTH tokens at most.
     `word_loss` weighs the second task: the share of the captions that hold each token, from the mean of the patches.
     """
     device = next(tower.parameters()).device
@@ -154,7 +156,7 @@ def pretrain_clip(
     for step in range(steps):
         pixels, captions = next_batch(step)
         with autocast(device, bf16):
-            texts = [torch.tensor([token for ids in of_one for token in ids]) for of_one in captions]
+            texts = [torch.tensor([token for ids in of_one for token in ids][:TEXT_LENGTH]) for of_one in captions]
             ids_BT = pad_sequence(texts, batch_first=True).to(device)
             is_token_BT = pad_sequence([torch.ones(len(ids)) for ids in texts], batch_first=True).bool().to(device)
             x_BTD = tower.vision_model.hidden_state(pixels.to(device), tower.config.num_hidden_layers - 1)

@@ -68,6 +68,13 @@ def test_the_words_are_foretold_by_how_many_said_them(monkeypatch):
     assert targets[0].tolist() == [[0, 0.75, 0.25, 0.25, 0], [1, 0, 0, 0, 0]]
 
 
+def test_captions_longer_than_the_text_tower_reads_are_cut():
+    captions = [[[1] * 200, [2] * 200], [[3]]]
+    pretrain_clip(
+        tiny_tower(), lambda step: (torch.randn(2, 3, 16, 16), captions), 5, steps=1, learning_rate=0, word_loss=1
+    )
+
+
 def test_qwen_learns_only_what_is_labelled():
     config = Qwen2Config(
         vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
