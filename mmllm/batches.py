@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmllm.branches import PADDING, join
 from mmllm.chat import IGNORED, ChatProcessor, Encoded
 from mmllm.data import Sample
 from mmllm.errors import DataError, ImageError
@@ -39,14 +40,18 @@ def mixed(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right: ids and labels (B, T), pixels of all their pictures in order (N, 3, S, S), N may be 0."""
+    """Rows padded on the right: ids and labels (B, T), pixels of all their pictures in order (N, 3, S, S), N may be 0.
+
+    `branches_BT` is None where each row is one conversation.
+    """
 
     ids_BT: Tensor
     labels_BT: Tensor
     pixels_N3SS: Tensor
+    branches_BT: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(x.to(device, non_blocking=True) for x in (self.ids_BT, self.labels_BT, self.pixels_N3SS)))
+        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
 
 
 def collate(rows: list[Encoded], pixels: list[Tensor], pad_id: int, image_size: int) -> Batch:
@@ -54,10 +59,14 @@ def collate(rows: list[Encoded], pixels: list[Tensor], pad_id: int, image_size: 
     length = max(len(row.ids) for row in rows)
     ids_BT = torch.full((len(rows), length), pad_id)
     labels_BT = torch.full((len(rows), length), IGNORED)
+    branches_BT = torch.full((len(rows), length), PADDING) if any(row.branches for row in rows) else None
     for i, row in enumerate(rows):
         ids_BT[i, : len(row.ids)] = torch.tensor(row.ids)
         labels_BT[i, : len(row.labels)] = torch.tensor(row.labels)
-    return Batch(ids_BT, labels_BT, torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size))
+        if branches_BT is not None:
+            branches_BT[i, : len(row.ids)] = torch.tensor(row.branches or [0] * len(row.ids))
+    pixels_N3SS = torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size)
+    return Batch(ids_BT, labels_BT, pixels_N3SS, branches_BT)
 
 
 Row = tuple[Encoded, list[Tensor]]  # a conversation and the pixels of its pictures
@@ -109,13 +118,14 @@ class BatchLoader:
         return order[start : start + self.batch_size]
 
     def _make(self, order: list[int], number: int) -> Batch:
-        return make_batch([self._read(index) for index in self.indices(order, number)], self.processor)
+        rows = [row for index in self.indices(order, number) for row in self._read(index)]
+        return make_batch(rows, self.processor)
 
-    def _read(self, index: int) -> Row:
-        """The sample at `index`, or the first one after it that can be read."""
+    def _read(self, index: int) -> list[Row]:
+        """The rows of the sample at `index`, or of the first one after it that can be read."""
         while True:
             try:
-                return read_row(self.samples[index], self.processor, self.max_length)
+                return read_rows(self.samples[index], self.processor, self.max_length)
             except ImageError as error:
                 self.broken[index] = str(error)
                 if len(self.broken) > min(self.max_broken, len(self.samples) - 1):
@@ -135,14 +145,27 @@ def ordered_batches(
 
     def make(start: int) -> Batch:
         part = samples[start : start + batch_size]
-        return make_batch([read_row(sample, processor, max_length) for sample in part], processor)
+        return make_batch([row for sample in part for row in read_rows(sample, processor, max_length)], processor)
 
     return prefetch(make, range(0, len(samples), batch_size), num_workers)
 
 
 def read_row(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> Row:
+    """The row of a sample alone."""
     encoded = processor.encode(list(sample.messages), max_length)
     return encoded, [processor.image_processor(path) for path in sample.images]
+
+
+def read_rows(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> list[Row]:
+    """The rows of a sample and of those that share its pictures: one, or as few as they fit into."""
+    pixels = [processor.image_processor(path) for path in sample.images]
+    return [(row, pixels) for row in encode_shared(sample, processor, max_length)]
+
+
+def encode_shared(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> list[Encoded]:
+    """The texts of `read_rows`."""
+    texts = [processor.encode(list(one.messages), max_length) for one in (sample, *sample.shared)]
+    return join(texts, processor.tokenizer.image_id, max_length)
 
 
 def make_batch(rows: list[Row], processor: ChatProcessor) -> Batch:

@@ -13,7 +13,7 @@ Next: data.py, model.py. See what will be learnt with `python -m mmllm.chat FILE
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -66,11 +66,15 @@ def parse_text(text: str) -> tuple[str | _Image, ...]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as the model is trained on it; `labels[t]` is `ids[t]` where it is learnt, else IGNORED."""
+    """A conversation as the model is trained on it; `labels[t]` is `ids[t]` where it is learnt, else IGNORED.
+
+    `branches` are those of several conversations in one row, see branches.py; [] for a single one.
+    """
 
     ids: list[int]
     labels: list[int]
     num_images: int
+    branches: list[int] = field(default_factory=list)
 
 
 class ChatProcessor:
@@ -257,20 +261,25 @@ def main() -> None:
     parser.add_argument("--image-dir", metavar="DIR", help="where the pictures are (default: beside FILE)")
     parser.add_argument("--max-length", type=int, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("-n", type=int, default=3, help="how many samples (default: %(default)s)")
+    parser.add_argument(
+        "--no-share", action="store_true", help="each text of a picture alone (data.share_images=false)"
+    )
     options = parser.parse_args()
-    from mmllm.data import load_samples  # the two modules above this one that the command needs
+    from mmllm.batches import encode_shared  # the modules above this one that the command needs
+    from mmllm.data import load_samples, share_images
     from mmllm.model import read_config
 
     config, system = read_config(options.model)
     processor = ChatProcessor.load(options.model, config.num_image_tokens, system)
     colours = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    for sample in load_samples(options.data, options.image_dir)[: options.n]:
-        encoded = processor.encode(list(sample.messages), options.max_length)
-        learnt = sum(label != IGNORED for label in encoded.labels)
-        print(
-            f"--- {sample.id}: {len(encoded.ids)} tokens, {learnt} learnt, pictures: {', '.join(map(str, sample.images))}"
-        )
-        print(marked(encoded, processor, *colours))
+    samples = load_samples(options.data, options.image_dir)
+    for sample in (samples if options.no_share else share_images(samples))[: options.n]:
+        for encoded in encode_shared(sample, processor, options.max_length):
+            learnt = sum(label != IGNORED for label in encoded.labels)
+            texts = f" of {encoded.branches[-1]} texts in one row" if encoded.branches else ""
+            pictures = ", ".join(map(str, sample.images))
+            print(f"--- {sample.id}: {len(encoded.ids)} tokens{texts}, {learnt} learnt, pictures: {pictures}")
+            print(marked(encoded, processor, *colours))
 
 
 if __name__ == "__main__":

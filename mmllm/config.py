@@ -65,7 +65,11 @@ class ModelConfig(Section):
 
 @dataclass
 class DataConfig(Section):
-    """What is learnt from. `image_dir` None: the folder of the data file. The splits are for files that hold several."""
+    """What is learnt from. `image_dir` None: the folder of the data file. The splits are for files that hold several.
+
+    With `share_images` a sample is a picture with everything that the file says or asks about it, for `batch_size`, steps
+    and epochs too; `max_*_samples` count single texts.
+    """
 
     train_data_path: str | None = None
     val_data_path: str | None = None
@@ -79,6 +83,9 @@ class DataConfig(Section):
     max_bad_fraction: float = 0.01
     max_train_samples: int | None = None
     max_val_samples: int | None = None
+    share_images: bool = (
+        True  # all captions or questions of a picture are one sample, in one row: same gradient, cheaper
+    )
 
 
 @dataclass

@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmllm.chat import IMAGE, ChatProcessor, Message, assistant, parse_text
@@ -22,6 +22,7 @@ from mmllm.image import decode, open_checked
 
 CAPTION_PROMPT = "Describe this image."
 HEAD_BYTES = 1 << 16
+SHARED_AT_MOST = 16  # texts of one picture in a sample: how large a batch gets stays foreseeable
 END_OF = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -29,7 +30,8 @@ ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "as
 @dataclass(frozen=True)
 class Sample:
     """A conversation about pictures. `references` are all right answers to its last question, for scores; `kind` is that
-    of the question; `fault` says why the record of the data file makes no sample."""
+    of the question; `fault` says why the record of the data file makes no sample; `shared` are further conversations
+    about the same pictures, which are learnt with it and share its row."""
 
     id: str
     images: tuple[Path, ...]
@@ -37,6 +39,7 @@ class Sample:
     references: tuple[str, ...] = ()
     kind: str = ""
     fault: str = ""
+    shared: tuple["Sample", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,22 @@ def checked_samples(
     """What `path` has for a run: the first `limit` samples, without the bad ones where `settings` allow some."""
     samples = read_samples(path, settings.image_dir, split)[:limit]
     bad = check_samples(samples, processor, settings.max_length, num_workers=settings.num_workers)
-    return keep_good(samples, bad, settings.bad_samples, settings.max_bad_fraction, report=report, source=str(path))
+    good = keep_good(samples, bad, settings.bad_samples, settings.max_bad_fraction, report=report, source=str(path))
+    return share_images(good) if settings.share_images else good
+
+
+def share_images(samples: list[Sample]) -> list[Sample]:
+    """One sample for each picture (or the same several), with the others about it as its `shared`; text alone stays.
+
+    In the order of the first ones. A picture with more than SHARED_AT_MOST becomes several samples.
+    """
+    groups: dict[object, list[Sample]] = {}
+    counts: Counter[tuple[Path, ...]] = Counter()
+    for index, sample in enumerate(samples):
+        part = counts[sample.images] // SHARED_AT_MOST
+        groups.setdefault((sample.images, part) if sample.images else index, []).append(sample)
+        counts[sample.images] += 1
+    return [replace(first, shared=tuple(others)) for first, *others in groups.values()]
 
 
 def check_samples(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mmllm import checkpoint as disk
-from mmllm.batches import sample_order
+from mmllm.batches import encode_shared, sample_order
 from mmllm.chat import marked
 from mmllm.config import ExperimentConfig, explain
 from mmllm.data import Sample, checked_samples
@@ -198,12 +198,18 @@ def load_data(
         )
     else:
         say("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
-    say(
-        f"{len(train_samples)} samples to train on, {len(val_samples)} to validate. The first, what is learnt in [[ ]]:"
-    )
-    first = process.encode(list(train_samples[0].messages), data.max_length)
+    say(f"{told(train_samples)} to train on, {told(val_samples)} to validate. The first, what is learnt in [[ ]]:")
+    first, *_ = encode_shared(train_samples[0], process, data.max_length)
     say("  " + marked(first, process, "[[", "]]").strip().replace("\n", "\n  "))
     return train_samples, [val_samples[index] for index in sample_order(len(val_samples), 0, 0)]
+
+
+def told(samples: list[Sample]) -> str:
+    """The number of samples, and of the texts in them where these are more."""
+    texts = len(samples) + sum(len(sample.shared) for sample in samples)
+    return f"{len(samples)} samples" + (
+        f" ({texts} texts, those of a picture in one row)" if texts > len(samples) else ""
+    )
 
 
 def stage_positions(

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmllm.branches import attention_of, positions_of, sources_of
 from mmllm.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.config import LoraConfig
@@ -145,16 +146,24 @@ class MultimodalLLM(nn.Module):
             )
         return x_BTD.masked_scatter(is_image_BT[:, :, None], image_NQD.to(x_BTD.dtype))
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, branches_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sum of the cross-entropies (float32) and number of the labelled positions.
 
         `labels_BT[b, t]` is the token at t, to be foretold from t - 1, or IGNORED. Rows are padded on the right.
+        With `branches_BT` a row may hold several conversations, see branches.py.
         The caller divides: only it knows all the targets of its optimiser step.
         """
-        x_BTD = self.language_model(self.embed(ids_BT, pixels_N3SS))
-        is_target = labels_BT[:, 1:] != IGNORED
-        x_MD, targets_M = x_BTD[:, :-1][is_target], labels_BT[:, 1:][is_target]
-        return self.loss_sum(x_MD, targets_M), is_target.sum()
+        x_BTD, is_target = self.embed(ids_BT, pixels_N3SS), labels_BT[:, 1:] != IGNORED
+        if branches_BT is None:
+            x_MD = self.language_model(x_BTD)[:, :-1][is_target]
+        else:
+            attend_BTS = attention_of(branches_BT)
+            x_BTD = self.language_model(x_BTD, positions_of(branches_BT), attend_BTS=attend_BTS)
+            rows_M, places_M = is_target.nonzero(as_tuple=True)
+            x_MD = x_BTD[rows_M, sources_of(branches_BT)[rows_M, places_M + 1]]
+        return self.loss_sum(x_MD, labels_BT[:, 1:][is_target]), is_target.sum()
 
     def loss_sum(self, x_MD: Tensor, targets_M: Tensor) -> Tensor:
         """Summed cross-entropy. When it takes several pieces of logits, the backward pass makes each again."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmllm.clip import CLIPVisionConfig
 from mmllm.config import ExperimentConfig, ModelConfig, StageConfig
-from mmllm.data import read_samples
+from mmllm.data import read_samples, share_images
 from mmllm.errors import ConfigError, DataError
 from mmllm.lora import add_lora_
 from mmllm.model import MultimodalConfig, MultimodalLLM, read_config
@@ -106,7 +106,8 @@ def count_samples(config: ExperimentConfig) -> tuple[int, str]:
         samples = read_samples(path, config.data.image_dir, config.data.train_split)
     except DataError as error:
         return 0, f"steps unknown ({error})"
-    return len(samples[: config.data.max_train_samples]), ""
+    samples = samples[: config.data.max_train_samples]
+    return len(share_images(samples) if config.data.share_images else samples), ""
 
 
 def trained_parts(stage: StageConfig) -> list[str]:

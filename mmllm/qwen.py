@@ -96,6 +96,10 @@ class KVCache:
         self.values = self.values[:, rows]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -103,7 +107,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
+        x32 = at_least_float32(x)
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
@@ -153,6 +157,11 @@ class Qwen2Attention(nn.Module):
         q_BHTK, k_BGSK, v_BGSK = rotate(q_BHTK, *rope), rotate(k_BGTK, *rope), v_BGTK
         if cache is not None:
             k_BGSK, v_BGSK = cache.write(self.layer, positions_BT, k_BGSK, v_BGSK)
+        elif (
+            attend_B1TS is not None
+        ):  # CUDA's fast kernels take a mask or shared heads, not both; the numbers are the same
+            groups = q_BHTK.shape[1] // k_BGSK.shape[1]
+            k_BGSK, v_BGSK = k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
         y_BHTK = F.scaled_dot_product_attention(
             q_BHTK, k_BGSK, v_BGSK, attn_mask=attend_B1TS, is_causal=attend_B1TS is None, enable_gqa=True
         )
@@ -245,4 +254,4 @@ class Qwen2(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., V), float32."""
-        return self.lm_head(x).float()
+        return at_least_float32(self.lm_head(x))

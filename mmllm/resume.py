@@ -95,7 +95,8 @@ def refuse_changes(
         name: f"{name}: {was[name]!r} at the checkpoint, {now[name]!r} now" for name in now if was[name] != now[name]
     }
     stage = f"training.stage{state['stage']}.train"
-    fixed = [line for name, line in changed.items() if name.startswith("model.") or name in ("seed", stage)]
+    fixed_names = ("seed", "data.share_images", stage)
+    fixed = [line for name, line in changed.items() if name.startswith("model.") or name in fixed_names]
     per_step = [c.stages()[state["stage"] - 1] for c in (old, config)]
     counts = (state.get("processes", 1), processes)
     sizes = [s.batch_size * s.gradient_accumulation_steps * n for s, n in zip(per_step, counts, strict=True)]

@@ -60,7 +60,7 @@ def accumulate_gradients(
     for batch in batches:
         batch = batch.to(model.device)
         with autocast(model.device, bf16):
-            loss_sum, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS)
+            loss_sum, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS, batch.branches_BT)
         loss = loss_sum / targets
         loss.backward()
         total += loss.detach()

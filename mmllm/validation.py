@@ -43,10 +43,10 @@ def validation_losses(
         batch = batch.to(model.device)
         pixels = batch.pixels_N3SS
         with autocast(model.device, bf16):
-            sums[:2] += torch.stack(model(batch.ids_BT, batch.labels_BT, pixels)).cpu()
+            sums[:2] += torch.stack(model(batch.ids_BT, batch.labels_BT, pixels, batch.branches_BT)).cpu()
             if len(pixels) > 1:
                 others = pixels.roll(len(pixels) // 2, 0)
-                sums[2:] += torch.stack(model(batch.ids_BT, batch.labels_BT, others)).cpu()
+                sums[2:] += torch.stack(model(batch.ids_BT, batch.labels_BT, others, batch.branches_BT)).cpu()
     loss, targets, other_loss, other_targets = sums.tolist()
     return {
         "val_loss": loss / max(1, targets),

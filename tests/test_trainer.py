@@ -310,6 +310,7 @@ def resumed(world, whole_run, tmp_path, change, **options):
         ("model.features", "pooled", "model.features: 'patch' at the checkpoint, 'pooled' now"),
         ("model.qwen", "other", "model.qwen: .*qwen' at the checkpoint, 'other' now"),
         ("seed", "7", "seed: 0 at the checkpoint, 7 now"),
+        ("data.share_images", "false", "data.share_images: True at the checkpoint, False now"),
         ("data.batch_size", "3", r"samples of a step .*: 4 then, 6 now"),
         (
             "training.stage1.train",

@@ -1,0 +1,90 @@
+"""One picture with its several captions or questions in one row: what they share stands there, and is computed, once.
+
+    row        system, picture, prompt | A cat.<|im_end|> | A cat sits.<|im_end|> | ...
+    branches   0 0 0 0 0 0 0 0 0 0 0 0 | 1 1 1  1         | 2 2 2   2  2          |
+    positions  0 1 2 ...           P-1 | P P+1 ...        | P P+1 ...             |
+
+The surprising fact: it is exact. A token sees the shared prefix and its own branch, at the positions that it would have
+in a row of its own, and the first token of each branch is foretold from the last one of the prefix. So loss, targets and
+gradient are those of separate rows, and five captions of a picture cost a third of them.
+
+B rows, T tokens, S tokens that may be seen (also all of the row). P: length of the prefix.
+Next: model.py, batches.py.
+"""
+
+import torch
+from torch import Tensor
+
+from mmllm.chat import IGNORED, Encoded
+
+PADDING = -1  # the branch of what is no token
+
+
+def join(rows: list[Encoded], image_id: int, max_length: int | None = None) -> list[Encoded]:
+    """Conversations about the same pictures in as few rows of at most `max_length` tokens as their order allows.
+
+    Shared is what all of them begin with and do not learn. Where this does not hold every picture (`image_id` is the
+    token in its places), they stay as they are.
+    """
+    if len(rows) == 1:
+        return rows
+    prefix = common_prefix(rows)
+    if any(image_id in row.ids[prefix:] for row in rows):
+        return rows
+    parts: list[list[Encoded]] = []
+    for row in rows:
+        length = prefix + sum(len(other.ids) - prefix for other in [*(parts[-1] if parts else []), row])
+        if parts and (max_length is None or length <= max_length):
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return [joined(part, prefix) for part in parts]
+
+
+def common_prefix(rows: list[Encoded]) -> int:
+    """How many tokens all rows begin with and none of them learns."""
+    most = min(next(t for t, label in enumerate(row.labels) if label != IGNORED) for row in rows)
+    return next((t for t in range(most) if any(row.ids[t] != rows[0].ids[t] for row in rows)), most)
+
+
+def joined(rows: list[Encoded], prefix: int) -> Encoded:
+    """One row of what `rows` share, followed by the rest of each."""
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+    ids, labels, branches = list(first.ids[:prefix]), list(first.labels[:prefix]), [0] * prefix
+    for branch, row in enumerate(rows, 1):
+        ids += row.ids[prefix:]
+        labels += row.labels[prefix:]
+        branches += [branch] * (len(row.ids) - prefix)
+    return Encoded(ids, labels, first.num_images, branches)
+
+
+def positions_of(branches_BT: Tensor) -> Tensor:
+    """The position of each token in a row of its own, (B, T)."""
+    t_T = torch.arange(branches_BT.shape[1], device=branches_BT.device)
+    begins_BT = torch.where(_is_first(branches_BT), t_T, 0).cummax(1).values
+    prefix_B1 = (branches_BT == 0).sum(1, keepdim=True)
+    return torch.where(branches_BT == 0, t_T, t_T - begins_BT + prefix_B1)
+
+
+def attention_of(branches_BT: Tensor) -> Tensor:
+    """Which tokens each token sees, (B, T, S): those to its left of its own branch and of the prefix."""
+    length = branches_BT.shape[1]
+    is_left_TS = torch.ones(length, length, dtype=torch.bool, device=branches_BT.device).tril()
+    keys_B1S = branches_BT[:, None, :]
+    return is_left_TS & ((keys_B1S == 0) | (keys_B1S == branches_BT[:, :, None]))
+
+
+def sources_of(branches_BT: Tensor) -> Tensor:
+    """The place from which each token is foretold, (B, T): the one before it, or the end of the prefix."""
+    before_T = (torch.arange(branches_BT.shape[1], device=branches_BT.device) - 1).clamp(min=0)
+    prefix_B1 = (branches_BT == 0).sum(1, keepdim=True)
+    return torch.where(_is_first(branches_BT) & (branches_BT > 0), prefix_B1 - 1, before_T)
+
+
+def _is_first(branches_BT: Tensor) -> Tensor:
+    """Whether a token begins a branch."""
+    is_first_BT = torch.ones_like(branches_BT, dtype=torch.bool)
+    is_first_BT[:, 1:] = branches_BT[:, 1:] != branches_BT[:, :-1]
+    return is_first_BT

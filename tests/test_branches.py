@@ -1,0 +1,153 @@
+"""Several captions or questions of one picture in one row: the numbers are those of separate rows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import write_world
+from torch.testing import assert_close
+
+from mmllm.batches import BatchLoader, encode_shared, make_batch, ordered_batches, read_row, read_rows
+from mmllm.branches import attention_of, join, positions_of, sources_of
+from mmllm.chat import IGNORED, assistant, user
+from mmllm.data import Sample, share_images
+from mmllm.model import MultimodalLLM
+from mmllm.trainer import accumulate_gradients, count_targets
+from mmllm.validation import validation_losses
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    return MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen").train()
+
+
+@pytest.fixture(scope="module")
+def samples(world) -> list[Sample]:
+    """Two pictures with captions or questions, one with a single text, two pictures at once, and text alone."""
+    images = [(world.folder / "images" / f"{i}.png",) for i in range(3)]
+    both = images[0] + images[1]
+    return [
+        *(caption(images[0], text) for text in ("a cat", "a cat on the mat", "a hat", "a cat", "in")),
+        question(images[1], "what is it?", "a thing", "where?", "there"),
+        question(images[2], "how many?", "one"),
+        question(images[1], "what color?", "red"),
+        question(images[1], "why?", "the thing is on the mat"),
+        Sample("both", both, (user("which?", images=2), assistant("the one"))),
+        Sample("both", both, (user("the other?", images=2), assistant("in"))),
+        question((), "hello", "one"),
+        question((), "hello", "two"),
+    ]
+
+
+def caption(images: tuple[Path, ...], text: str) -> Sample:
+    return question(images, "Describe this image.", text)
+
+
+def question(images: tuple[Path, ...], *turns: str) -> Sample:
+    messages = [user(turns[0], images=len(images)), assistant(turns[1])]
+    for i in range(2, len(turns), 2):
+        messages += [user(turns[i]), assistant(turns[i + 1])]
+    return Sample(turns[1], images, tuple(messages))
+
+
+def gradients(model, batches):
+    model.zero_grad()
+    loss = accumulate_gradients(model, batches)
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+def test_one_row_a_picture_has_the_targets_loss_and_gradient_of_separate_rows(model, samples, dtype, tolerance):
+    model = model.to(dtype)
+    process = model.processor
+    separate = make_batch([read_row(sample, process) for sample in samples], process)
+    shared = make_batch([row for sample in share_images(samples) for row in read_rows(sample, process)], process)
+    assert (len(separate.ids_BT), len(separate.pixels_N3SS)) == (13, 13)
+    assert (len(shared.ids_BT), len(shared.pixels_N3SS)) == (6, 5)
+    assert count_targets([shared]) == count_targets([separate])
+    assert shared.ids_BT.numel() < 0.7 * separate.ids_BT.numel()
+    loss, wanted = gradients(model, [separate])
+    shared_loss, found = gradients(model, [shared])
+    model.to(torch.float32)
+    assert_close(shared_loss, loss, rtol=tolerance, atol=0)
+    # without RoPE a key's bias adds the same to all scores of a query: its true gradient is zero, what is left is noise
+    names = [n for n in wanted if not (n.startswith("vision_tower") and n.endswith("k_proj.bias"))]
+    worst = max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in names)
+    assert worst <= tolerance
+
+
+def test_captions_share_all_up_to_the_answer_and_questions_the_picture(model, samples):
+    process = model.processor
+    captions, questions, *_ = share_images(samples)
+    (row,) = encode_shared(captions, process)
+    begin = process.encode_prompt(list(samples[0].messages[:1]))
+    assert row.ids[: row.branches.count(0)] == begin
+    assert row.branches.count(1) == len([*process.tokenizer.encode("a cat"), "<|im_end|>", "\n"])
+    (row,) = encode_shared(questions, process)
+    ends = [process.tokenizer.id("<|vision_end|>"), *process.tokenizer.encode("\nwh")]  # what? what? why?
+    assert row.ids[: row.branches.count(0)][-len(ends) :] == ends
+
+
+def test_a_row_by_hand():
+    branches = torch.tensor([[0, 0, 1, 1, 2, -1], [0, 0, 0, -1, -1, -1]])
+    assert positions_of(branches)[:, :5].tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
+    assert sources_of(branches)[0].tolist() == [0, 0, 1, 2, 1, 4]
+    assert attention_of(branches)[0, :5].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+    ]
+
+
+def test_what_does_not_fit_one_row_takes_several_and_nothing_is_lost(model, samples):
+    process = model.processor
+    separate = [process.encode(list(sample.messages)) for sample in samples[:5]]
+    whole = join(separate, process.tokenizer.image_id)
+    limit = max(len(row.ids) for row in separate) + 8
+    rows = join(separate, process.tokenizer.image_id, limit)
+    assert len(whole) == 1 and 1 < len(rows) < 5
+    assert all(len(row.ids) <= limit for row in rows)
+    learnt = [[label for row in group for label in row.labels if label != IGNORED] for group in (separate, rows, whole)]
+    assert learnt[0] == learnt[1] == learnt[2]
+
+
+def test_a_picture_that_comes_later_in_the_conversation_is_not_shared(model, samples):
+    picture = samples[0].images
+    late = [
+        Sample("", picture, (user(text), assistant("in"), user("and?", images=1), assistant("on"))) for text in "ab"
+    ]
+    (group,) = share_images(late)
+    assert [row.branches for row in encode_shared(group, model.processor)] == [[], []]
+
+
+def test_samples_of_the_same_pictures_become_one_and_text_alone_stays(samples):
+    groups = share_images(samples)
+    assert [(group.id, [other.id for other in group.shared]) for group in groups] == [
+        ("a cat", ["a cat on the mat", "a hat", "a cat", "in"]),
+        ("a thing", ["red", "the thing is on the mat"]),
+        ("one", []),
+        ("both", ["both"]),
+        ("one", []),
+        ("two", []),
+    ]
+    many = share_images([caption(samples[0].images, str(i)) for i in range(40)])
+    assert [1 + len(group.shared) for group in many] == [16, 16, 8]
+
+
+def test_validation_and_training_batches_hold_whole_groups(world, model, samples, tmp_path):
+    groups = share_images(samples)
+    config = world.config(tmp_path)
+    scores = [validation_losses(model, some, config, 3)["val_loss"] for some in (samples, groups)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    loader = BatchLoader(groups, model.processor, 3, num_workers=0)
+    batches = list(loader.batches(0))
+    assert sum(count_targets([batch]) for batch in batches) == count_targets(
+        list(ordered_batches(samples, model.processor, 13, num_workers=0))
+    )
