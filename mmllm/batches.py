@@ -8,6 +8,7 @@ Next: trainer.py.
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def mixed(x: np.ndarray) -> np.ndarray:
 class Batch:
     """Rows padded on the right: ids and labels (B, T), pixels of all their pictures in order (N, 3, S, S), N may be 0.
 
-    `branches_BT` is None where each row is one conversation.
+    `branches_BT` is None where each row is one conversation. Where the tower's work was done before, the pictures are
+    features (N, Q, F).
     """
 
     ids_BT: Tensor
@@ -70,6 +72,7 @@ def collate(rows: list[Encoded], pixels: list[Tensor], pad_id: int, image_size: 
 
 
 Row = tuple[Encoded, list[Tensor]]  # a conversation and the pixels of its pictures
+ReadImage = Callable[[Path], Tensor]  # a picture's pixels (3, S, S), or its features (Q, F), see features.py
 
 
 class BatchLoader:
@@ -92,6 +95,7 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         max_broken: int = 0,
+        read_image: ReadImage | None = None,
     ):
         if len(samples) < batch_size * world_size:
             raise DataError(
@@ -101,6 +105,7 @@ class BatchLoader:
         self.samples, self.processor, self.max_length = samples, processor, max_length
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.rank, self.world_size, self.max_broken = rank, world_size, max_broken
+        self.read_image = read_image or processor.image_processor
         self.broken: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -125,7 +130,7 @@ class BatchLoader:
         """The rows of the sample at `index`, or of the first one after it that can be read."""
         while True:
             try:
-                return read_rows(self.samples[index], self.processor, self.max_length)
+                return read_rows(self.samples[index], self.processor, self.max_length, self.read_image)
             except ImageError as error:
                 self.broken[index] = str(error)
                 if len(self.broken) > min(self.max_broken, len(self.samples) - 1):
@@ -140,12 +145,13 @@ def ordered_batches(
     *,
     max_length: int | None = None,
     num_workers: int = 2,
+    read_image: ReadImage | None = None,
 ) -> Iterator[Batch]:
     """All samples in their order, the last batch as small as it is: for validation."""
 
     def make(start: int) -> Batch:
         part = samples[start : start + batch_size]
-        return make_batch([row for sample in part for row in read_rows(sample, processor, max_length)], processor)
+        return make_batch([row for s in part for row in read_rows(s, processor, max_length, read_image)], processor)
 
     return prefetch(make, range(0, len(samples), batch_size), num_workers)
 
@@ -156,9 +162,11 @@ def read_row(sample: Sample, processor: ChatProcessor, max_length: int | None = 
     return encoded, [processor.image_processor(path) for path in sample.images]
 
 
-def read_rows(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> list[Row]:
+def read_rows(
+    sample: Sample, processor: ChatProcessor, max_length: int | None = None, read_image: ReadImage | None = None
+) -> list[Row]:
     """The rows of a sample and of those that share its pictures: one, or as few as they fit into."""
-    pixels = [processor.image_processor(path) for path in sample.images]
+    pixels = [(read_image or processor.image_processor)(path) for path in sample.images]
     return [(row, pixels) for row in encode_shared(sample, processor, max_length)]
 
 

@@ -83,9 +83,9 @@ class DataConfig(Section):
     max_bad_fraction: float = 0.01
     max_train_samples: int | None = None
     max_val_samples: int | None = None
-    share_images: bool = (
-        True  # all captions or questions of a picture are one sample, in one row: same gradient, cheaper
-    )
+    share_images: bool = True  # all captions or questions of a picture in one row: the same gradient, cheaper
+    cache_features: bool = False  # run the frozen tower once a picture and keep what it saw in output_dir/features
+    features_path: str | None = None  # safetensors of features by picture name: no picture need be there then
 
 
 @dataclass
@@ -186,6 +186,14 @@ class ExperimentConfig(Section):
                 raise ConfigError(f"{source}{full} is {value!r}; {fault}")
         if self.model.load_in_8bit and self.model.load_in_4bit:
             raise ConfigError("model.load_in_8bit and model.load_in_4bit are both true; choose one")
+        if self.data.cache_features and self.data.features_path:
+            raise ConfigError("data.cache_features and data.features_path are both set; choose one")
+        for number, stage in enumerate(self.stages(), 1):
+            if (self.data.cache_features or self.data.features_path) and "vision_tower" in stage.train and stage.epochs:
+                raise ConfigError(
+                    f"training.stage{number}.train has vision_tower, but data.cache_features and data.features_path are of "
+                    "a frozen one; take it out of there, or unset these"
+                )
         trains = any("language_model" in stage.train and stage.epochs for stage in self.stages())
         if self.model.load_in_8bit and trains and not self.model.use_lora:
             raise ConfigError(

@@ -11,6 +11,7 @@ Next: batches.py.
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -282,10 +283,15 @@ def checked_samples(
     *,
     split: str,
     limit: int | None = None,
+    fault: Callable[[Path], str] | None = None,
 ) -> list[Sample]:
-    """What `path` has for a run: the first `limit` samples, without the bad ones where `settings` allow some."""
+    """What `path` has for a run: the first `limit` samples, without the bad ones where `settings` allow some.
+
+    `fault` says what is wrong with a picture, in place of `image_fault`.
+    """
     samples = read_samples(path, settings.image_dir, split)[:limit]
-    bad = check_samples(samples, processor, settings.max_length, num_workers=settings.num_workers)
+    workers = settings.num_workers
+    bad = check_samples(samples, processor, settings.max_length, num_workers=workers, fault=fault)
     good = keep_good(samples, bad, settings.bad_samples, settings.max_bad_fraction, report=report, source=str(path))
     return share_images(good) if settings.share_images else good
 
@@ -309,17 +315,17 @@ def check_samples(
     processor: ChatProcessor,
     max_length: int,
     *,
-    decode_all: bool = False,
     num_workers: int = 2,
+    fault: Callable[[Path], str] | None = None,
 ) -> list[BadSample]:
     """Every sample that cannot be trained on, in order, and why.
 
-    A picture is judged by its header and by its end, unless these leave a doubt or `decode_all` asks for every pixel:
-    this reads 64 kB a picture. One that is broken in between shows itself when it is used, see BatchLoader.
+    A picture is judged by `fault`, or by its header and by its end, unless these leave a doubt: this reads 64 kB a
+    picture. One that is broken in between shows itself when it is used, see BatchLoader.
     """
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         files = sorted({path for sample in samples for path in sample.images})
-        faults = pool.map(lambda path: image_fault(path, decode_all), files)
+        faults = pool.map(fault or image_fault, files)
         reason_of = {path: reason for path, reason in zip(files, faults, strict=True) if reason}
     bad = []
     for index, sample in enumerate(samples):

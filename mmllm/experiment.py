@@ -7,6 +7,7 @@ Next: trainer.py, resume.py.
 
 import os
 import signal
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from mmllm.config import ExperimentConfig, explain
 from mmllm.data import Sample, checked_samples
 from mmllm.distributed import World
 from mmllm.errors import ConfigError
-from mmllm.log import OtherLog, RunLog, record_start, say, start_wandb, write_report
+from mmllm.features import FeatureCache, FeatureTable
+from mmllm.log import OtherLog, RunLog, duration, record_start, say, start_wandb, write_report
 from mmllm.model import MultimodalLLM
 from mmllm.plan import peak_flops
 from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
@@ -68,13 +70,17 @@ def train_in(
     settle_precision(config, device)
     model = load_model(config, origins, checkpoint, device)
     prepare(model, config)
-    train_samples, val_samples = load_data(config, model, directory if world.is_first else None)
+    table = feature_table(config, model)
+    train_samples, val_samples = load_data(config, model, directory if world.is_first else None, table)
     if state and not allow_data_change:
         refuse_other_count(config, state, len(train_samples))
     positions, total_steps = stage_positions(config, len(train_samples), checkpoint, state, world.size)
     if not positions:
         say(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
         return 0
+    read_image = (
+        fill_cache(config, model, [*train_samples, *val_samples], world) if config.data.cache_features else table
+    )
     with StopSignal() as stop, closing(begin(config, origins, directory, checkpoint, state, world)) as log:
         run = Run(
             config,
@@ -89,6 +95,7 @@ def train_in(
             best=best_of(directory, state, sha256),
             last_saved=checkpoint and checkpoint.name,
             flops=(peak_flops(device) or 0) * world.size or None,
+            read_image=read_image,
         )
         for position in positions:
             if run_stage(model, config.stages()[position.stage - 1], run, position):
@@ -178,23 +185,47 @@ def load_model(
     return model
 
 
+def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTable | None:
+    """The features that stand for the pictures, where the configuration names a file of them."""
+    data = config.data
+    if data.features_path is None:
+        return None
+    files = [Path(path) for path in (data.train_data_path, data.val_data_path) if path]
+    folders = [Path(data.image_dir)] if data.image_dir else [file.parent for file in files]
+    return FeatureTable(data.features_path, folders, model.config.feature_shape)
+
+
+def fill_cache(config: ExperimentConfig, model: MultimodalLLM, samples: list[Sample], world: World) -> FeatureCache:
+    """The features of all pictures, made where they are not kept already; each process makes its share."""
+    begin = time.perf_counter()
+    cache = FeatureCache(model, Path(config.output_dir) / "features", config.training.bf16)
+    pictures = {path for sample in samples for path in sample.images}
+    made = cache.fill(pictures, rank=world.rank, world_size=world.size, num_workers=config.data.num_workers)
+    (made,) = world.sum([made])  # and nobody goes on before all are there
+    say(
+        f"features of {len(pictures)} pictures: {made:.0f} made in {duration(time.perf_counter() - begin)}, in {cache.folder}"
+    )
+    return cache
+
+
 def load_data(
-    config: ExperimentConfig, model: MultimodalLLM, directory: Path | None
+    config: ExperimentConfig, model: MultimodalLLM, directory: Path | None, table: FeatureTable | None = None
 ) -> tuple[list[Sample], list[Sample]]:
     """The checked samples for training and validation, the latter in a fixed mixed order; shows what will be learnt.
 
-    `directory` takes the lists of the bad ones; None: another process writes them.
+    `directory` takes the lists of the bad ones; None: another process writes them. With a `table` the pictures themselves
+    need not be there.
     """
-    data, process = config.data, model.processor
+    data, process, fault = config.data, model.processor, table and table.fault
     report = directory / "bad_samples.jsonl" if directory else Path(os.devnull)
     train_samples = checked_samples(
-        data.train_data_path, data, process, report, split=data.train_split, limit=data.max_train_samples
+        data.train_data_path, data, process, report, split=data.train_split, limit=data.max_train_samples, fault=fault
     )
     val_samples = []
     if data.val_data_path:
         report = directory / "bad_val_samples.jsonl" if directory else Path(os.devnull)
         val_samples = checked_samples(
-            data.val_data_path, data, process, report, split=data.val_split, limit=data.max_val_samples
+            data.val_data_path, data, process, report, split=data.val_split, limit=data.max_val_samples, fault=fault
         )
     else:
         say("data.val_data_path is not set: no validation, best_model will be the last checkpoint")

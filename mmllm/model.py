@@ -54,6 +54,12 @@ class MultimodalConfig:
     def num_image_tokens(self) -> int:
         return self.vision.num_patches if self.features == "patch" else 1
 
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """Visual tokens of a picture, and numbers in each before the projector."""
+        width = self.vision.hidden_size if self.features == "patch" else self.vision.projection_dim
+        return self.num_image_tokens, width
+
     @classmethod
     def from_dict(cls, config: dict) -> "MultimodalConfig":
         """Reads the config.json that `to_dict` wrote, or the one of a LLaVA checkpoint of the same architecture."""
@@ -110,8 +116,7 @@ class MultimodalLLM(nn.Module):
         self.config = config
         is_pooled = config.features == "pooled"
         self.vision_tower = CLIPVisionTower(config.vision, with_projection=is_pooled)
-        width = config.vision.projection_dim if is_pooled else config.vision.hidden_size
-        self.multi_modal_projector = Projector(width, config.text.hidden_size)
+        self.multi_modal_projector = Projector(config.feature_shape[1], config.text.hidden_size)
         self.language_model = Qwen2(config.text)
         self.processor: ChatProcessor | None = None
         self.lora: LoraConfig | None = None  # set where the language model has adapters
@@ -126,13 +131,18 @@ class MultimodalLLM(nn.Module):
         return self.multi_modal_projector.linear_1.weight.dtype
 
     def encode_images(self, pixels_N3SS: Tensor) -> Tensor:
-        """Visual tokens, (N, Q, D); N may be 0. A frozen tower runs without a graph."""
+        """Visual tokens, (N, Q, D); N may be 0. In place of pixels it may be given what `vision_features` made of them."""
+        if pixels_N3SS.ndim == 3:
+            return self.multi_modal_projector(pixels_N3SS.to(self.device, self.dtype))
+        return self.multi_modal_projector(self.vision_features(pixels_N3SS))
+
+    def vision_features(self, pixels_N3SS: Tensor) -> Tensor:
+        """What the tower sees, (N, Q, F). A frozen tower runs without a graph."""
         is_frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
             pixels_N3SS = pixels_N3SS.to(self.device, self.dtype)
             is_patch = self.config.features == "patch"
-            features = self.vision_tower.patches(pixels_N3SS) if is_patch else self.vision_tower.pooled(pixels_N3SS)
-        return self.multi_modal_projector(features)
+            return self.vision_tower.patches(pixels_N3SS) if is_patch else self.vision_tower.pooled(pixels_N3SS)
 
     def embed(self, ids_BT: Tensor, pixels_N3SS: Tensor) -> Tensor:
         """Token embeddings (B, T, D) with the pictures' tokens in the places of `image_token_id`, in order."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from mmllm import checkpoint as disk
-from mmllm.batches import Batch, BatchLoader, sample_order
+from mmllm.batches import Batch, BatchLoader, ReadImage, sample_order
 from mmllm.chat import IGNORED
 from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig
 from mmllm.data import Sample
@@ -92,6 +92,7 @@ class Run:
     skipped: int = 0  # steps in a row
     broken: set[int] = field(default_factory=set)  # samples whose picture proved broken when it was used
     flops: float | None = None
+    read_image: ReadImage | None = None  # None: its pixels
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ def stage_loader(stage: StageConfig, run: Run, model: MultimodalLLM, number: int
         max_length=data.max_length,
         num_workers=data.num_workers,
         max_broken=allowed,
+        read_image=run.read_image,
         rank=run.world.rank,
         world_size=run.world.size,
     )
@@ -324,9 +326,11 @@ def validate(model: MultimodalLLM, stage: StageConfig, run: Run, step: int, numb
     """Validate, log and show; None when a signal cut it short."""
     begin = time.perf_counter()
     model.eval()
-    scores = validation_losses(model, run.val_samples, run.config, stage.batch_size, run.stop.__bool__)
+    is_stopped, read_image = run.stop.__bool__, run.read_image
+    scores = validation_losses(model, run.val_samples, run.config, stage.batch_size, is_stopped, read_image)
     shown = run.val_samples[: run.config.training.num_sample_captions]
-    captions = sample_captions(model, [] if run.stop else shown, run.stop.__bool__)
+    read_image = read_image if run.config.data.features_path else None  # no pictures are there: only their features
+    captions = sample_captions(model, [] if run.stop else shown, is_stopped, read_image)
     train_only_(model, trained_parts(stage))
     if run.stop:
         return None

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from mmllm.batches import ordered_batches
+from mmllm.batches import ReadImage, ordered_batches
 from mmllm.chat import IMAGE
 from mmllm.config import ExperimentConfig
 from mmllm.data import Sample
@@ -27,6 +27,7 @@ def validation_losses(
     config: ExperimentConfig,
     batch_size: int,
     is_stopped: Callable[[], bool] = bool,
+    read_image: ReadImage | None = None,
 ) -> dict:
     """Mean loss of a target with the true pictures, and with each picture replaced by another one of its batch.
 
@@ -35,7 +36,12 @@ def validation_losses(
     data, bf16 = config.data, config.training.bf16
     sums = torch.zeros(4, dtype=torch.float64)  # loss and targets, then both with other pictures
     batches = ordered_batches(
-        samples, model.processor, batch_size, max_length=data.max_length, num_workers=data.num_workers
+        samples,
+        model.processor,
+        batch_size,
+        max_length=data.max_length,
+        num_workers=data.num_workers,
+        read_image=read_image,
     )
     for batch in batches:
         if is_stopped():
@@ -54,19 +60,22 @@ def validation_losses(
     }
 
 
-def sample_captions(model: MultimodalLLM, samples: list[Sample], is_stopped: Callable[[], bool] = bool) -> list[dict]:
+def sample_captions(
+    model: MultimodalLLM,
+    samples: list[Sample],
+    is_stopped: Callable[[], bool] = bool,
+    read_image: ReadImage | None = None,
+) -> list[dict]:
     """What the model says to the last question of each sample, beside its answer."""
     if not samples:
         return []
     process, prompts, captions = model.processor, [], []
-    side = process.image_processor.size
+    read_image, side = read_image or process.image_processor, process.image_processor.size
     for sample in samples:
         last = max(i for i, message in enumerate(sample.messages) if message.role == "assistant")
         question = list(sample.messages[:last])
         paths = sample.images[: sum(message.num_images for message in question)]
-        pixels = (
-            torch.stack([process.image_processor(path) for path in paths]) if paths else torch.zeros(0, 3, side, side)
-        )
+        pixels = torch.stack([read_image(path) for path in paths]) if paths else torch.zeros(0, 3, side, side)
         prompts.append(Prompt(tuple(process.encode_prompt(question)), pixels))
         asked = "".join(part for part in question[-1].parts if part is not IMAGE).strip() if question else ""
         captions.append({"id": sample.id, "prompt": asked, "reference": "".join(sample.messages[last].parts)})
