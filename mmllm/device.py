@@ -28,6 +28,12 @@ def autocast(device: torch.device, bf16: bool) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given: before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes that were in use so far: on the GPU, or of the whole process."""
     if device.type == "cuda":

@@ -102,7 +102,7 @@ def record_start(directory: Path, *, device: str, origins: dict[str, str], resum
             "settings_from": origins,
             "device": device,
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "commit": _commit(),
+            "commit": commit(),
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in PACKAGES},
         }
@@ -112,7 +112,7 @@ def record_start(directory: Path, *, device: str, origins: dict[str, str], resum
     temporary.replace(path)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this code, "-dirty" when files were changed since; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -1,0 +1,101 @@
+"""Measure what this machine makes of the program, and of its peers beside it.
+
+python -m mmllm.bench train                       # one optimiser step, against transformers + peft
+python -m mmllm.bench train --case "stage 1" --rounds 5
+python -m mmllm.bench table                       # README's tables, made anew from the JSON lines in benchmarks/
+
+Every row goes to benchmarks/ as one JSON line with its date, commit, machine and command; the goals are printed beside.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from mmllm.contestant import serve_turns
+from mmllm.errors import run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", default="auto", help="cuda or cpu (default: the best there is)")
+    common.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny is for trying it out")
+    common.add_argument("--layers", type=int, metavar="N", help="of both towers, at most (default: all of them)")
+    common.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each (default: %(default)s)")
+    common.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="(default: %(default)s)")
+    train = commands.add_parser("train", parents=[common], help="one optimiser step against transformers + peft")
+    train.add_argument("--case", action="append", metavar="NAME", help="only this one; may be given several times")
+    train.add_argument("--rows", type=int, metavar="N", help="of a step (default: 8, on a GPU 64)")
+    train.add_argument("--float32", action="store_true", help="in place of bfloat16")
+    table = commands.add_parser("table", help="rewrite the tables in README.md from the rows")
+    table.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="where the rows are")
+    table.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="(default: %(default)s)")
+    commands.add_parser("worker", help="one contestant, started by the others").add_argument("spec")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    commands = {"train": train, "table": write_table, "worker": worker}
+    return commands[options.command](options)
+
+
+def worker(options: argparse.Namespace) -> int:
+    """The process of one contestant."""
+    spec = json.loads(options.spec)
+    module = {"train": "mmllm.bench_train"}[spec["bench"]]
+    serve_turns(spec, importlib.import_module(module).build)
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    from mmllm import bench_train
+    from mmllm.device import choose_device
+    from mmllm.errors import UserError
+
+    device = choose_device(options.device)
+    names = options.case or list(bench_train.BY_NAME)
+    unknown = [name for name in names if name not in bench_train.BY_NAME]
+    if unknown:
+        raise UserError(f"--case {unknown[0]!r}: there are {', '.join(bench_train.BY_NAME)}")
+    spec = {
+        "device": device.type,
+        "size": options.size,
+        "layers": options.layers,
+        "rows": options.rows or (64 if device.type == "cuda" else 8),
+        "bf16": not options.float32,
+    }
+    return finish("train", bench_train.measure(names, spec, options.rounds), options)
+
+
+def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:
+    """Keep the rows and show the goals beside them."""
+    from mmllm import bench_table
+    from mmllm.bench_rows import goal_lines, read_rows, save_rows, stamped
+    from mmllm.device import choose_device
+    from mmllm.log import say
+
+    device = choose_device(options.device)
+    path = save_rows(options.out, kind, stamped(rows, device, sys.argv[1:]))
+    for what, measured, goal, is_met in goal_lines(bench_table.GOALS, kind, read_rows(options.out, kind), device.type):
+        say(f"{what}: {measured} ({goal}: {is_met})")
+    say(f"{len(rows)} rows in {path}")
+    return 0
+
+
+def write_table(options: argparse.Namespace) -> int:
+    from mmllm.bench_rows import rewritten
+    from mmllm.bench_table import tables
+    from mmllm.log import say
+
+    text = options.readme.read_text(encoding="utf-8")
+    options.readme.write_text(rewritten(text, tables(options.out)), encoding="utf-8")
+    say(f"{options.readme}: its tables are those of {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

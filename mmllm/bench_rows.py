@@ -1,0 +1,146 @@
+"""Rows of benchmarks on disk, the goals they are held against, and the tables that README shows of them.
+
+The surprising fact: nobody types a figure into README. `python -m mmllm.bench table` makes its tables from the JSON
+lines under benchmarks/, and a test compares the two, so a figure without its machine, commit and command cannot stand.
+
+A row belongs to a kind ("train", "generate", "memory"), a device ("cpu", "cuda"), a case and a contestant; a newer one
+takes the place of an older one. Next: bench.py.
+"""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmllm.errors import UserError
+from mmllm.log import commit
+
+FOLDER = Path("benchmarks")
+KEY = ("device", "case", "contestant")
+
+
+def machine(device: torch.device) -> dict:
+    """What the figures were measured on."""
+    names = []
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found = {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+
+
+def stamped(rows: list[dict], device: torch.device, arguments: list[str]) -> list[dict]:
+    """The rows with date, commit, machine and command."""
+    stamp = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "machine": machine(device),
+        "command": shlex.join(["python", "-m", "mmllm.bench", *arguments]),
+    }
+    return [{"device": device.type} | row | stamp for row in rows]
+
+
+def save_rows(folder: Path, kind: str, rows: list[dict]) -> Path:
+    """Writes the rows into `folder`/`kind`.jsonl, each in the place of an older one of the same key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}.jsonl"
+    kept = {key(row): row for row in read_rows(folder, kind)} | {key(row): row for row in rows}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept.values()), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def read_rows(folder: Path, kind: str) -> list[dict]:
+    path = folder / f"{kind}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def key(row: dict) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+# Goals ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`field` of the row (case, contestant), divided by that of `over` where it is given, at least or at most `bound`."""
+
+    kind: str
+    device: str
+    text: str
+    field: str
+    row: tuple[str, str]
+    bound: float
+    over: tuple[str, str] | None = None
+    at_most: bool = False
+
+    def value(self, rows: list[dict]) -> float | None:
+        """What was measured; None where a row that it needs is not there."""
+        found = {(row["case"], row["contestant"]): row.get(self.field) for row in rows if row["device"] == self.device}
+        top, bottom = found.get(self.row), 1.0 if self.over is None else found.get(self.over)
+        return top / bottom if top is not None and bottom else None
+
+    def line(self, rows: list[dict]) -> tuple[str, str, str, str] | None:
+        """What, measured, goal, and whether it is reached; None where it was not measured."""
+        value = self.value(rows)
+        if value is None:
+            return None
+        is_met = value <= self.bound if self.at_most else value >= self.bound
+        sign = "at most" if self.at_most else "at least"
+        return self.text, f"{value:.3g}", f"{sign} {self.bound:g}", "yes" if is_met else "no"
+
+
+def goal_lines(goals: tuple[Goal, ...], kind: str, rows: list[dict], device: str) -> list[tuple[str, str, str, str]]:
+    lines = [goal.line(rows) for goal in goals if (goal.kind, goal.device) == (kind, device)]
+    return [line for line in lines if line]
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """A table in Markdown; every column but the first is set to the right."""
+    rows = [head, ("---", *["---:"] * (len(head) - 1)), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def amount(value: float | None, form: str, scale: float = 1.0) -> str:
+    """The number as text, or a dash where there is none."""
+    return "-" if value is None else format(value * scale, form)
+
+
+def origin(rows: list[dict]) -> str:
+    """One sentence: where, when and by which command the newest of the rows was measured."""
+    row = max(rows, key=lambda row: row["date"])
+    where = row["machine"]
+    device = where.get("gpu") or f"{where['threads']} threads of {where['cpu']}"
+    return f"{device}, torch {where['torch']}, {row['date']}, commit {row['commit']}: `{row['command']}`"
+
+
+BEGIN, END = "<!-- benchmarks: python -m mmllm.bench table -->", "<!-- end of benchmarks -->"
+
+
+def rewritten(text: str, content: str) -> str:
+    """`text` with `content` between the two markers; UserError where one is missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"README.md has no part between {BEGIN} and {END}; put both lines where the tables belong")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def arguments() -> list[str]:
+    return sys.argv[1:]

@@ -1,0 +1,175 @@
+"""One optimiser step, ours against the same step built from `transformers` and `peft`.
+
+The surprising fact: both compute the same loss from the same weights, and most of what the other one is slower and larger
+by is one line. It makes logits of every position, 8 x 128 x 151,936 numbers several times over, where 40 of 128 tokens
+are learnt.
+
+A step is 8 rows of 128 tokens, 49 of them a picture's and 40 learnt, in bfloat16 autocast: pictures through the tower,
+forward, backward, clipping, AdamW. Frozen weights lie in the precision that each program holds them in by its own rules.
+Next: peers.py, bench.py.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mmllm import peers
+from mmllm.batches import Batch
+from mmllm.bench_rows import Goal
+from mmllm.chat import IGNORED
+from mmllm.config import ExperimentConfig
+from mmllm.contestant import Work, compete
+from mmllm.device import choose_device, peak_memory, synchronize
+from mmllm.distributed import World
+from mmllm.log import say
+from mmllm.model import MultimodalLLM
+from mmllm.optim import adamw
+from mmllm.plan import peak_flops, step_flops, trained_parts
+from mmllm.random_model import random_model, sizes
+from mmllm.surgery import train_only_
+from mmllm.trainer import prepare, stage_groups, step_counts, update_
+
+TOKENS, LEARNT = 128, 40
+RATE = 1e-5
+OURS, PEER = "mmllm", "transformers + peft"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step: its stage, the settings that make it, and whether the peer can take the same one."""
+
+    name: str
+    stage: int
+    settings: tuple[str, ...] = ()
+    has_peer: bool = True
+    is_large: bool = False  # two processes of it are too much for a small machine's memory
+
+
+CASES = (
+    Case("stage 1", 1),
+    Case("stage 2, full", 2, is_large=True),
+    Case("stage 2, LoRA", 2, ("model.use_lora=true",)),
+    Case("stage 2, LoRA on int8", 2, ("model.use_lora=true", "model.load_in_8bit=true"), has_peer=False),
+)
+BY_NAME = {case.name: case for case in CASES}
+
+GOALS = (
+    *(
+        Goal("train", device, f"{case}: speed against {PEER}", "steps_per_s", (case, OURS), bound, (case, PEER))
+        for device, bounds in (("cpu", (1.8, 1.3, 1.3)), ("cuda", (2.0, 2.0, 2.0)))
+        for case, bound in zip(("stage 1", "stage 2, full", "stage 2, LoRA"), bounds, strict=True)
+    ),
+    *(
+        Goal("train", "cpu", f"{case}: peak memory against {PEER}", "peak_bytes", (case, OURS), 0.7, (case, PEER), True)
+        for case in ("stage 1", "stage 2, full", "stage 2, LoRA")
+    ),
+    Goal("train", "cuda", "stage 2, full: share of the peak FLOP/s", "mfu", ("stage 2, full", OURS), 0.45),
+)
+
+
+def measure(names: list[str], spec: dict, rounds: int) -> list[dict]:
+    """The rows of the cases called `names`; `spec` says size, layers, rows of a step, and device."""
+    rows = []
+    for case in (BY_NAME[name] for name in names):
+        say(f"{case.name}:")
+        contestants = [OURS] + [PEER] * (case.has_peer and peers.has_transformers())
+        together = not case.is_large or spec["device"] != "cpu" or spec["size"] != "full"
+        specs = [spec | {"bench": "train", "case": case.name, "contestant": name} for name in contestants]
+        found = compete(specs, rounds, together=together)
+        for row in found:
+            say(
+                f"  {row['contestant']}: {row['seconds']:.2f} s a step, {row['tokens_per_s']:.0f} tokens/s, "
+                f"{row['peak_bytes'] / 1e9:.2f} GB at most, loss {row['loss']:.4f}"
+            )
+        rows += [{"case": case.name, **row} for row in found]
+    return rows
+
+
+def build(spec: dict) -> tuple[dict, Work]:
+    """The contestant of `spec`, ready to take one step a turn."""
+    begin = time.perf_counter()
+    step = peer_step(spec) if spec["contestant"] == PEER else own_step(spec)
+    device = choose_device(spec["device"])
+    counts = step_counts([synthetic_batch(spec)])
+
+    def turn() -> dict:
+        begin = time.perf_counter()
+        loss = step()
+        synchronize(device)
+        seconds = time.perf_counter() - begin
+        flops = flops_of(spec, counts) / seconds
+        peak = peak_flops(device)
+        return {
+            "seconds": seconds,
+            "steps_per_s": 1 / seconds,
+            "tokens_per_s": counts[1] / seconds,
+            "images_per_s": counts[2] / seconds,
+            "tflops_per_s": flops / 1e12,
+            "mfu": flops / peak if peak else None,
+            "peak_bytes": peak_memory(device),
+            "loss": loss,
+        }
+
+    return {"rows": spec["rows"], "load_s": time.perf_counter() - begin}, turn
+
+
+def configuration(spec: dict) -> ExperimentConfig:
+    config = ExperimentConfig()
+    config.device = spec["device"]
+    config.data.batch_size = spec["rows"]
+    config.training.bf16 = spec["bf16"]
+    for setting in BY_NAME[spec["case"]].settings:
+        name, _, text = setting.partition("=")
+        config.set_text(name, text)
+    return config
+
+
+def synthetic_batch(spec: dict) -> Batch:
+    """The rows of a step: a few words, the picture's places, a question, an answer that is learnt."""
+    architecture = sizes(spec["size"], spec["layers"])
+    chance = torch.Generator().manual_seed(0)
+    rows, side, places = spec["rows"], architecture.vision.image_size, architecture.num_image_tokens
+    ids_BT = torch.randint(0, architecture.image_token_id - 12, (rows, TOKENS), generator=chance)
+    ids_BT[:, 16 : 16 + places] = architecture.image_token_id
+    labels_BT = torch.full_like(ids_BT, IGNORED)
+    labels_BT[:, -LEARNT:] = ids_BT[:, -LEARNT:]
+    return Batch(ids_BT, labels_BT, torch.randn(rows, 3, side, side, generator=chance))
+
+
+def own_step(spec: dict) -> Callable[[], float]:
+    """Our optimiser step, as `run_stage` takes it."""
+    config = configuration(spec)
+    stage = config.stages()[BY_NAME[spec["case"]].stage - 1]
+    model = random_model(sizes(spec["size"], spec["layers"]), choose_device(spec["device"]))
+    prepare(model, config)
+    train_only_(model, trained_parts(stage))
+    optimizer = adamw(stage_groups(model, stage, 0.0), 0.9, 0.95)
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    batch, world = synthetic_batch(spec), World(choose_device(spec["device"]))
+    targets = step_counts([batch])[0]
+    return lambda: update_(model, optimizer, [batch], config.training, targets, world)[0]
+
+
+def peer_step(spec: dict) -> Callable[[], float]:
+    """The same step of `transformers`, with `peft` where there are adapters."""
+    case, config = BY_NAME[spec["case"]], configuration(spec)
+    trained = config.stages()[case.stage - 1].train
+    lora = config.model.lora_config if config.model.use_lora else None
+    architecture = sizes(spec["size"], spec["layers"])
+    return peers.training_step(
+        architecture, synthetic_batch(spec), trained, lora, spec["device"], bf16=spec["bf16"], rate=RATE
+    )
+
+
+def flops_of(spec: dict, counts: tuple[int, int, int]) -> float:
+    """Operations that the step needs, whoever takes it: what was made in vain does not count."""
+    config = configuration(spec)
+    with torch.device("meta"):
+        model = MultimodalLLM(sizes(spec["size"], spec["layers"]))
+    prepare(model, config)
+    stage = config.stages()[BY_NAME[spec["case"]].stage - 1]
+    train_only_(model, trained_parts(stage))
+    return step_flops(model, counts[1], counts[0], counts[2])

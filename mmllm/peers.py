@@ -1,0 +1,93 @@
+"""The other programs in the benchmarks, each as its own documentation uses it: transformers, peft, llama.cpp.
+
+The surprising fact: a comparison is only worth something when the other side is at its best. So a peer gets what costs
+its user one argument: bfloat16 for frozen weights, the fused optimiser, its fastest attention.
+
+None of these packages is needed to run mmllm; each is imported only when its turn comes. Next: bench.py.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from mmllm.batches import Batch
+from mmllm.config import LoraConfig
+from mmllm.device import autocast, choose_device
+from mmllm.model import MultimodalConfig
+from mmllm.random_model import fill_
+
+
+def has_transformers() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
+
+
+def training_step(
+    architecture: MultimodalConfig,
+    batch: Batch,
+    trained: tuple[str, ...],
+    lora: LoraConfig | None,
+    device: str,
+    *,
+    bf16: bool,
+    rate: float,
+) -> Callable[[], float]:
+    """One optimiser step of LlavaForConditionalGeneration, with adapters by peft where `lora` is given.
+
+    Frozen weights are bfloat16, trained ones float32 under autocast, as Trainer with `bf16=True` has them.
+    """
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    place = choose_device(device)
+    settings = {name: value for name, value in architecture.to_dict().items() if name != "architectures"}
+    with torch.device(place), no_init_weights():
+        model = LlavaForConditionalGeneration(LlavaConfig(**settings))
+    model.tie_weights()
+    fill_(model)
+    inner, trains_all = model.model, "language_model" in trained and lora is None
+    inner.vision_tower.requires_grad_(False)
+    inner.language_model.requires_grad_(trains_all)  # and with it the tied head
+    if bf16:
+        inner.vision_tower.bfloat16()
+        if not trains_all:
+            inner.language_model.bfloat16()
+    model.train()
+    if "language_model" in trained and lora is not None:
+        model = with_adapters(model, lora)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    batch = batch.to(place)
+
+    def step() -> float:
+        with autocast(place, bf16):
+            loss = model(
+                input_ids=batch.ids_BT,
+                attention_mask=torch.ones_like(batch.ids_BT),
+                pixel_values=batch.pixels_N3SS,
+                labels=batch.labels_BT,
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def with_adapters(model: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    modules = "|".join(lora.target_modules)
+    about = PeftConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        target_modules=rf".*language_model\..*\.({modules})",
+        modules_to_save=["multi_modal_projector"],
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, about)

@@ -1,0 +1,120 @@
+"""Models of the true shapes with random weights: what benchmarks run on where nobody has the published ones.
+
+The surprising fact: speed and memory do not depend on what was learnt, so they can be measured, to the last tensor and
+the last token of the vocabulary, without a download. A tensor is drawn by its own name, so two programs that
+build the same architecture on their own hold the same numbers, and their losses can be compared.
+
+Next: bench_train.py, bench_generate.py.
+"""
+
+import json
+import math
+import re
+import zlib
+from itertools import islice, product
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import nn
+
+from mmllm.clip import CLIPVisionConfig
+from mmllm.image import ImageProcessor
+from mmllm.model import MultimodalConfig, MultimodalLLM
+from mmllm.pretrain import CONTROL_TOKENS, SPLIT
+from mmllm.qwen import Qwen2Config
+from mmllm.weights import atomic_directory
+
+QWEN_WORDS = 151643  # tokens of Qwen2.5 before its control tokens
+TINY_VISION = CLIPVisionConfig(64, 128, 3, 2, image_size=32, patch_size=8)
+TINY_TEXT = Qwen2Config(512, 64, 160, 4, 4, 2, head_dim=16, max_position_embeddings=2048)
+SIZES = ("full", "tiny")
+
+
+def sizes(name: str = "full", layers: int | None = None) -> MultimodalConfig:
+    """The architecture: "full" is CLIP ViT-B/32 with Qwen2.5-0.5B; `layers` cuts both towers to so many."""
+    vision, text = (CLIPVisionConfig(), Qwen2Config()) if name == "full" else (TINY_VISION, TINY_TEXT)
+    if layers:
+        vision = CLIPVisionConfig(**vars(vision) | {"num_hidden_layers": min(layers + 1, vision.num_hidden_layers)})
+        text = Qwen2Config(**vars(text) | {"num_hidden_layers": min(layers, text.num_hidden_layers)})
+    words = QWEN_WORDS if name == "full" else text.vocab_size - len(CONTROL_TOKENS)
+    return MultimodalConfig(vision, text, "patch", words + CONTROL_TOKENS.index("<|image_pad|>"))
+
+
+def random_model(config: MultimodalConfig, device: str | torch.device = "cpu") -> MultimodalLLM:
+    """The model in float32, its tensors drawn by name. It has no processor."""
+    with torch.device("meta"):
+        model = MultimodalLLM(config)
+    model.to_empty(device=device)
+    model.language_model.tie_weights()
+    fill_(model)
+    return model
+
+
+@torch.no_grad()
+def fill_(model: nn.Module) -> None:
+    """Draws every parameter by the published name of its tensor, whichever program it belongs to."""
+    for name, parameter in model.named_parameters():
+        chance = torch.Generator(parameter.device).manual_seed(zlib.crc32(published_name(name).encode()))
+        if parameter.ndim >= 2:
+            is_table = "embed" in name and "patch" not in name
+            parameter.normal_(0, 0.1 if is_table else 1 / math.sqrt(parameter[0].numel()), generator=chance)
+        elif "norm" in name and name.endswith("weight"):
+            parameter.fill_(1)
+        else:
+            parameter.normal_(0, 0.1, generator=chance)
+
+
+def published_name(name: str) -> str:
+    """The name of a tensor without the prefixes that one program puts in front or in the middle, and another does not."""
+    return re.sub(r"^model\.|(?<=language_model\.)model\.|vision_model\.", "", name)
+
+
+def random_tokenizer(words: int = QWEN_WORDS) -> Tokenizer:
+    """A byte-level tokenizer of `words` tokens that stand for nothing, and Qwen2.5's control tokens after them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = product(alphabet, alphabet)
+    longer = ((first + second, third) for first, second in product(alphabet, alphabet) for third in alphabet)
+    merges = list(islice((pair for source in (pairs, longer) for pair in source), words - len(alphabet)))
+    vocab = {token: i for i, token in enumerate([*alphabet, *(first + second for first, second in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    return tokenizer
+
+
+def write_towers(folder: Path, config: MultimodalConfig) -> tuple[Path, Path]:
+    """The folders of a CLIP and a Qwen2.5 in their published format, bfloat16; kept when they are there already."""
+    clip, qwen = folder / "clip", folder / "qwen"
+    if clip.is_dir() and qwen.is_dir():
+        return clip, qwen
+    model = random_model(config).to(torch.bfloat16)
+    vision = {"architectures": ["CLIPModel"], "model_type": "clip", "vision_config": config.vision.to_dict()}
+    with atomic_directory(clip, replace=True) as temporary:
+        save_file(model.vision_tower.state_dict(), temporary / "model.safetensors", {"format": "pt"})
+        (temporary / "config.json").write_text(json.dumps(vision))
+        images = ImageProcessor(config.vision.image_size).to_dict()
+        (temporary / "preprocessor_config.json").write_text(json.dumps(images))
+    tensors = {name: value for name, value in model.language_model.state_dict().items() if name != "lm_head.weight"}
+    with atomic_directory(qwen, replace=True) as temporary:
+        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+        (temporary / "config.json").write_text(json.dumps(config.text.to_dict()))
+        words = config.image_token_id - CONTROL_TOKENS.index("<|image_pad|>")
+        random_tokenizer(words).save(str(temporary / "tokenizer.json"))
+    return clip, qwen
+
+
+def write_model(folder: Path, config: MultimodalConfig) -> Path:
+    """A whole model directory of random weights in bfloat16, as `convert_weights.py` writes one."""
+    if not folder.is_dir():
+        clip, qwen = write_towers(folder.parent / "towers", config)
+        MultimodalLLM.from_towers(clip, qwen, dtype=None).save_pretrained(folder)
+    return folder

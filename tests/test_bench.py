@@ -1,0 +1,122 @@
+"""Benchmarks measure what they say: the same work on both sides, in turns, with goals and tables made from the rows."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from mmllm import bench, bench_train
+from mmllm.bench_rows import BEGIN, END, Goal, goal_lines, read_rows, rewritten, save_rows
+from mmllm.bench_table import tables
+from mmllm.bench_train import OURS, PEER
+from mmllm.contestant import compete
+from mmllm.errors import RunError, UserError
+from mmllm.model import MultimodalLLM
+from mmllm.random_model import random_tokenizer, sizes
+
+SPEC = {"bench": "train", "size": "tiny", "layers": None, "rows": 2, "device": "cpu", "bf16": False}
+ROW = {
+    "device": "cpu",
+    "case": "stage 1",
+    "contestant": OURS,
+    "rows": 8,
+    "seconds": 2.0,
+    "steps_per_s": 0.5,
+    "tokens_per_s": 512.0,
+    "tflops_per_s": 0.25,
+    "mfu": None,
+    "peak_bytes": 3_000_000_000,
+    "date": "2026-01-01",
+    "commit": "abc",
+    "machine": {"cpu": "AMD", "cores": 2, "threads": 2, "torch": "2.13"},
+    "command": "python -m mmllm.bench train",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny layers on several threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's, of transformers
+@pytest.mark.parametrize("case", ["stage 1", "stage 2, full", "stage 2, LoRA"])
+def test_both_sides_of_a_training_step_compute_the_same_loss(case):
+    losses = []
+    for contestant in (OURS, PEER):
+        loaded, turn = bench_train.build(SPEC | {"case": case, "contestant": contestant})
+        losses.append(turn()["loss"])
+        assert loaded["rows"] == 2
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def test_the_model_of_a_benchmark_is_the_published_one_in_shape():
+    with torch.device("meta"):
+        model = MultimodalLLM(sizes())
+    assert sum(p.numel() for p in model.parameters()) == 582_981_504
+    assert sizes().image_token_id == 151655
+    tokenizer = random_tokenizer()
+    assert [tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|image_pad|>")] == [151643, 151655]
+
+
+def test_contestants_in_processes_of_their_own_take_turns_and_a_dead_one_is_named(tmp_path):
+    spec = SPEC | {"case": "stage 1", "contestant": OURS, "layers": 1}
+    (row,) = compete([spec], rounds=2, warm_ups=0)
+    assert row["turns"] == 2
+    assert row["seconds"] > 0 and row["peak_bytes"] > 10_000_000
+    with pytest.raises(RunError, match="mmllm ended with code 1: KeyError: 'no such bench'"):
+        compete([spec | {"bench": "no such bench"}], rounds=1)
+
+
+def test_a_row_takes_the_place_of_an_older_one_of_the_same_key(tmp_path):
+    save_rows(tmp_path, "train", [ROW, ROW | {"contestant": PEER}])
+    save_rows(tmp_path, "train", [ROW | {"seconds": 1.0}])
+    assert [(row["contestant"], row["seconds"]) for row in read_rows(tmp_path, "train")] == [(OURS, 1.0), (PEER, 2.0)]
+    for line in (tmp_path / "train.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+@pytest.mark.parametrize(
+    "bound, at_most, reached", [(2.0, False, "yes"), (2.5, False, "no"), (2.0, True, "yes"), (1.9, True, "no")]
+)
+def test_a_goal_is_a_bound_on_one_row_over_another(bound, at_most, reached):
+    rows = [ROW | {"steps_per_s": 1.0}, ROW | {"contestant": PEER}]
+    goal = Goal("train", "cpu", "speed", "steps_per_s", ("stage 1", OURS), bound, ("stage 1", PEER), at_most)
+    words = "at most" if at_most else "at least"
+    assert goal_lines((goal,), "train", rows, "cpu") == [("speed", "2", f"{words} {bound:g}", reached)]
+    assert goal_lines((goal,), "train", rows[:1], "cpu") == []  # not measured: no line
+
+
+def test_an_unknown_case_is_refused_with_those_there_are():
+    with pytest.raises(UserError, match="--case 'stage 3': there are stage 1, stage 2, full"):
+        bench.main(["train", "--case", "stage 3"])
+
+
+def test_the_table_command_writes_the_rows_between_the_markers(tmp_path):
+    save_rows(tmp_path, "train", [ROW, ROW | {"contestant": PEER, "seconds": 4.0, "steps_per_s": 0.25}])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert bench.main(["table", "--out", str(tmp_path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| stage 1, 8 rows | mmllm | 2 | 512 | 0.25 | - | 3.0 GB |" in text
+    assert "| stage 1: speed against transformers + peft | 2 | at least 1.8 | yes |" in text
+    assert "2 threads of AMD, torch 2.13, 2026-01-01, commit abc: `python -m mmllm.bench train`." in text
+    with pytest.raises(UserError, match="has no part between"):
+        rewritten("no markers", "new")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_rows():
+    text = (ROOT / "README.md").read_text()
+    assert rewritten(text, tables(ROOT / "benchmarks")) == text, "run: python -m mmllm.bench table"
+
+
+def test_help_answers_without_torch():
+    program = "import sys; from mmllm import bench; bench.parse(['train']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
