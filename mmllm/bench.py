@@ -2,6 +2,7 @@
 
 python -m mmllm.bench train                       # one optimiser step, against transformers + peft
 python -m mmllm.bench train --case "stage 1" --rounds 5
+python -m mmllm.bench generate                    # answers, against transformers and llama.cpp where it is installed
 python -m mmllm.bench table                       # README's tables, made anew from the JSON lines in benchmarks/
 
 Every row goes to benchmarks/ as one JSON line with its date, commit, machine and command; the goals are printed beside.
@@ -30,6 +31,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--case", action="append", metavar="NAME", help="only this one; may be given several times")
     train.add_argument("--rows", type=int, metavar="N", help="of a step (default: 8, on a GPU 64)")
     train.add_argument("--float32", action="store_true", help="in place of bfloat16")
+    generate = commands.add_parser("generate", parents=[common], help="answers, against transformers and llama.cpp")
+    generate.add_argument("--precision", action="append", metavar="NAME", help="only this one; may be given again")
+    generate.add_argument("--batch", action="append", type=int, metavar="N", help="answers side by side; again")
+    generate.add_argument(
+        "--new-tokens", type=int, default=128, metavar="N", help="of an answer (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--compiled-peer", action="store_true", help="transformers with its compiled step too: slow start"
+    )
+    generate.add_argument(
+        "--models",
+        type=Path,
+        default=Path("outputs/bench"),
+        metavar="DIR",
+        help="random weights (default: %(default)s)",
+    )
     table = commands.add_parser("table", help="rewrite the tables in README.md from the rows")
     table.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="where the rows are")
     table.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="(default: %(default)s)")
@@ -39,14 +56,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    commands = {"train": train, "table": write_table, "worker": worker}
+    commands = {"train": train, "generate": generate, "table": write_table, "worker": worker}
     return commands[options.command](options)
 
 
 def worker(options: argparse.Namespace) -> int:
     """The process of one contestant."""
     spec = json.loads(options.spec)
-    module = {"train": "mmllm.bench_train"}[spec["bench"]]
+    module = {"train": "mmllm.bench_train", "generate": "mmllm.bench_generate"}[spec["bench"]]
     serve_turns(spec, importlib.import_module(module).build)
     return 0
 
@@ -69,6 +86,24 @@ def train(options: argparse.Namespace) -> int:
         "bf16": not options.float32,
     }
     return finish("train", bench_train.measure(names, spec, options.rounds), options)
+
+
+def generate(options: argparse.Namespace) -> int:
+    from mmllm import bench_generate
+    from mmllm.device import choose_device
+
+    device = choose_device(options.device)
+    spec = {
+        "device": device.type,
+        "size": options.size,
+        "layers": options.layers,
+        "new_tokens": options.new_tokens,
+        "compiled_peer": options.compiled_peer or device.type == "cuda",
+    }
+    precisions = options.precision or list(bench_generate.PRECISIONS)
+    batches = sorted(options.batch or bench_generate.BATCHES[device.type])
+    rows = bench_generate.measure(spec, precisions, batches, options.rounds, options.models)
+    return finish("generate", rows, options)
 
 
 def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:

@@ -5,16 +5,16 @@
 
 from pathlib import Path
 
-from mmllm import bench_train
+from mmllm import bench_generate, bench_train
 from mmllm.bench_rows import amount, goal_lines, origin, read_rows, table
 
-GOALS = bench_train.GOALS
+GOALS = bench_train.GOALS + bench_generate.GOALS
 
 
 def tables(folder: Path) -> str:
     """All tables for which there are rows, each with where and how it was measured."""
     parts = []
-    for kind, title, make in (("train", "One training step", train_table),):
+    for kind, title, make in KINDS:
         rows = read_rows(folder, kind)
         for device in sorted({row["device"] for row in rows}):
             mine = [row for row in rows if row["device"] == device]
@@ -39,3 +39,36 @@ def train_table(rows: list[dict]) -> str:
         for row in rows
     ]
     return table(head, lines)
+
+
+def generate_table(rows: list[dict]) -> str:
+    """One line a contestant: what loading took, the first token, and the rate at each batch."""
+    found = {(row["contestant"], row["case"]): row for row in rows}
+    batches = sorted({row["rows"] for row in rows if row["case"].startswith("batch")})
+    contestants = list(dict.fromkeys(row["contestant"] for row in rows if row["case"].startswith("batch")))
+    head = (
+        "by",
+        "load",
+        "first token",
+        *(f"tokens/s, {n} at once" for n in batches),
+        "of the bandwidth",
+        "peak memory",
+    )
+    lines = []
+    for name in contestants:
+        single = found.get((name, bench_generate.B1), {})
+        rates = [found.get((name, bench_generate.batch(n)), {}).get("tokens_per_s") for n in batches]
+        lines.append(
+            (
+                name,
+                amount(single.get("load_s"), ".2f") + " s",
+                amount(single.get("first_token_s"), ".3f") + " s",
+                *(amount(rate, ".3g") for rate in rates),
+                amount(single.get("bandwidth_share"), ".0%"),
+                amount(single.get("peak_bytes"), ".2f", 1e-9) + " GB",
+            )
+        )
+    return table(head, lines)
+
+
+KINDS = (("train", "One training step", train_table), ("generate", "Answers", generate_table))

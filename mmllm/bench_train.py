@@ -76,14 +76,17 @@ def measure(names: list[str], spec: dict, rounds: int) -> list[dict]:
         say(f"{case.name}:")
         contestants = [OURS] + [PEER] * (case.has_peer and peers.has_transformers())
         together = not case.is_large or spec["device"] != "cpu" or spec["size"] != "full"
-        specs = [spec | {"bench": "train", "case": case.name, "contestant": name} for name in contestants]
+        turns = [{"case": case.name}]
+        specs = [
+            spec | {"bench": "train", "case": case.name, "contestant": name, "turns": turns} for name in contestants
+        ]
         found = compete(specs, rounds, together=together)
         for row in found:
             say(
                 f"  {row['contestant']}: {row['seconds']:.2f} s a step, {row['tokens_per_s']:.0f} tokens/s, "
                 f"{row['peak_bytes'] / 1e9:.2f} GB at most, loss {row['loss']:.4f}"
             )
-        rows += [{"case": case.name, **row} for row in found]
+        rows += found
     return rows
 
 
@@ -94,7 +97,7 @@ def build(spec: dict) -> tuple[dict, Work]:
     device = choose_device(spec["device"])
     counts = step_counts([synthetic_batch(spec)])
 
-    def turn() -> dict:
+    def turn(asked: dict) -> dict:
         begin = time.perf_counter()
         loss = step()
         synchronize(device)

@@ -13,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from statistics import median
 
 from mmllm.errors import RunError
 from mmllm.log import say
 
-Work = Callable[[], dict]  # one turn: what was measured in it
+Work = Callable[[dict], dict]  # one turn, by what is asked: what was measured in it
 Build = Callable[[dict], tuple[dict, Work]]  # a spec to what loading cost, and the work
 
 
@@ -39,10 +39,10 @@ class Contestant:
         )
         self.loaded = self._answer()
 
-    def turn(self) -> dict:
+    def turn(self, asked: dict) -> dict:
         """Ask for one turn and wait for what was measured in it."""
         try:
-            self.process.stdin.write("go\n")
+            self.process.stdin.write(json.dumps(asked) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             self._fail()
@@ -80,49 +80,55 @@ def serve_turns(spec: dict, build: Build) -> None:
     os.dup2(2, 1)  # whatever a library prints goes to the errors, not among the answers
     loaded, work = build(spec)
     answers.write(json.dumps(loaded) + "\n")
-    for _ in sys.stdin:
-        answers.write(json.dumps(work()) + "\n")
+    for line in sys.stdin:
+        answers.write(json.dumps(work(json.loads(line))) + "\n")
 
 
-def compete(specs: list[dict], rounds: int, warm_ups: int = 1, *, together: bool = True) -> list[dict]:
-    """Let the contestants take turns for `rounds` rounds; returns one summary each, in the order of `specs`.
+def compete(specs: list[dict], rounds: int, *, together: bool = True) -> list[dict]:
+    """Let the contestants take turns for `rounds` rounds after one to warm up; one row for each and each of its cases.
 
-    `together` False: one process at a time, started anew for each turn, for what does not fit into memory at once.
+    A spec names in "turns" what is asked of its contestant in a round; a turn's "case" goes into its row. `together`
+    False: one process at a time, started anew in each round, for what does not fit into memory at once.
     """
-    turns: list[list[dict]] = [[] for _ in specs]
     loaded: list[dict] = [{} for _ in specs]
+    results: list[list[list[dict]]] = [[[] for _ in spec["turns"]] for spec in specs]
+
+    def start(i: int) -> Contestant:
+        contestant = Contestant(specs[i])
+        loaded[i] = contestant.loaded
+        for asked in specs[i]["turns"]:
+            contestant.turn(asked)
+        return contestant
+
+    def take(i: int, contestant: Contestant) -> None:
+        for asked, found in zip(specs[i]["turns"], results[i], strict=True):
+            found.append(contestant.turn(asked))
+
     if together:
-        contestants: list[Contestant] = []
-        try:
+        with ExitStack() as stack:
+            contestants = []
             for i, spec in enumerate(specs):
-                contestants.append(started(spec, warm_ups))
-                loaded[i] = contestants[i].loaded
+                contestants.append(stack.enter_context(start(i)))
+                say(f"  {spec['contestant']}: ready")
             for _ in range(rounds):
                 for i, contestant in enumerate(contestants):
-                    turns[i].append(contestant.turn())
-        finally:
-            for contestant in contestants:
-                contestant.close()
+                    take(i, contestant)
     else:
-        for _ in range(rounds):
+        for number in range(rounds):
             for i, spec in enumerate(specs):
-                with started(spec, warm_ups) as contestant:
-                    loaded[i] = contestant.loaded
-                    turns[i].append(contestant.turn())
-    return [summary(spec, cost, results) for spec, cost, results in zip(specs, loaded, turns, strict=True)]
+                with start(i) as contestant:
+                    take(i, contestant)
+                say(f"  {spec['contestant']}: round {number + 1} of {rounds}")
+    return [
+        {"case": asked["case"], "contestant": spec["contestant"], **cost, **summary(turns)}
+        for spec, cost, found in zip(specs, loaded, results, strict=True)
+        for asked, turns in zip(spec["turns"], found, strict=True)
+    ]
 
 
-def started(spec: dict, warm_ups: int) -> Contestant:
-    contestant = Contestant(spec)
-    for _ in range(warm_ups):
-        contestant.turn()
-    say(f"  {contestant.name}: ready")
-    return contestant
-
-
-def summary(spec: dict, loaded: dict, turns: list[dict]) -> dict:
-    """One row: what loading cost, then the median of every number over the turns, and the largest peak."""
-    row = {"contestant": spec["contestant"], **loaded}
+def summary(turns: list[dict]) -> dict:
+    """The median of every number over the turns, and the largest peak."""
+    row = {}
     for name, value in turns[-1].items():
         values = [turn[name] for turn in turns]
         if name == "peak_bytes":
@@ -130,3 +136,19 @@ def summary(spec: dict, loaded: dict, turns: list[dict]) -> dict:
         else:
             row[name] = median(values) if isinstance(value, int | float) else value
     return row | {"turns": len(turns)}
+
+
+def speeds(heard: list[tuple[int, float]], begin: float, total: float, rows: int) -> dict:
+    """Of tokens heard as (row, time): the first one's delay, and the rate while all rows were under way."""
+    first = dict(reversed(heard))
+    last = dict(heard)
+    start, end = max(first.values()), min(last.values())
+    count = sum(start < at <= end for _, at in heard)
+    rate = count / (end - start)
+    return {
+        "first_token_s": min(first.values()) - begin,
+        "tokens_per_s": rate,
+        "steps_per_s": rate / rows,
+        "total_s": total,
+        "rows": rows,
+    }

@@ -1,21 +1,23 @@
-"""The other programs in the benchmarks, each as its own documentation uses it: transformers, peft, llama.cpp.
+"""The same work by `transformers` and `peft`, as their own documentation does it.
 
 The surprising fact: a comparison is only worth something when the other side is at its best. So a peer gets what costs
 its user one argument: bfloat16 for frozen weights, the fused optimiser, its fastest attention.
 
-None of these packages is needed to run mmllm; each is imported only when its turn comes. Next: bench.py.
+Neither is needed to run mmllm; they are imported only when their turn comes. Next: llama.py, bench.py.
 """
 
 import importlib.util
+import time
 from collections.abc import Callable
 
 import torch
 
 from mmllm.batches import Batch
 from mmllm.config import LoraConfig
-from mmllm.device import autocast, choose_device
+from mmllm.contestant import Work, speeds
+from mmllm.device import autocast, choose_device, peak_memory
 from mmllm.model import MultimodalConfig
-from mmllm.random_model import fill_
+from mmllm.random_model import fill_, picture, prompt_ids
 
 
 def has_transformers() -> bool:
@@ -91,3 +93,54 @@ def with_adapters(model: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, about)
+
+
+# Generation -----------------------------------------------------------------------------------------------------------
+
+
+def answers(spec: dict) -> tuple[dict, Work]:
+    """`generate` of LlavaForConditionalGeneration on our directory, with attention by torch; `compiled`: a cache of fixed
+    size and its own compilation of the decoding step."""
+    from transformers import LlavaForConditionalGeneration
+    from transformers.generation import BaseStreamer, CompileConfig
+
+    class Clock(BaseStreamer):
+        def __init__(self):
+            self.times: list[float] = []
+
+        def put(self, value):
+            self.times.append(time.perf_counter())
+
+        def end(self):
+            """Nothing is left to write."""
+
+    begin = time.perf_counter()
+    device = choose_device(spec["device"])
+    model = LlavaForConditionalGeneration.from_pretrained(spec["model"], dtype=getattr(torch, spec["precision"]))
+    model = model.to(device).eval()
+    load_s = time.perf_counter() - begin
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if spec["compiled"]:
+        compilation = CompileConfig(fullgraph=False)
+        compilation._compile_all_devices = True  # its own switch: without it, only GPUs compile
+        settings |= {"cache_implementation": "static", "compile_config": compilation}
+
+    def turn(asked: dict) -> dict:
+        rows = range(asked["rows"])
+        ids = torch.tensor([prompt_ids(spec, row) for row in rows], device=device)
+        pixels = torch.cat([picture(spec, row) for row in rows])
+        clock, begin = Clock(), time.perf_counter()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels.to(device, model.dtype),
+            max_new_tokens=asked["new_tokens"],
+            streamer=clock,
+            **settings,
+        )
+        total = time.perf_counter() - begin
+        heard = [(row, at) for at in clock.times[1:] for row in rows]  # the first one is the prompt
+        return speeds(heard, begin, total, asked["rows"]) | {"peak_bytes": peak_memory(device)}
+
+    language_bytes = sum(p.nbytes for p in model.model.language_model.parameters())
+    return {"load_s": load_s, "weight_bytes": language_bytes}, turn

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 
 from mmllm.clip import CLIPVisionConfig
 from mmllm.image import ImageProcessor
@@ -29,6 +29,7 @@ from mmllm.weights import atomic_directory
 QWEN_WORDS = 151643  # tokens of Qwen2.5 before its control tokens
 TINY_VISION = CLIPVisionConfig(64, 128, 3, 2, image_size=32, patch_size=8)
 TINY_TEXT = Qwen2Config(512, 64, 160, 4, 4, 2, head_dim=16, max_position_embeddings=2048)
+TEXT_TOKENS = 32  # of a prompt, beside the picture
 SIZES = ("full", "tiny")
 
 
@@ -118,3 +119,16 @@ def write_model(folder: Path, config: MultimodalConfig) -> Path:
         clip, qwen = write_towers(folder.parent / "towers", config)
         MultimodalLLM.from_towers(clip, qwen, dtype=None).save_pretrained(folder)
     return folder
+
+
+def prompt_ids(spec: dict, row: int) -> list[int]:
+    """A row's prompt: the places of a picture, then words; each row has its own."""
+    config = sizes(spec["size"], spec["layers"])
+    chance = torch.Generator().manual_seed(row)
+    words = torch.randint(0, config.image_token_id - 12, (TEXT_TOKENS,), generator=chance).tolist()
+    return [*words[:4], *[config.image_token_id] * config.num_image_tokens, *words[4:]]
+
+
+def picture(spec: dict, row: int) -> Tensor:
+    side = sizes(spec["size"], spec["layers"]).vision.image_size
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(row))

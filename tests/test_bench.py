@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mmllm import bench, bench_train
+from mmllm import bench, bench_generate, bench_train
 from mmllm.bench_rows import BEGIN, END, Goal, goal_lines, read_rows, rewritten, save_rows
 from mmllm.bench_table import tables
 from mmllm.bench_train import OURS, PEER
-from mmllm.contestant import compete
+from mmllm.contestant import compete, speeds
 from mmllm.errors import RunError, UserError
+from mmllm.llama import gguf_name
 from mmllm.model import MultimodalLLM
-from mmllm.random_model import random_tokenizer, sizes
+from mmllm.random_model import prompt_ids, random_tokenizer, sizes, write_model
 
 SPEC = {"bench": "train", "size": "tiny", "layers": None, "rows": 2, "device": "cpu", "bf16": False}
 ROW = {
@@ -51,7 +52,7 @@ def test_both_sides_of_a_training_step_compute_the_same_loss(case):
     losses = []
     for contestant in (OURS, PEER):
         loaded, turn = bench_train.build(SPEC | {"case": case, "contestant": contestant})
-        losses.append(turn()["loss"])
+        losses.append(turn({})["loss"])
         assert loaded["rows"] == 2
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
@@ -66,12 +67,68 @@ def test_the_model_of_a_benchmark_is_the_published_one_in_shape():
 
 
 def test_contestants_in_processes_of_their_own_take_turns_and_a_dead_one_is_named(tmp_path):
-    spec = SPEC | {"case": "stage 1", "contestant": OURS, "layers": 1}
-    (row,) = compete([spec], rounds=2, warm_ups=0)
-    assert row["turns"] == 2
+    spec = SPEC | {"case": "stage 1", "contestant": OURS, "layers": 1, "turns": [{"case": "stage 1"}]}
+    (row,) = compete([spec], rounds=2)
+    assert (row["case"], row["turns"]) == ("stage 1", 2)
     assert row["seconds"] > 0 and row["peak_bytes"] > 10_000_000
     with pytest.raises(RunError, match="mmllm ended with code 1: KeyError: 'no such bench'"):
         compete([spec | {"bench": "no such bench"}], rounds=1)
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory):
+    """What a contestant in answering needs: a model of random weights on disk."""
+    model = write_model(tmp_path_factory.mktemp("bench") / "model", sizes("tiny"))
+    return SPEC | {"bench": "generate", "model": str(model), "precision": "float32", "compiled": False}
+
+
+def test_both_sides_answer_with_as_many_tokens_as_were_asked_for(answering):
+    for kind in ("ours", "transformers"):
+        loaded, turn = bench_generate.build(answering | {"kind": kind})
+        assert loaded["weight_bytes"] == 4 * 205_888, "the tied head counts once"
+        row = turn({"case": "batch 2", "rows": 2, "new_tokens": 4})
+        assert row["tokens_per_s"] == pytest.approx(2 * row["steps_per_s"], rel=1e-6)
+        assert 0 < row["first_token_s"] < row["total_s"]
+
+
+def test_the_rate_of_a_batch_is_that_of_the_time_when_all_its_rows_are_under_way():
+    heard = [(0, 1.0), (0, 2.0), (1, 3.0), (0, 4.0), (1, 4.0), (0, 5.0), (1, 5.0), (1, 6.0)]
+    row = speeds(heard, begin=0.5, total=6.0, rows=2)
+    assert row == {"first_token_s": 0.5, "tokens_per_s": 2.0, "steps_per_s": 1.0, "total_s": 6.0, "rows": 2}
+
+
+def test_the_prompt_is_a_picture_and_32_tokens():
+    ids = prompt_ids({"size": "full", "layers": None}, 0)
+    assert len(ids) == 32 + 49 and ids.count(151655) == 49
+    assert max(token for token in ids if token != 151655) < 151643
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its own
+def test_llama_cpp_answers_from_our_weights(answering):
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    for kind in ("BF16", "Q8_0"):
+        loaded, turn = bench_generate.build(answering | {"kind": "llama.cpp", "precision": kind})
+        assert turn({"new_tokens": 4})["tokens_per_s"] > 0
+
+
+def test_the_tensors_of_a_gguf_file_have_its_names():
+    assert gguf_name("language_model.model.layers.3.mlp.up_proj.weight") == "blk.3.ffn_up.weight"
+    assert gguf_name("language_model.model.layers.10.self_attn.q_proj.bias") == "blk.10.attn_q.bias"
+    assert gguf_name("language_model.model.embed_tokens.weight") == "token_embd.weight"
+    assert gguf_name("language_model.model.norm.weight") == "output_norm.weight"
+
+
+@pytest.mark.slow
+def test_a_bench_is_one_command_from_random_weights_to_rows(tmp_path):
+    options = ["--size", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path / "rows")]
+    assert bench.main(["train", *options, "--case", "stage 2, LoRA", "--rows", "2"]) == 0
+    generate = ["generate", *options, "--new-tokens", "4", "--batch", "1", "--precision", "float32"]
+    assert bench.main([*generate, "--models", str(tmp_path / "models")]) == 0
+    rows = {(row["case"], row["contestant"]): row for row in read_rows(tmp_path / "rows", "generate")}
+    assert rows["batch 1", "mmllm float32"]["bandwidth_share"] > 0
+    assert rows["sample.py, 20 tokens", "mmllm float32"]["total_s"] > 0
+    assert "transformers bfloat16" in tables(tmp_path / "rows")
 
 
 def test_a_row_takes_the_place_of_an_older_one_of_the_same_key(tmp_path):

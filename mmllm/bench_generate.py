@@ -1,0 +1,200 @@
+"""Answers to one picture and 32 words, ours beside `transformers` and llama.cpp on the same weights.
+
+The surprising fact: a token costs what its weights cost to read, 494 million of them, and nothing else matters much. So
+beside tokens per second stands the share of the machine's read bandwidth that they amount to, and that is measured too,
+as one contestant more that has its turn in every round.
+
+A prompt is a picture (49 tokens) and 32 tokens of text; 128 tokens are made, greedily. llama.cpp reads only text: its
+prompt has as many tokens, and no picture to encode. Next: peers.py, bench.py.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mmllm import llama, peers
+from mmllm.bench_rows import Goal
+from mmllm.contestant import Work, compete, speeds
+from mmllm.device import choose_device, peak_memory
+from mmllm.errors import RunError
+from mmllm.generate import GenerationConfig, Prompt, generate
+from mmllm.log import say
+from mmllm.pipeline import load_pipeline
+from mmllm.random_model import picture, prompt_ids, sizes, write_model
+
+CAPTION_TOKENS = 20
+PRECISIONS = ("float32", "bfloat16")
+BATCHES = {"cpu": (1, 4, 8, 16), "cuda": (1, 4, 16, 64)}
+READ = "memory read"
+SAMPLE = Path(__file__).parent.parent / "sample.py"
+
+
+def ours(precision: str) -> str:
+    return f"mmllm {precision}"
+
+
+def batch(rows: int) -> str:
+    return f"batch {rows}"
+
+
+B1, CAPTION, COLD = batch(1), f"caption of {CAPTION_TOKENS} tokens", f"sample.py, {CAPTION_TOKENS} tokens"
+LLAMA, HF = "llama.cpp Q8_0", "transformers bfloat16"
+
+
+def goal(device: str, text: str, field: str, row: tuple[str, str], bound: float, **more) -> Goal:
+    return Goal("generate", device, text, field, row, bound, **more)
+
+
+RATE, FIRST = "tokens_per_s", "first_token_s"
+INT8, BF16, DYNAMIC = ours("int8"), ours("bfloat16"), ours("int8-dynamic")
+GOALS = (
+    goal("cpu", f"int8, tokens/s against {LLAMA}", RATE, (B1, INT8), 1.15, over=(B1, LLAMA)),
+    goal("cpu", f"int8 compiled, tokens/s against {LLAMA}", RATE, (B1, f"{INT8} compiled"), 1.4, over=(B1, LLAMA)),
+    goal("cpu", f"int8, tokens/s against {HF}", RATE, (B1, INT8), 5.0, over=(B1, HF)),
+    goal("cpu", f"bfloat16, tokens/s against {HF}", RATE, (B1, BF16), 3.0, over=(B1, HF)),
+    goal("cpu", f"int8, first token against {LLAMA}", FIRST, (B1, INT8), 0.7, over=(B1, LLAMA), at_most=True),
+    goal(
+        "cpu", f"int8-dynamic, first token against {LLAMA}", FIRST, (B1, DYNAMIC), 0.4, over=(B1, LLAMA), at_most=True
+    ),
+    goal("cpu", "int8, batch 4 against batch 1", RATE, (batch(4), INT8), 3.4, over=(B1, INT8)),
+    goal("cpu", "int8, batch 8 against batch 1", RATE, (batch(8), INT8), 5.0, over=(B1, INT8)),
+    goal("cpu", f"int8, {CAPTION}, s", "total_s", (CAPTION, INT8), 1.0, at_most=True),
+    goal("cpu", f"int8, {COLD} from a cold start, s", "total_s", (COLD, INT8), 3.5, at_most=True),
+    goal("cpu", "int8, peak memory, bytes", "peak_bytes", (B1, INT8), 1e9, at_most=True),
+    goal("cuda", "bfloat16, tokens/s", RATE, (B1, BF16), 1000),
+    goal("cuda", "int8, tokens/s", RATE, (B1, INT8), 1300),
+    goal("cuda", f"bfloat16, tokens/s against {HF}", RATE, (B1, BF16), 5.0, over=(B1, HF)),
+    goal("cuda", "bfloat16, tokens/s of 64 slots", RATE, (batch(64), BF16), 20000),
+    goal("cuda", "bfloat16, first token, s", FIRST, (B1, BF16), 0.015, at_most=True),
+)
+
+
+def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, folder: Path) -> list[dict]:
+    """The rows of all contestants; the model of random weights lies in `folder` and is written when it is not there."""
+    config = sizes(spec["size"], spec["layers"])
+    name = f"{spec['size']}-{spec['layers'] or 'all'}-layers"
+    spec = spec | {"bench": "generate", "model": str(write_model(folder / name / "model", config))}
+    turns = [{"case": batch(rows), "rows": rows, "new_tokens": spec["new_tokens"]} for rows in batches]
+    specs = [spec | {"contestant": READ, "kind": "read", "turns": [{"case": READ}]}]
+    for precision in precisions:
+        caption = {"case": CAPTION, "rows": 1, "new_tokens": CAPTION_TOKENS}
+        specs.append(
+            spec | {"contestant": ours(precision), "kind": "ours", "precision": precision, "turns": [*turns, caption]}
+        )
+    specs += peer_specs(spec, turns)
+    rows = compete(specs, rounds)
+    for precision in precisions:
+        cold = {"contestant": ours(precision), "kind": "cold", "precision": precision, "turns": [{"case": COLD}]}
+        rows += compete([spec | cold], 1)
+    (bandwidth,) = [row["bytes_per_s"] for row in rows if row["contestant"] == READ]
+    for row in rows:
+        if "steps_per_s" in row:
+            row["bandwidth_share"] = row["steps_per_s"] * row["weight_bytes"] / bandwidth
+        say("  " + told(row))
+    return rows
+
+
+def peer_specs(spec: dict, turns: list[dict]) -> list[dict]:
+    """The other programs that are installed here; on a CPU they answer one at a time."""
+    alone = [turn for turn in turns if turn["rows"] == 1]
+    specs = []
+    if peers.has_transformers():
+        theirs = spec | {"kind": "transformers", "precision": "bfloat16", "turns": alone}
+        all_turns = turns if spec["device"] == "cuda" else alone
+        specs.append(theirs | {"contestant": HF, "compiled": False, "turns": all_turns})
+        if spec["compiled_peer"]:
+            specs.append(theirs | {"contestant": f"{HF} compiled", "compiled": True})
+    if llama.is_installed():
+        for kind in llama.KINDS:
+            specs.append(
+                spec | {"kind": "llama.cpp", "contestant": f"llama.cpp {kind}", "precision": kind, "turns": alone}
+            )
+    return [spec for spec in specs if spec["turns"]]
+
+
+def told(row: dict) -> str:
+    """One line of a row for the console."""
+    parts = [f"{row['contestant']}, {row['case']}:"]
+    for name, text, scale in (
+        ("tokens_per_s", "{:.1f} tokens/s", 1),
+        ("bandwidth_share", "{:.0f} % of the bandwidth", 100),
+        ("first_token_s", "first after {:.3f} s", 1),
+        ("total_s", "{:.2f} s in all", 1),
+        ("load_s", "loaded in {:.1f} s", 1),
+        ("bytes_per_s", "{:.1f} GB/s", 1e-9),
+        ("peak_bytes", "{:.2f} GB at most", 1e-9),
+    ):
+        if name in row:
+            parts.append(text.format(row[name] * scale))
+    return parts[0] + " " + ", ".join(parts[1:])
+
+
+# The contestants, each in its process ---------------------------------------------------------------------------------
+
+
+def build(spec: dict) -> tuple[dict, Work]:
+    kinds = {"read": read_memory, "ours": own_answers, "cold": cold_start}
+    kinds |= {"transformers": peers.answers, "llama.cpp": llama.answers}
+    return kinds[spec["kind"]](spec)
+
+
+def read_memory(spec: dict) -> tuple[dict, Work]:
+    """The machine's read bandwidth: the sum over a gigabyte."""
+    device = choose_device(spec["device"])
+    numbers = torch.ones(2**28 if spec["size"] == "full" else 2**16, device=device)
+
+    def turn(asked: dict) -> dict:
+        begin = time.perf_counter()
+        numbers.sum().item()
+        return {"bytes_per_s": numbers.nbytes / (time.perf_counter() - begin)}
+
+    return {}, turn
+
+
+def own_answers(spec: dict) -> tuple[dict, Work]:
+    """The engine that sample.py, the evaluator and the server answer with."""
+    begin = time.perf_counter()
+    pipeline = load_pipeline(spec["model"], device=spec["device"], dtype=spec["precision"])
+    load_s = time.perf_counter() - begin
+    model, peaks = pipeline.model, {}
+
+    def turn(asked: dict) -> dict:
+        prompts = [Prompt(tuple(prompt_ids(spec, row)), picture(spec, row)) for row in range(asked["rows"])]
+        config = GenerationConfig(max_new_tokens=asked["new_tokens"])
+        heard: list[tuple[int, float]] = []
+        begin = time.perf_counter()
+        answers = generate(model, prompts, config, on_token=lambda row, token: heard.append((row, time.perf_counter())))
+        total = time.perf_counter() - begin
+        if any(len(answer.ids) != asked["new_tokens"] for answer in answers):
+            raise RunError(
+                f"an answer ended before its {asked['new_tokens']} tokens; measure with other random weights"
+            )
+        peak = peaks.setdefault(asked["case"], peak_memory(model.device))  # batches grow: the first is this one's own
+        return speeds(heard, begin, total, asked["rows"]) | {"peak_bytes": peak}
+
+    return {"load_s": load_s, "weight_bytes": weight_bytes(model.language_model)}, turn
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all weights that a token reads: everything but an embedding that is not the head too."""
+    tensors = {t.data_ptr(): t for t in [*module.parameters(), *module.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def cold_start(spec: dict) -> tuple[dict, Work]:
+    """sample.py as a person starts it: import, load, read the picture, answer."""
+    image = Path(spec["model"]).parent / "picture.jpg"
+    Image.effect_noise((640, 480), 64).convert("RGB").save(image)
+    command = [sys.executable, str(SAMPLE), "--image", str(image), "--model", spec["model"]]
+    command += ["--dtype", spec["precision"], "--device", spec["device"], "--max-new-tokens", str(CAPTION_TOKENS)]
+
+    def turn(asked: dict) -> dict:
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return {"total_s": time.perf_counter() - begin}
+
+    return {}, turn
