@@ -55,7 +55,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
     parser.add_argument("--out", metavar="DIR", help="(default: outputs/evaluation/NAME OF THE DATA FILE)")
     parser.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N pictures or questions")
-    parser.add_argument("--batch-size", type=at_least_one, default=16, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=at_least_one, default=16, metavar="N", help="side by side (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=at_least_one, default=60, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the exchange of pictures (default: %(default)s)")
@@ -83,8 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     without_java = MultimodalEvaluator(meteor=False)
     # torch takes two seconds to import: only now that the command line is known to be right
     from mmllm.data import load_samples
-    from mmllm.generate import GenerationConfig
     from mmllm.pipeline import default_model, load_pipeline
+    from mmllm.sampling import GenerationConfig
 
     tasks = tasks_of(load_samples(options.data, options.image_dir, options.split), options.task)[: options.limit]
     check_pictures(tasks)
@@ -168,17 +170,18 @@ def with_other_pictures(tasks: list[Task], seed: int) -> list[Task]:
     return [replace(task, images=tuple(other[path] for path in task.images)) for task in tasks]
 
 
-def predict(pipeline, tasks: list[Task], config, batch_size: int, name: str) -> list[str]:
-    """What the model says, in the order of the tasks; pictures are read a few batches ahead."""
+def predict(pipeline, tasks: list[Task], config, slots: int, name: str) -> list[str]:
+    """What the model says, in the order of the tasks, `slots` of them side by side; pictures are read a few ahead."""
     from mmllm.batches import prefetch
-    from mmllm.generate import generate
+    from mmllm.generate import generate_each
 
-    def prompts(start: int) -> list:
-        return [pipeline.prompt(list(task.messages), list(task.images)) for task in tasks[start : start + batch_size]]
+    def prompt(number: int):
+        return pipeline.prompt(list(tasks[number].messages), list(tasks[number].images))
 
+    prompts = prefetch(prompt, range(len(tasks)), num_workers=2)
     said = []
-    for batch in prefetch(prompts, range(0, len(tasks), batch_size), num_workers=2):
-        said += [answer.text.strip() for answer in generate(pipeline.model, batch, config)]
+    for answer in generate_each(pipeline.model, prompts, config, slots=slots, is_exact=False):
+        said.append(answer.text.strip())
         if sys.stderr.isatty():
             print(f"\r{name}: {len(said)} of {len(tasks)}", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from mmllm.chat import Message, assistant, user
 from mmllm.device import choose_device
+from mmllm.engine import Engine
 from mmllm.errors import UserError
-from mmllm.generate import Generated, GenerationConfig, Prompt, generate
+from mmllm.generate import drive
 from mmllm.model import MultimodalLLM
+from mmllm.request import EncodedImage, Generated, Prompt
+from mmllm.sampling import GenerationConfig
 
-ImageSource = str | Path | bytes | Image.Image  # a path, encoded bytes, a data URI, or a PIL image
+# a path, encoded bytes, a data URI, a PIL image, or what `encode_image` gave
+ImageSource = str | Path | bytes | Image.Image | EncodedImage
 
 DEFAULT_PROMPT = "Describe this image."
 
@@ -30,7 +34,11 @@ class MultimodalInferencePipeline:
         pipeline.chat("What do you see?", image="cat.jpg")
         pipeline.chat("And where is it?")
 
-    Every method raises ImageError for a picture that cannot be used and UserError for settings out of range.
+        cat = pipeline.encode_image("cat.jpg")  # looked at once, asked about many times
+        [pipeline.answer_question(cat, question) for question in ("What is it?", "What color is it?")]
+
+    Every method raises ImageError for a picture that cannot be used and UserError for settings out of range. One thread
+    at a time may use a pipeline.
     """
 
     def __init__(self, model: MultimodalLLM):
@@ -38,6 +46,7 @@ class MultimodalInferencePipeline:
             raise UserError("the model has no processor; load it with MultimodalLLM.from_pretrained")
         self.model = model.eval()
         self.processor = model.processor
+        self.engine = Engine(model, slots=1)
         self.reset()
 
     def caption_image(
@@ -48,27 +57,40 @@ class MultimodalInferencePipeline:
     def answer_question(self, image: ImageSource, question: str, config: GenerationConfig | None = None) -> str:
         return self.generate(self.prompt([user(question, images=1)], [image]), config).text
 
+    def encode_image(self, image: ImageSource) -> EncodedImage:
+        """The picture, looked at once; it may take the place of the picture in every method."""
+        if isinstance(image, EncodedImage):
+            return image
+        pixels_3SS = self.processor.image_processor(image)
+        ids = self.processor.encode_prompt([user("?", images=1)])
+        end = len(ids) - ids[::-1].index(self.processor.tokenizer.image_id) + 1  # with <|vision_end|>
+        return EncodedImage(pixels_3SS, self.engine.read(tuple(ids[:end]), pixels_3SS[None]))
+
     def chat(self, message: str, image: ImageSource | None = None, config: GenerationConfig | None = None) -> str:
         """The answer to the next message of one conversation; a turn that fails leaves the conversation as it was."""
-        images = [] if image is None else [self.processor.image_processor(image)]
+        images = [] if image is None else [self._read(image)]
         messages = [*self.messages, user(message, images=len(images))]
-        pixels = [*self.pixels, *images]
-        answer = self.generate(self.prompt(messages, pixels), config)
-        self.messages, self.pixels = [*messages, assistant(answer.text)], pixels
+        pictures = [*self.pictures, *images]
+        answer = self.generate(self.prompt(messages, pictures), config)
+        self.messages, self.pictures = [*messages, assistant(answer.text)], pictures
         return answer.text
 
     def reset(self) -> None:
         """Begins a new conversation."""
         self.messages: list[Message] = []
-        self.pixels: list[Tensor] = []
+        self.pictures: list[Tensor | EncodedImage] = []
 
     def prompt(self, messages: list[Message], images: list[ImageSource | Tensor]) -> Prompt:
         """Messages and their pictures, in order, as the model reads them; a Tensor is pixels (3, S, S) already."""
-        process = self.processor.image_processor
-        pixels = [image if isinstance(image, Tensor) else process(image) for image in images]
+        pictures = [self._read(image) for image in images]
+        pixels = [picture.pixels if isinstance(picture, EncodedImage) else picture for picture in pictures]
         side = self.model.config.vision.image_size
         pixels_N3SS = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
-        return Prompt(tuple(self.processor.encode_prompt(messages)), pixels_N3SS)
+        prefix = pictures[0].prefix if pictures and isinstance(pictures[0], EncodedImage) else None
+        return Prompt(tuple(self.processor.encode_prompt(messages)), pixels_N3SS, prefix)
+
+    def _read(self, image: ImageSource | Tensor) -> Tensor | EncodedImage:
+        return image if isinstance(image, Tensor | EncodedImage) else self.processor.image_processor(image)
 
     def generate(
         self,
@@ -79,14 +101,18 @@ class MultimodalInferencePipeline:
         cancelled: Callable[[], bool] | None = None,
     ) -> Generated:
         """The answer; `on_text` hears it piece by piece, each of whole characters, `cancelled` may end it early."""
-        stream = self.processor.tokenizer.stream()
-
-        def on_token(row: int, token: int) -> None:
-            if piece := stream.step(token):
-                on_text(piece)
-
         config = config or GenerationConfig()
-        return generate(self.model, [prompt], config, on_token=on_token if on_text else None, cancelled=cancelled)[0]
+        if self.engine.slots < config.num_beams:
+            self.engine = Engine(self.model, config.num_beams)
+        handle = self.engine.submit(prompt, config, on_text=on_text)
+        try:
+            drive(self.engine, [handle], cancelled)
+        finally:
+            if not handle.is_done:  # Ctrl-C: the next question finds the slot free
+                handle.on_text = None
+                handle.cancel()
+                self.engine.step()
+        return handle.result()
 
 
 def default_model(outputs: str | Path = "outputs") -> Path:

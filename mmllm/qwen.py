@@ -6,11 +6,12 @@ the key biases are huge; whoever drops them (as common int8 code does) gets a mo
 Names and arithmetic are those of the published checkpoints.
 Paper: https://arxiv.org/abs/2412.15115; code: transformers, models/qwen2/modeling_qwen2.py.
 
-B rows, T tokens, S positions in the cache, D hidden size, H query heads, G key/value heads, K head size, V vocabulary.
-Next: projector.py, model.py.
+B rows, T tokens, S positions that may be seen, D hidden size, H query heads, G key/value heads, K head size,
+V vocabulary. Next: projector.py, model.py; cache.py for decoding.
 """
 
 from dataclasses import asdict, dataclass, fields
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -70,30 +71,10 @@ class Qwen2Config:
         return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(self)}
 
 
-class KVCache:
-    """Keys and values of every layer; those of row b, position p lie at index p.
+class Cache(Protocol):
+    """What was read before: takes in a layer's new keys and values and gives the queries' answers over all of them."""
 
-    So rows of different lengths share one fixed shape, a row's unused tail is never attended to, and what padding
-    wrote there is overwritten by the tokens that come. Two tensors (layers, B, G, S, K).
-    """
-
-    def __init__(self, config: Qwen2Config, rows: int, length: int, *, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.rows_B1 = torch.arange(rows, device=device)[:, None]
-        self.length = length
-
-    def write(self, layer: int, positions_BT: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of the layer, (B, G, S, K) each, after those of `positions_BT` were put in."""
-        self.keys[layer][self.rows_B1, :, positions_BT] = k_BGTK.transpose(1, 2)
-        self.values[layer][self.rows_B1, :, positions_BT] = v_BGTK.transpose(1, 2)
-        return self.keys[layer], self.values[layer]
-
-    def take_rows_(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was (beam search)."""
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
+    def attend(self, layer: int, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor: ...
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -147,24 +128,24 @@ class Qwen2Attention(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
         attend_B1TS: Tensor | None,
-        cache: KVCache | None,
-        positions_BT: Tensor,
+        cache: Cache | None,
     ) -> Tensor:
         q_BHTK, k_BGTK, v_BGTK = (
             project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_BHTK, k_BGSK, v_BGSK = rotate(q_BHTK, *rope), rotate(k_BGTK, *rope), v_BGTK
+        q_BHTK, k_BGTK = rotate(q_BHTK, *rope), rotate(k_BGTK, *rope)
         if cache is not None:
-            k_BGSK, v_BGSK = cache.write(self.layer, positions_BT, k_BGSK, v_BGSK)
-        elif (
-            attend_B1TS is not None
-        ):  # CUDA's fast kernels take a mask or shared heads, not both; the numbers are the same
-            groups = q_BHTK.shape[1] // k_BGSK.shape[1]
-            k_BGSK, v_BGSK = k_BGSK.repeat_interleave(groups, 1), v_BGSK.repeat_interleave(groups, 1)
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGSK, v_BGSK, attn_mask=attend_B1TS, is_causal=attend_B1TS is None, enable_gqa=True
-        )
+            y_BHTK = cache.attend(self.layer, q_BHTK, k_BGTK, v_BGTK)
+        else:
+            if (
+                attend_B1TS is not None
+            ):  # CUDA's fast kernels take a mask or shared heads, not both; the numbers are the same
+                groups = q_BHTK.shape[1] // k_BGTK.shape[1]
+                k_BGTK, v_BGTK = k_BGTK.repeat_interleave(groups, 1), v_BGTK.repeat_interleave(groups, 1)
+            y_BHTK = F.scaled_dot_product_attention(
+                q_BHTK, k_BGTK, v_BGTK, attn_mask=attend_B1TS, is_causal=attend_B1TS is None, enable_gqa=True
+            )
         return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -194,10 +175,9 @@ class Qwen2Layer(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
         attend_B1TS: Tensor | None,
-        cache: KVCache | None,
-        positions_BT: Tensor,
+        cache: Cache | None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attend_B1TS, cache, positions_BT)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attend_B1TS, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -234,22 +214,20 @@ class Qwen2(nn.Module):
         positions_BT: Tensor | None = None,
         *,
         attend_BTS: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Hidden states after the closing norm, (B, T, D).
 
         Alone, every token sees itself and what is to its left, at positions 0 .. T-1: right for rows padded on the
-        right. `attend_BTS` (True: may look) replaces that rule. With a `cache`, `positions_BT` says where each token
-        is written, and it sees its row up to itself.
+        right. `attend_BTS` (True: may look) replaces that rule. With a `cache` (cache.py), which knows where the rows
+        of this pass go on, every token sees its row up to itself.
         """
         if positions_BT is None:
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[:2])
-        if cache is not None:
-            attend_BTS = torch.arange(cache.length, device=x_BTD.device) <= positions_BT[:, :, None]
         attend_B1TS = None if attend_BTS is None else attend_BTS[:, None]
         rope = rope_tables(self.config, positions_BT)
         for layer in self.model.layers:
-            x_BTD = layer(x_BTD, rope, attend_B1TS, cache, positions_BT)
+            x_BTD = layer(x_BTD, rope, attend_B1TS, cache)
         return self.model.norm(x_BTD)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ from starlette.routing import Route
 from mmllm import __version__
 from mmllm.conversations import Conversation, Conversations
 from mmllm.errors import GenerationError, ImageError, UserError
-from mmllm.generate import Generated, GenerationConfig, Prompt
 from mmllm.http import (
     EXCEPTION_HANDLERS,
     DeadlineH11,
@@ -53,6 +52,8 @@ from mmllm.http import (
 )
 from mmllm.image import decode, decode_base64
 from mmllm.pipeline import DEFAULT_PROMPT, MultimodalInferencePipeline
+from mmllm.request import Generated, Prompt
+from mmllm.sampling import GenerationConfig
 from mmllm.worker import Worker
 
 GENERATION_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")

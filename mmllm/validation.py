@@ -14,8 +14,10 @@ from mmllm.chat import IMAGE
 from mmllm.config import ExperimentConfig
 from mmllm.data import Sample
 from mmllm.device import autocast
-from mmllm.generate import GenerationConfig, Prompt, generate
+from mmllm.generate import generate
 from mmllm.model import MultimodalLLM
+from mmllm.request import Prompt
+from mmllm.sampling import GenerationConfig
 
 CAPTION_TOKENS = 40  # of a sampled caption
 
@@ -83,5 +85,5 @@ def sample_captions(
     if room < 1:
         return []
     settings = GenerationConfig(max_new_tokens=min(CAPTION_TOKENS, room))
-    answers = generate(model, prompts, settings, cancelled=is_stopped)
+    answers = generate(model, prompts, settings, is_exact=False, cancelled=is_stopped)
     return [caption | {"answer": answer.text} for caption, answer in zip(captions, answers, strict=True)]

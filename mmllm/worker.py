@@ -17,8 +17,9 @@ from PIL import Image
 
 from mmllm.chat import user
 from mmllm.errors import RunError, UserError
-from mmllm.generate import Generated, GenerationConfig, Prompt
 from mmllm.pipeline import MultimodalInferencePipeline
+from mmllm.request import Generated, Prompt
+from mmllm.sampling import GenerationConfig
 
 log = logging.getLogger("mmllm.server")
 

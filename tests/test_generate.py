@@ -1,16 +1,15 @@
-"""Decoding: each option against transformers' own processors, beams against values worked out by hand."""
+"""Whole answers: greedy and beams as transformers' generate gives them, beams as worked out by hand."""
 
-import json
 import math
 
 import pytest
 import torch
-from torch.testing import assert_close
-from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from mmllm.errors import GenerationError, UserError
-from mmllm.generate import GenerationConfig, Prompt, draw, filter_top, generate, penalise_repetition
+from mmllm.generate import generate
 from mmllm.model import MultimodalLLM
+from mmllm.request import Prompt
+from mmllm.sampling import GenerationConfig
 from official import write_model
 
 NO_IMAGE = torch.zeros(0, 3, 32, 32)
@@ -23,50 +22,6 @@ def model(tmp_path_factory) -> MultimodalLLM:
 
 def text_prompt(*ids: int) -> Prompt:
     return Prompt(ids, NO_IMAGE)
-
-
-@pytest.fixture
-def scores() -> torch.Tensor:
-    return torch.randn(6, 97, generator=torch.Generator().manual_seed(0)) * 3
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 50, 96, 97, 500])
-def test_top_k_keeps_what_transformers_keeps(scores, top_k):
-    assert_close(filter_top(scores, top_k, 1.0), TopKLogitsWarper(top_k)(None, scores))
-
-
-def test_tokens_that_tie_with_the_last_of_the_top_k_stay():
-    kept = filter_top(torch.tensor([[3.0, 2.0, 2.0, 1.0]]), 2, 1.0).isfinite()
-    assert kept.tolist() == [[True, True, True, False]]
-
-
-@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.8, 0.95, 0.9999])
-def test_top_p_keeps_what_transformers_keeps(scores, top_p):
-    assert_close(filter_top(scores, 0, top_p), TopPLogitsWarper(top_p)(None, scores))
-
-
-def test_top_p_keeps_the_token_that_crosses_the_line():
-    scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = {p: int(filter_top(scores, 0, p).isfinite().sum()) for p in (0.49, 0.51, 0.79, 0.81, 0.9999)}
-    assert kept == {0.49: 1, 0.51: 2, 0.79: 2, 0.81: 3, 0.9999: 4}
-
-
-def test_the_repetition_penalty_is_that_of_transformers(scores):
-    ids = torch.randint(0, 97, (6, 12), generator=torch.Generator().manual_seed(1))
-    seen = torch.zeros(6, 97, dtype=torch.bool).scatter(1, ids, True)
-    wanted = RepetitionPenaltyLogitsProcessor(1.3)(ids, scores.clone())
-    assert_close(penalise_repetition(scores, seen, 1.3), wanted)
-
-
-def test_draws_follow_the_probabilities():
-    chance = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    tokens = draw(torch.tensor([[0.5, 0.0, 0.3, 0.2]]).expand(20000, -1), chance)
-    assert_close(tokens.bincount() / 20000, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.01, rtol=0)
-
-
-def test_a_draw_never_takes_a_token_of_probability_zero():
-    probabilities = torch.tensor([[0.0, 1.0, 0.0]]).expand(3, -1)
-    assert draw(probabilities, torch.tensor([0.0, 0.5, 1 - 2**-24])).tolist() == [1, 1, 1]
 
 
 def test_greedy_is_the_argmax_of_the_whole_sequence_at_every_step(model):
@@ -133,16 +88,6 @@ def test_a_prompt_without_room_for_the_answer_is_refused_with_both_counts(model)
         generate(model, [text_prompt(5, 6)], GenerationConfig(max_new_tokens=room - 1))
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [("max_new_tokens", 0), ("temperature", -1.0), ("temperature", math.inf), ("top_k", -5), ("top_p", 0.0),
-     ("top_p", 2.0), ("num_beams", 0), ("seed", -1), ("seed", 2**63), ("repetition_penalty", 0.0)],
-)  # fmt: skip
-def test_a_setting_out_of_range_is_refused_by_name(field, value):
-    with pytest.raises(UserError, match=f"^{field} is {value}"):
-        GenerationConfig(**{field: value})
-
-
 # --- beam search on a model whose next-token probabilities are a table -------------------------------------------
 
 S, A, B, C = 10, 11, 12, 13
@@ -169,34 +114,85 @@ def bigram_model(tmp_path_factory) -> MultimodalLLM:
     return model
 
 
-@pytest.mark.parametrize(
-    "beams, length_penalty, wanted",
-    [(2, 0.0, "b"), (2, 1.0, "b"), (2, 2.0, "ab"), (2, -1.0, "b"), (3, 2.0, "aaab")],
-)
-def test_beam_search_finds_the_hypothesis_worked_out_by_hand(bigram_model, beams, length_penalty, wanted):
-    config = GenerationConfig(max_new_tokens=5, num_beams=beams, length_penalty=length_penalty)
-    answer = generate(bigram_model, [text_prompt(S)], config)[0]
-    assert "".join({A: "a", B: "b", C: "c"}[token] for token in answer.ids) == wanted
-    assert answer.finish_reason == "stop"
+HYPOTHESES = [  # options, then the hypotheses and their scores, as worked out by hand
+    ({"length_penalty": 0.0}, {"b": -1.33750, "ab": -2.40795}),
+    ({"length_penalty": 1.0}, {"b": -0.66875, "ab": -0.80265}),
+    ({"length_penalty": 2.0}, {"ab": -0.26755, "b": -0.33438}),
+    ({"length_penalty": 2.0, "early_stopping": "never"}, {"aaab": -0.19264, "aab": -0.22574}),
+    ({"length_penalty": -1.0}, {"b": -2.67501, "ab": -7.22384}),
+    ({"length_penalty": 1.0, "min_new_tokens": 3}, {"aab": -0.90298, "aaab": -0.96318}),
+    ({"num_beams": 3, "length_penalty": 2.0}, {"aaab": -0.19264, "aab": -0.22574, "aaaaa": -0.22929}),
+    (
+        {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
+        {"aab": -0.22574, "ab": -0.26755, "b": -0.33438},
+    ),
+]
 
 
-def test_beams_are_those_of_transformers_on_a_whole_model(tmp_path):
+@pytest.mark.parametrize("options, wanted", HYPOTHESES)
+def test_beam_search_finds_the_hypotheses_worked_out_by_hand(bigram_model, options, wanted):
+    options = {"max_new_tokens": 5, "num_beams": 2, "num_return_sequences": len(wanted)} | options
+    answer = generate(bigram_model, [text_prompt(S)], GenerationConfig(**options))[0]
+    found = {"".join({A: "a", B: "b", C: "c"}[token] for token in one.ids): one.score for one in answer.hypotheses}
+    assert list(found) == list(wanted)
+    assert list(found.values()) == pytest.approx(list(wanted.values()), abs=1e-4)
+    for one in answer.hypotheses:
+        assert one.finish_reason == ("length" if len(one.ids) == 5 else "stop")
+        tokens = len(one.ids) + (one.finish_reason == "stop")
+        assert one.score == pytest.approx(one.logprob / tokens ** options["length_penalty"])
+    assert (answer.ids, answer.text) == (answer.hypotheses[0].ids, answer.hypotheses[0].text)
+
+
+# --- whole answers of transformers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
     from transformers import LlavaForConditionalGeneration
 
-    folder = write_model(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    ours, theirs = MultimodalLLM.from_pretrained(folder), LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    ids = torch.tensor([[7, 30, 12, 99]])
-    stop_ids = list(ours.processor.tokenizer.stop_ids)
-    for beams, penalty in ((2, 1.0), (4, 0.5)):
-        found = generate(
-            ours,
-            [text_prompt(*ids[0].tolist())],
-            GenerationConfig(max_new_tokens=9, num_beams=beams, length_penalty=penalty),
-        )
-        wanted = theirs.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, num_beams=beams, do_sample=False,
-            length_penalty=penalty, eos_token_id=stop_ids, pad_token_id=stop_ids[0], repetition_penalty=1.0,
-            top_k=0, top_p=1.0, temperature=1.0,
-        )[0, 4:].tolist()  # fmt: skip
-        assert list(found[0].ids) == [token for token in wanted if token not in stop_ids], config["model_type"]
+    return LlavaForConditionalGeneration.from_pretrained(write_model(tmp_path_factory.mktemp("theirs"))).eval()
+
+
+def generated_by_transformers(theirs, ids: list[int], stop_ids: list[int], **options) -> tuple[list, list | None]:
+    """The answers, without their end tokens, and the scores of beams."""
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1}
+    out = theirs.generate(
+        input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
+        eos_token_id=stop_ids, pad_token_id=stop_ids[0], return_dict_in_generate=True, output_scores=True,
+        **plain | options,
+    )  # fmt: skip
+    answers = [[token for token in row if token not in stop_ids] for row in out.sequences[:, len(ids) :].tolist()]
+    return answers, out.sequences_scores.tolist() if "num_return_sequences" in options else None
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers names the sampling options that greedy decoding does not use
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.3}, {"min_new_tokens": 20}, {"repetition_penalty": 0.9}], ids=str
+)
+def test_a_greedy_answer_is_that_of_transformers(model, theirs, options):
+    stop_ids = list(model.processor.tokenizer.stop_ids)
+    for ids in ([7, 30, 12, 99], [5], [250, 3, 3, 80, 41, 6]):
+        ours = generate(model, [text_prompt(*ids)], GenerationConfig(max_new_tokens=25, **options))[0]
+        assert [list(ours.ids)] == generated_by_transformers(theirs, ids, stop_ids, max_new_tokens=25, **options)[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 4, "length_penalty": 0.5},
+        {"num_beams": 3, "early_stopping": True, "repetition_penalty": 1.2},
+        {"num_beams": 3, "early_stopping": "never", "length_penalty": 2.0},
+        {"num_beams": 4, "min_new_tokens": 5, "length_penalty": -1.0},
+    ],
+    ids=str,
+)
+def test_beams_and_their_scores_are_those_of_transformers(model, theirs, options):
+    options = {"max_new_tokens": 9, "num_return_sequences": options["num_beams"]} | options
+    stop_ids = list(model.processor.tokenizer.stop_ids)
+    for ids in ([7, 30, 12, 99], [5]):
+        ours = generate(model, [text_prompt(*ids)], GenerationConfig(**options))[0].hypotheses
+        answers, scores = generated_by_transformers(theirs, ids, stop_ids, **options)
+        assert [list(one.ids) for one in ours] == answers
+        assert [one.score for one in ours] == pytest.approx(scores, abs=1e-3)  # sums of nine tokens, once times nine

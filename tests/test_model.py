@@ -8,8 +8,10 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 
 from mmllm.chat import IGNORED, assistant, user
 from mmllm.errors import CheckpointError
-from mmllm.generate import GenerationConfig, Prompt, generate
+from mmllm.generate import generate
 from mmllm.model import MultimodalConfig, MultimodalLLM
+from mmllm.request import Prompt
+from mmllm.sampling import GenerationConfig
 from mmllm.surgery import count_parameters
 from official import write_clip, write_model, write_qwen
 

@@ -9,9 +9,9 @@ from PIL import Image
 from mmllm import MultimodalInferencePipeline, MultimodalLLM
 from mmllm.chat import IMAGE, user
 from mmllm.errors import ImageError, UserError
-from mmllm.generate import GenerationConfig
 from mmllm.model import MultimodalConfig
 from mmllm.pipeline import default_model, load_pipeline
+from mmllm.sampling import GenerationConfig
 from official import write_model
 
 SHORT = GenerationConfig(max_new_tokens=6)
@@ -58,14 +58,47 @@ def test_a_failed_turn_leaves_the_conversation_as_it_was(pipeline, picture, tmp_
     before = list(pipeline.messages)
     with pytest.raises(ImageError):
         pipeline.chat("And here?", image=tmp_path / "missing.png", config=SHORT)
-    assert pipeline.messages == before and len(pipeline.pixels) == 1
+    assert pipeline.messages == before and len(pipeline.pictures) == 1
 
 
 def test_what_is_heard_piece_by_piece_is_the_whole_answer(pipeline, picture):
     pieces = []
     prompt = pipeline.prompt([user("Describe this image.", images=1)], [picture])
     answer = pipeline.generate(prompt, GenerationConfig(max_new_tokens=40), on_text=pieces.append)
-    assert answer.text.startswith("".join(pieces))
+    assert answer.text == "".join(pieces)
+
+
+def test_a_picture_that_was_encoded_once_is_answered_about_as_the_picture_itself(pipeline, picture):
+    encoded = pipeline.encode_image(picture)
+    for question in ("What is this?", "What color is it?", "\nWhere?"):
+        assert pipeline.answer_question(encoded, question, SHORT) == pipeline.answer_question(picture, question, SHORT)
+    chats = []
+    for image in (picture, encoded):
+        pipeline.reset()
+        chats.append([pipeline.chat("What?", image=image, config=SHORT), pipeline.chat("And where?", config=SHORT)])
+    assert chats[0] == chats[1]
+
+
+def test_an_encoded_picture_holds_all_of_the_prompt_up_to_the_first_word(pipeline, picture):
+    encoded = pipeline.encode_image(picture)
+    prompt = pipeline.prompt([user("What is this?", images=1)], [encoded])
+    assert prompt.prefix is encoded.prefix and encoded.prefix.begins(prompt.ids)
+    rest = pipeline.processor.tokenizer.inner.decode(
+        list(prompt.ids[len(encoded.prefix.ids) :]), skip_special_tokens=False
+    )
+    assert rest == "\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
+    assert pipeline.encode_image(encoded) is encoded
+
+
+def test_an_interrupted_answer_leaves_the_pipeline_usable(pipeline, picture):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    prompt = pipeline.prompt([user("Describe this image.", images=1)], [picture])
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.generate(prompt, GenerationConfig(max_new_tokens=40, min_new_tokens=40), cancelled=interrupt)
+    assert pipeline.engine.busy == 0
+    assert pipeline.generate(prompt, SHORT).finish_reason in ("stop", "length")
 
 
 def test_a_picture_without_a_place_is_refused(pipeline):

@@ -8,7 +8,7 @@ from transformers import Qwen2ForCausalLM
 
 from mmllm.errors import CheckpointError
 from mmllm.model import language_tensors
-from mmllm.qwen import KVCache, Qwen2, Qwen2Config
+from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.weights import load_strict_, read_json
 from official import write_qwen
 
@@ -72,33 +72,6 @@ def test_padding_on_the_left_changes_nothing(tmp_path):
     alone = ours.logits(ours(ours.embed(ids)))
     assert (got - wanted).abs().max() < 1e-4
     assert (got - alone).abs().max() < 1e-4
-
-
-@torch.no_grad()
-def test_token_by_token_through_the_cache_is_the_whole_at_once(tmp_path):
-    ours, ids = load(write_qwen(tmp_path)), some_ids(2, 30)
-    whole = ours.logits(ours(ours.embed(ids)))
-    cache = KVCache(ours.config, 2, 40, device=torch.device("cpu"), dtype=torch.float32)
-    pieces, done = [], 0
-    for size in (12, 1, 1, 9, 1, 6):
-        positions = torch.arange(done, done + size).expand(2, size)
-        x = ours.embed(ids[:, done : done + size])
-        pieces.append(ours.logits(ours(x, positions, cache=cache)))
-        done += size
-    assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-4
-
-
-@torch.no_grad()
-def test_rows_of_a_cache_stand_at_their_own_positions(tmp_path):
-    ours, ids = load(write_qwen(tmp_path)), some_ids(2, 12)
-    lengths = (5, 12)
-    cache = KVCache(ours.config, 2, 20, device=torch.device("cpu"), dtype=torch.float32)
-    ours(ours.embed(ids), torch.arange(12).expand(2, 12), cache=cache)  # row 0 wrote seven tokens too many
-    following = torch.tensor([[7], [9]])
-    got = ours.logits(ours(ours.embed(following), torch.tensor(lengths)[:, None], cache=cache))
-    for row, length in enumerate(lengths):
-        alone = torch.cat([ids[row : row + 1, :length], following[row : row + 1]], 1)
-        assert (got[row, 0] - ours.logits(ours(ours.embed(alone)))[0, -1]).abs().max() < 1e-4
 
 
 def test_a_sliding_window_that_is_off_is_read_and_one_that_is_on_refused():

@@ -23,8 +23,8 @@ from starlette.testclient import TestClient
 import serve
 from mmllm.chat import user
 from mmllm.errors import CheckpointError, UserError, run
-from mmllm.generate import GenerationConfig
 from mmllm.pipeline import load_pipeline
+from mmllm.sampling import GenerationConfig
 from mmllm.server import Settings, create_app
 from official import write_model
 

@@ -1,0 +1,105 @@
+"""Keys and values of what was read, kept in slots: what makes a new token cost one token and not the whole text.
+
+The surprising fact: how many rows are computed together changes the last bits of most matrix products, and a near tie
+between two words then falls differently. Attention here never mixes rows: each row of `EachRow` is a computation of its
+own over exactly the keys that it has, so what it gives does not depend on who else is in the pass.
+
+The position p of slot s lies at index p, so slots of different lengths share one tensor, and what padding or an earlier
+request left behind is overwritten before it is ever attended to.
+
+L layers, S slots, B rows of one pass, T tokens, H query heads, G key/value heads, C capacity in tokens, K head size.
+Next: engine.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmllm.qwen import Qwen2Config
+
+
+class KVCache:
+    """Keys and values of every layer and slot, two tensors (L, S, G, C, K)."""
+
+    def __init__(self, config: Qwen2Config, slots: int, length: int, *, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[3]
+
+    def grow_(self, length: int) -> None:
+        """Room for `length` tokens in every slot; what is there stays."""
+        more = length - self.length
+        self.keys, self.values = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more))
+
+    def copy_(self, sources: list[int], slots: list[int], length: int) -> None:
+        """Slot `slots[i]` becomes what slot `sources[i]` was, up to `length` tokens (beam search)."""
+        for tensor in (self.keys, self.values):
+            tensor[:, slots, :, :length] = tensor[:, sources, :, :length]
+
+    def read(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """A copy of the first `length` keys and values of a slot, (L, G, length, K) each."""
+        return self.keys[:, slot, :, :length].clone(), self.values[:, slot, :, :length].clone()
+
+    def write(self, slot: int, keys_LGTK: Tensor, values_LGTK: Tensor) -> None:
+        """Begins a slot with keys and values that `read` gave."""
+        length = keys_LGTK.shape[2]
+        self.keys[:, slot, :, :length] = keys_LGTK
+        self.values[:, slot, :, :length] = values_LGTK
+
+
+class EachRow:
+    """One forward pass over some slots, a row each: row b goes on in slot `slots[b]` at position `starts[b]`."""
+
+    def __init__(self, cache: KVCache, slots: list[int], starts: list[int]):
+        self.cache, self.places = cache, list(zip(slots, starts, strict=True))
+
+    def attend(self, layer: int, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        tokens = q_BHTK.shape[2]
+        rows = []
+        for row, (slot, start) in enumerate(self.places):
+            end = start + tokens
+            keys[slot, :, start:end] = k_BGTK[row]
+            values[slot, :, start:end] = v_BGTK[row]
+            rows.append(attend_row(q_BHTK[row, None], keys[slot, None, :, :end], values[slot, None, :, :end]))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def attend_row(q_1HTK: Tensor, k_1GSK: Tensor, v_1GSK: Tensor) -> Tensor:
+    """What the last T of S positions see: each everything up to itself."""
+    tokens, positions = q_1HTK.shape[2], k_1GSK.shape[2]
+    if tokens == 1:
+        return attend_once(q_1HTK, k_1GSK, v_1GSK, None)
+    if tokens == positions:
+        return F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, is_causal=True, enable_gqa=True)
+    sees_TS = torch.ones(tokens, positions, dtype=torch.bool, device=q_1HTK.device).tril(positions - tokens)
+    return F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, attn_mask=sees_TS, enable_gqa=True)
+
+
+def attend_once(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, sees_B11S: Tensor | None) -> Tensor:
+    """One query a head. The H/G heads that share a key head go as so many queries of it: faster, and on a GPU possible
+    with a mask."""
+    q_BGNK = q_BH1K.reshape(len(q_BH1K), k_BGSK.shape[1], -1, q_BH1K.shape[-1])
+    return F.scaled_dot_product_attention(q_BGNK, k_BGSK, v_BGSK, attn_mask=sees_B11S).reshape(q_BH1K.shape)
+
+
+class AllRows:
+    """One decoding step over all slots at a fixed shape, for compiled code and CUDA graphs: row s is slot s.
+
+    `positions_S` says where each row's one token goes. All rows attend over the first `length` positions, masked.
+    """
+
+    def __init__(self, cache: KVCache, positions_S: Tensor, length: int):
+        self.cache, self.positions_S, self.length = cache, positions_S, length
+        self.rows_S = torch.arange(len(positions_S), device=positions_S.device)
+        self.sees_S11C = (torch.arange(length, device=positions_S.device) <= positions_S[:, None])[:, None, None]
+
+    def attend(self, layer: int, q_SH1K: Tensor, k_SG1K: Tensor, v_SG1K: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows_S, :, self.positions_S] = k_SG1K[:, :, 0]
+        values[self.rows_S, :, self.positions_S] = v_SG1K[:, :, 0]
+        return attend_once(q_SH1K, keys[:, :, : self.length], values[:, :, : self.length], self.sees_S11C)

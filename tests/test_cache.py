@@ -1,0 +1,95 @@
+"""Keys and values in slots: every way through them gives what the whole text at once gives."""
+
+import pytest
+import torch
+
+from mmllm.cache import AllRows, EachRow, KVCache
+from mmllm.qwen import Qwen2, Qwen2Config
+from official import QWEN, spread_
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen2:
+    model = Qwen2(Qwen2Config.from_dict(QWEN))
+    spread_(model)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def some_ids(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 512, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def whole(model: Qwen2, ids: torch.Tensor) -> torch.Tensor:
+    return model.logits(model(model.embed(ids)))
+
+
+def new_cache(model: Qwen2, slots: int, length: int) -> KVCache:
+    return KVCache(model.config, slots, length, device=CPU, dtype=torch.float32)
+
+
+def read(model: Qwen2, cache: KVCache, slots: list[int], starts: list[int], ids: torch.Tensor) -> torch.Tensor:
+    positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
+    return model.logits(model(model.embed(ids), positions, cache=EachRow(cache, slots, starts)))
+
+
+def test_piece_by_piece_through_the_cache_is_the_whole_at_once(model):
+    ids, cache, done, pieces = some_ids(2, 30), new_cache(model, 2, 40), 0, []
+    for size in (12, 1, 1, 9, 1, 6):
+        pieces.append(read(model, cache, [0, 1], [done, done], ids[:, done : done + size]))
+        done += size
+    assert (torch.cat(pieces, 1) - whole(model, ids)).abs().max() < 1e-4
+
+
+def test_slots_stand_at_their_own_positions_in_any_order(model):
+    ids, following = some_ids(2, 12), torch.tensor([[7], [9]])
+    cache = new_cache(model, 4, 20)
+    read(model, cache, [3, 1], [0, 0], ids)  # the slot of row 0 holds seven tokens too many
+    got = read(model, cache, [3, 1], [5, 12], following)
+    for row, length in enumerate((5, 12)):
+        alone = torch.cat([ids[row : row + 1, :length], following[row : row + 1]], 1)
+        assert (got[row, 0] - whole(model, alone)[0, -1]).abs().max() < 1e-4
+
+
+def test_a_step_of_fixed_shape_is_the_step_of_each_row(model):
+    ids = some_ids(3, 12)
+    one, other = new_cache(model, 3, 20), new_cache(model, 3, 20)
+    for cache in (one, other):
+        read(model, cache, [0, 1, 2], [0, 0, 0], ids)
+    following, starts = torch.tensor([[7], [9], [11]]), [4, 12, 9]
+    wanted = read(model, one, [0, 1, 2], starts, following)
+    for length in (13, 20):
+        rows = AllRows(other, torch.tensor(starts), length)
+        got = model.logits(model(model.embed(following), torch.tensor(starts)[:, None], cache=rows))
+        assert (got - wanted).abs().max() < 1e-4
+
+
+def test_a_cache_that_grows_keeps_what_it_holds(model):
+    ids, cache = some_ids(1, 13), new_cache(model, 2, 12)
+    read(model, cache, [1], [0], ids[:, :12])
+    cache.grow_(30)
+    assert (read(model, cache, [1], [12], ids[:, 12:])[0, -1] - whole(model, ids)[0, -1]).abs().max() < 1e-4
+
+
+def test_a_beginning_that_was_read_in_one_slot_is_good_in_another(model):
+    ids, cache = some_ids(1, 20), new_cache(model, 3, 20)
+    read(model, cache, [0], [0], ids[:, :13])
+    cache.write(2, *cache.read(0, 13))
+    assert (read(model, cache, [2], [13], ids[:, 13:]) - whole(model, ids)[:, 13:]).abs().max() < 1e-4
+
+
+def test_slots_change_places_without_treading_on_each_other(model):
+    cache = new_cache(model, 3, 4)
+    cache.keys.copy_(torch.randn(cache.keys.shape))
+    before = cache.keys.clone()
+    cache.copy_([1, 0], [0, 1], 3)
+    assert torch.equal(cache.keys[:, 0, :, :3], before[:, 1, :, :3])
+    assert torch.equal(cache.keys[:, 1, :, :3], before[:, 0, :, :3])
+    assert torch.equal(cache.keys[:, :, :, 3:], before[:, :, :, 3:]) and torch.equal(cache.keys[:, 2], before[:, 2])
