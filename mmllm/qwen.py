@@ -94,20 +94,20 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config: Qwen2Config, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, float32, (B, 1, T, K).
+    """Cosine and sine of every position's angles, float32, (B, 1, T, K); the sine of the first half is negative.
 
     Made anew for each forward: a buffer would be rounded by `.to(bfloat16)`, which costs half as much error again.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).float() / config.head_dim
     angles = positions_BT[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (k, k + K/2) by its position's angle: the half-split form of RoPE, https://arxiv.org/abs/2104.09864."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos.to(x_BHTK.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x_BHTK.dtype)
+    swapped = x_BHTK.roll(x_BHTK.shape[-1] // 2, -1)
+    return torch.addcmul(x_BHTK * cos.to(x_BHTK.dtype), swapped, sin.to(x_BHTK.dtype))
 
 
 class Qwen2Attention(nn.Module):

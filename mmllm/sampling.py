@@ -20,6 +20,8 @@ from mmllm.errors import GenerationError, UserError
 
 GREEDY_BELOW = 1e-3  # a temperature this small divides logits into overflow; it means greedy
 MAX_STOPS = 16
+BLOCK = 128  # logits looked at together for the largest
+HEAD = 1024  # tokens among which top-p looks first
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,7 @@ def seen_in(ids: tuple[int, ...], vocab_size: int, device: torch.device) -> Tens
 
 def choose(logits_BV: Tensor, rows: list[Row], stop_ids: list[int]) -> list[int]:
     """The next token of each row, -1 where its logits are not finite; the one wait for the device in a step."""
-    best = logits_BV.max(-1)
-    tokens_B = best.indices
+    best_B, tokens_B = largest(logits_BV)
     special = [i for i, row in enumerate(rows) if not row.config.is_plain]
     if len(special) == len(rows):
         tokens_B = choose_specially(logits_BV, rows, stop_ids)
@@ -119,13 +120,26 @@ def choose(logits_BV: Tensor, rows: list[Row], stop_ids: list[int]) -> list[int]
         tokens_B[among] = choose_specially(logits_BV[among], [rows[i] for i in special], stop_ids)
     for row in rows:
         row.count += 1
-    return torch.where(best.values.isfinite(), tokens_B, -1).tolist()
+    return torch.where(best_B.isfinite(), tokens_B, -1).tolist()
+
+
+def largest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row, NaN before all, and the first place where it stands.
+
+    In two steps, as torch finds a largest value ten times as fast as its place.
+    """
+    if logits_BV.shape[-1] % BLOCK:
+        return tuple(logits_BV.max(-1))
+    blocks_BNK = logits_BV.unflatten(-1, (-1, BLOCK))
+    best_B, block_B = blocks_BNK.amax(-1).max(-1)
+    block_BK = blocks_BNK[torch.arange(len(block_B), device=block_B.device), block_B]
+    return best_B, block_B * BLOCK + block_BK.argmax(-1)
 
 
 def choose_specially(logits_BV: Tensor, rows: list[Row], stop_ids: list[int]) -> Tensor:
     """The next tokens of rows that have options; rows that are not finite give any token."""
     scores_BV = corrected(logits_BV, rows, stop_ids)
-    tokens_B = scores_BV.argmax(-1)
+    tokens_B = largest(scores_BV)[1]
     sampled = [i for i, row in enumerate(rows) if not row.config.is_greedy]
     if sampled:
         kept_BV = filtered(scores_BV[sampled], [rows[i].config for i in sampled])
@@ -155,8 +169,10 @@ def filtered(scores_BV: Tensor, configs: list[GenerationConfig]) -> Tensor:
     scores_BV = scores_BV / column([config.temperature for config in configs], device)
     if any(config.top_k for config in configs):
         scores_BV = filter_top_k(scores_BV, [config.top_k for config in configs])
-    if any(config.top_p < 1 for config in configs):
-        scores_BV = filter_top_p(scores_BV, column([config.top_p for config in configs], device))
+    narrow = [i for i, config in enumerate(configs) if config.top_p < 1]
+    if narrow:
+        top_p_B1 = torch.tensor([[configs[i].top_p] for i in narrow], dtype=torch.float64, device=device)
+        scores_BV[narrow] = filter_top_p(scores_BV[narrow], top_p_B1)
     if any(config.min_p for config in configs):
         scores_BV = filter_min_p(scores_BV, column([config.min_p for config in configs], device))
     return scores_BV
@@ -193,11 +209,22 @@ def filter_top_k(scores_BV: Tensor, top_k: list[int]) -> Tensor:
 
 
 def filter_top_p(scores_BV: Tensor, top_p_B1: Tensor) -> Tensor:
-    """-inf for the tail beyond probability `top_p`; the token that crosses the line stays, and 1 keeps all."""
-    ascending_BV, order_BV = scores_BV.sort()
-    is_tail_BV = (ascending_BV.softmax(-1).cumsum(-1) <= 1 - top_p_B1) & (top_p_B1 < 1)
-    is_tail_BV[:, -1] = False  # the most likely token always stays
-    return scores_BV.masked_fill(is_tail_BV.scatter(-1, order_BV, is_tail_BV), -math.inf)
+    """-inf for the tail beyond probability `top_p`; the token that crosses the line stays.
+
+    On a CPU, where sorting a vocabulary takes as long as the model, only the likeliest are sorted if they are enough.
+    """
+    vocab = scores_BV.shape[-1]
+    best = scores_BV.topk(min(vocab, HEAD))
+    probabilities_BK = (best.values.double() - scores_BV.double().logsumexp(-1, keepdim=True)).exp()
+    above_BK = probabilities_BK.cumsum(-1) - probabilities_BK
+    if len(best.values[0]) < vocab and not (above_BK[:, -1:] >= top_p_B1).all():
+        best = scores_BV.sort(descending=True)
+        probabilities_BK = best.values.double().softmax(-1)
+        above_BK = probabilities_BK.cumsum(-1) - probabilities_BK
+    is_kept_BK = above_BK < top_p_B1  # the most likely token always stays
+    return torch.full_like(scores_BV, -math.inf).scatter(
+        -1, best.indices, best.values.masked_fill(~is_kept_BK, -math.inf)
+    )
 
 
 def filter_min_p(scores_BV: Tensor, min_p_B1: Tensor) -> Tensor:
