@@ -23,7 +23,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off (default)")
     parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--length-penalty", type=float, default=1.0, metavar="L", help="of beams (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends the answer before it; repeatable"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on CUDA, else float32)")
@@ -51,7 +59,11 @@ def main() -> int:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
         num_beams=options.num_beams,
+        length_penalty=options.length_penalty,
+        stop=tuple(options.stop),
         seed=options.seed,
     )
     pipeline = load_pipeline(options.model, device=options.device, dtype=options.dtype)

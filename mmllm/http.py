@@ -5,7 +5,7 @@ read an upload that broke off as an empty form; uvicorn waits for ever for a hea
 here, counted, under a time limit, and parsed only when it is whole.
 
 Every error, from a wrong path to a bug, is the same JSON: {"error": {"message", "type", "param", "code"}}.
-Next: worker.py, server.py.
+Next: worker.py, sse.py, server.py.
 """
 
 import asyncio
@@ -45,11 +45,15 @@ class HttpError(Exception):
 def error_response(
     status: int, code: str, message: str, *, param: str | None = None, headers: dict | None = None
 ) -> Response:
+    # ASCII: a client's lone surrogate in the message cannot break the answer
+    body = json.dumps(error_body(status, code, message, param))
+    return Response(body, status, headers, media_type="application/json")
+
+
+def error_body(status: int, code: str, message: str, param: str | None) -> dict:
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    # ASCII: a client's lone surrogate in the message cannot break the answer
-    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
-    return Response(body, status, headers, media_type="application/json")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 async def on_http_error(request: Request, error: HttpError) -> Response:
@@ -303,8 +307,19 @@ class Fields:
             raise self._wrong(name, f"a number {'from' if is_zero_allowed else 'above'} 0 up to {high:g}")
         return float(value)
 
+    def strings(self, name: str, most: int, limit: int) -> tuple[str, ...]:
+        """One text or a list of them, none empty, each at most `limit` characters."""
+        value = self._get(name, [])
+        texts = [value] if isinstance(value, str) else value
+        is_right = isinstance(texts, list) and len(texts) <= most and all(isinstance(text, str) for text in texts)
+        if not is_right or not all(0 < len(text) <= limit for text in texts):
+            raise self._wrong(name, f"text, or a list of at most {most} texts, each of 1 to {limit} characters")
+        return tuple(self._characters(name, text) for text in texts)
+
     def flag(self, name: str) -> bool:
         value = self._get(name, False)
+        if self.is_form and value in ("true", "false"):
+            value = value == "true"
         if not isinstance(value, bool):
             raise self._wrong(name, "true or false")
         return value

@@ -6,7 +6,7 @@ and the client's farewell, and a request that lost is taken out of the queue or 
 The event loop only waits: pictures are decoded in a small pool of threads, the model lives in a thread of its own
 (worker.py). Everything a request may take is bounded before it is spent (`Settings`), and requests beyond the queue are
 refused before their body is read. HTTP status is decided here and in http.py, never below them. No request makes the
-server fetch an address or open a path.
+server fetch an address or open a path. With `stream` an answer is sent while it is being made (sse.py).
 """
 
 import asyncio
@@ -16,9 +16,10 @@ import re
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from asyncio import FIRST_COMPLETED
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from starlette.routing import Route
 
 from mmllm import __version__
 from mmllm.conversations import Conversation, Conversations
-from mmllm.errors import GenerationError, ImageError, UserError
+from mmllm.errors import GenerationError, ImageError, RunError, UserError
 from mmllm.http import (
     EXCEPTION_HANDLERS,
     DeadlineH11,
@@ -54,12 +55,17 @@ from mmllm.image import decode, decode_base64
 from mmllm.pipeline import DEFAULT_PROMPT, MultimodalInferencePipeline
 from mmllm.request import Generated, Prompt
 from mmllm.sampling import GenerationConfig
+from mmllm.sse import EventStream, Pieces
 from mmllm.worker import Worker
 
-GENERATION_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+GENERATION_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 IMAGE_STATUS = {"unsupported_image": 415, "image_too_large": 413}  # the other faults of a picture are 400
 CONVERSATION_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 ADDRESS = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+Tell = Callable[[str], None]  # hears the text of an answer piece by piece
+NUMBERS = {int: int, float: float, int | None: int}  # how settings are read, by their type
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ class Settings:
     device: str = "auto"
     dtype: str | None = None
     api_key: str | None = None  # when set, every POST and DELETE must bring it
-    queue: int = 16  # requests that may wait for the model
+    slots: int | None = None  # requests answered side by side; None: 4 on a CPU, 64 on a GPU
+    queue: int | None = None  # requests that may wait for a slot; None: 4 for each slot
     max_body_mb: float = 16
     max_new_tokens: int = 512
     max_message_chars: int = 8000
@@ -84,11 +91,13 @@ class Settings:
     queue_timeout_s: float = 30
     deadline_s: float = 120
     drain_s: float = 30
+    ping_s: float = 15  # a sign of life to those who wait for the next word of a stream
 
     def __post_init__(self):
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.type in (int, float) and not (0 < value < math.inf or (each.name == "port" and value == 0)):
+            is_number = each.type in NUMBERS and value is not None
+            if is_number and not (0 < value < math.inf or (each.name == "port" and value == 0)):
                 raise UserError(f"MMLLM_{each.name.upper()} is {value}; it must be above 0")
         if self.port > 65535:
             raise UserError(f"MMLLM_PORT is {self.port}; it must be below 65536")
@@ -102,7 +111,7 @@ class Settings:
             name = f"MMLLM_{each.name.upper()}"
             if name not in environ:
                 continue
-            number = each.type if each.type in (int, float) else str
+            number = NUMBERS.get(each.type, str)
             try:
                 given[each.name] = number(environ[name])
             except ValueError:
@@ -122,10 +131,11 @@ class Service:
 
     def __init__(self, load: Callable[[], MultimodalInferencePipeline], settings: Settings):
         self.settings = settings
-        self.worker = Worker(load)
+        self.worker = Worker(load, settings.slots, settings.max_context)
         self.conversations = Conversations(settings.conversations, settings.conversation_ttl_s)
         self.threads = ThreadPoolExecutor(2, "pictures")
         self.admitted = 0
+        self.mean_service_s = 1.0  # from a slot to the answer
         self.started_at = time.monotonic()
 
     @asynccontextmanager
@@ -134,6 +144,8 @@ class Service:
         self.worker.start()
         yield
         self.worker.stop()
+        if not self.worker.is_loading:  # a load cannot be interrupted
+            await asyncio.to_thread(self.worker.thread.shutdown)
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     async def caption(self, request: Request) -> Response:
@@ -144,26 +156,28 @@ class Service:
 
     async def about_picture(self, request: Request, *, asks: str, default: str | None, answers: str) -> Response:
         """One question about one picture, sent as a form."""
-        async with self.admit(request):
+        with ExitStack() as admitted:
+            admitted.enter_context(self.admit(request))
             form = await parse_form(request, await self.read(request))
-            given = Fields(form, ("image", asks, *GENERATION_FIELDS), is_form=True)
+            given = Fields(form, ("image", asks, "stream", *GENERATION_FIELDS), is_form=True)
             config = self.generation_config(given)
             text = given.text(asks, default=default, limit=self.settings.max_message_chars)
             data = given.file("image")
 
-            async def work() -> Response:
+            async def work(tell: Tell | None) -> dict:
                 conversation = Conversation().with_image(await self.square(data, "image"))
                 _, prompt = await self.fit(conversation, text, config)
-                answer = await self.generate(request, prompt, config)
-                return JSONResponse({answers: answer.text} | self.facts(request, answer, config))
+                answer = await self.generate(request, prompt, config, tell)
+                return {answers: answer.text} | self.facts(request, answer, config)
 
-            return await unless_gone(request, self.in_time(work()))
+            return await self.respond(request, work, admitted, is_streamed=given.flag("stream"))
 
     async def chat(self, request: Request) -> Response:
         """The next turn of a conversation, sent as JSON. It is remembered only when it was answered."""
-        async with self.admit(request):
+        with ExitStack() as admitted:
+            admitted.enter_context(self.admit(request))
             values = parse_json(request, await self.read(request))
-            known = ("message", "image_base64", "conversation_id", "reset", *GENERATION_FIELDS)
+            known = ("message", "image_base64", "conversation_id", "reset", "stream", *GENERATION_FIELDS)
             given = Fields(values, known, is_form=False)
             config = self.generation_config(given)
             text = given.text("message", limit=self.settings.max_message_chars)
@@ -171,13 +185,13 @@ class Service:
             name = uuid4().hex if name is None else checked_id(name)
             image, is_reset = given.characters("image_base64"), given.flag("reset")
 
-            async def work() -> Response:
+            async def work(tell: Tell | None) -> dict:
                 async with self.conversations.hold(name):
                     conversation = Conversation() if is_reset else self.conversations.get(name)
                     if image is not None:
                         conversation = conversation.with_image(await self.square(image, "image_base64"))
                     conversation, prompt = await self.fit(conversation, text, config)
-                    answer = await self.generate(request, prompt, config)
+                    answer = await self.generate(request, prompt, config, tell)
                     conversation = replace(conversation, turns=(*conversation.turns, (text, answer.text)))
                     self.conversations.put(name, conversation)
                 place = {
@@ -185,9 +199,37 @@ class Service:
                     "turn": conversation.dropped + len(conversation.turns),
                     "truncated_turns": conversation.dropped,
                 }
-                return JSONResponse({"response": answer.text} | place | self.facts(request, answer, config))
+                return {"response": answer.text} | place | self.facts(request, answer, config)
 
-            return await unless_gone(request, self.in_time(work()))
+            return await self.respond(request, work, admitted, is_streamed=given.flag("stream"))
+
+    async def respond(
+        self,
+        request: Request,
+        work: Callable[[Tell | None], Awaitable[dict]],
+        admitted: ExitStack,
+        *,
+        is_streamed: bool,
+    ) -> Response:
+        """What `work` comes to, at once or while it is being made. What fails before the first word is an ordinary
+        error in both; a stream stays admitted until its work is done."""
+        if not is_streamed:
+            return JSONResponse(await unless_gone(request, self.in_time(work(None))))
+        pieces = Pieces()
+        task = asyncio.ensure_future(self.in_time(work(pieces.put)))
+        pieces.made_by(task)
+        kept = admitted.pop_all()
+        task.add_done_callback(lambda _: kept.close())
+        response = None
+        try:
+            first = await unless_gone(request, pieces.get())
+            if first is None:
+                task.result()  # raises what failed
+            response = EventStream(request, first, pieces, self.settings.ping_s)
+            return response
+        finally:
+            if response is None:
+                task.cancel()
 
     async def forget(self, request: Request) -> Response:
         check_key(request, self.settings.api_key)
@@ -203,14 +245,19 @@ class Service:
             "model": self.settings.model_name,
             "version": __version__,
             "device": str(self.worker.pipeline.model.device) if self.worker.pipeline else None,
-            "slots": {"total": 1, "busy": self.worker.busy},
-            "queue": {"waiting": self.worker.waiting, "limit": self.settings.queue},
+            "slots": {"total": self.worker.slots, "busy": self.worker.busy},
+            "queue": {"waiting": self.worker.waiting, "limit": self.queue},
             "uptime_s": round(time.monotonic() - self.started_at, 1),
         }
         return JSONResponse(body, 200 if body["status"] == "ok" else 503)
 
-    @asynccontextmanager
-    async def admit(self, request: Request) -> AsyncIterator[None]:
+    @property
+    def queue(self) -> int:
+        """How many requests may wait for a slot."""
+        return self.settings.queue or 4 * self.worker.slots
+
+    @contextmanager
+    def admit(self, request: Request) -> Iterator[None]:
         """Counts a request in before its body is read: what all of them hold in memory is bounded."""
         check_key(request, self.settings.api_key)
         sentences = {
@@ -221,9 +268,9 @@ class Service:
         status = self.worker.status
         if status != "ok":
             raise HttpError(503, status, sentences[status], headers={"Retry-After": "5"})
-        if self.admitted > self.settings.queue:
-            message = f"{self.settings.queue} requests are waiting already; try again later"
-            wait_s = math.ceil(self.admitted * self.worker.mean_service_s)
+        if self.admitted >= self.worker.slots + self.queue:
+            message = f"{self.queue} requests are waiting already; try again later"
+            wait_s = math.ceil(self.admitted * self.mean_service_s / self.worker.slots)
             raise HttpError(429, "overloaded", message, headers={"Retry-After": str(max(1, wait_s))})
         self.admitted += 1
         try:
@@ -242,6 +289,9 @@ class Service:
             temperature=given.number("temperature", 0.0, 2.0, is_zero_allowed=True),
             top_p=given.number("top_p", 1.0, 1.0, is_zero_allowed=False),
             top_k=given.integer("top_k", 0, 0, 2**31),
+            min_p=given.number("min_p", 0.0, 1.0, is_zero_allowed=True),
+            repetition_penalty=given.number("repetition_penalty", 1.0, 2.0, is_zero_allowed=False),
+            stop=given.strings("stop", most=4, limit=64),
             seed=given.integer("seed", secrets.randbelow(2**53), 0, 2**63 - 1),  # drawn ones survive JavaScript
         )
 
@@ -285,31 +335,36 @@ class Service:
 
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
-    async def generate(self, request: Request, prompt: Prompt, config: GenerationConfig) -> Generated:
-        """Waits for the model's turn and its answer; whoever stops waiting takes the job back."""
-        job = self.worker.submit(prompt, config)
+    async def generate(
+        self, request: Request, prompt: Prompt, config: GenerationConfig, tell: Tell | None
+    ) -> Generated:
+        """Waits for a slot and the answer; whoever stops waiting takes the job back."""
+        job = self.worker.submit(prompt, config, tell)
         start = time.perf_counter()
-        started, answer = asyncio.wrap_future(job.started), asyncio.wrap_future(job.answer)
         try:
             timeout = self.settings.queue_timeout_s
-            done, _ = await asyncio.wait({started, answer}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            request.scope["log"]["queue_ms"] = round(1000 * (time.perf_counter() - start))
+            done, _ = await asyncio.wait({job.started, job.answer}, timeout=timeout, return_when=FIRST_COMPLETED)
+            waited = time.perf_counter() - start
+            request.scope["log"]["queue_ms"] = round(1000 * waited)
             if not done:
                 message = f"the model was busy with others for {timeout:g} s; try again later"
                 raise HttpError(503, "queue_timeout", message, headers={"Retry-After": str(math.ceil(timeout))})
-            await asyncio.wait({answer})
-            if answer.cancelled() or self.worker.is_stopping.is_set():
+            await asyncio.wait({job.answer})
+            if self.worker.is_stopping.is_set():
                 raise HttpError(503, "draining", "the server shut down before the answer was done; ask another one")
-            return answer.result()
+            self.mean_service_s += 0.2 * (time.perf_counter() - start - waited - self.mean_service_s)
+            return job.answer.result()
         except GenerationError as error:
             raise HttpError(500, "generation_failed", str(error)) from error
+        except RunError as error:
+            raise HttpError(500, "engine_dead", "the model failed; the server's log has the reason") from error
         except torch.OutOfMemoryError as error:
             message = "the device ran out of memory; try again, or with a shorter conversation"
             raise HttpError(503, "out_of_memory", message, headers={"Retry-After": "5"}) from error
         finally:
             job.cancel()
 
-    async def in_time(self, work: Awaitable[Response]) -> Response:
+    async def in_time(self, work: Awaitable[dict]) -> dict:
         deadline = self.settings.deadline_s
         try:
             async with asyncio.timeout(deadline):

@@ -58,7 +58,7 @@ def ragged_requests(model: MultimodalLLM) -> list[tuple[Prompt, GenerationConfig
         words = [chance.randrange(3, 250) for _ in range(chance.randrange(1, 60))]
         prompt = picture_prompt(model, i, *words) if i % 3 == 0 else text_prompt(*words)
         sampled = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": i} if i % 4 == 3 else {}
-        requests.append((prompt, GenerationConfig(max_new_tokens=chance.randrange(1, 12), **sampled)))
+        requests.append((prompt, GenerationConfig(max_new_tokens=chance.randrange(1, 8), **sampled)))
     return requests
 
 

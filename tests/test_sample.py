@@ -82,12 +82,20 @@ def test_sampling_repeats_by_seed(call, folder, picture):
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_an_answer_ends_before_a_string_that_is_named(call, folder, picture):
+    arguments = ("--model", folder, "--image", picture, "--max-new-tokens", 30, "--device", "cpu", "--temperature", 1)
+    whole = call(*arguments)[1]
+    assert call(*arguments, "--stop", whole[8:10], "--stop", "not there")[1] == whole[: whole.index(whole[8:10])] + "\n"
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
         (("--max-new-tokens", "0"), "max-new-tokens"),
         (("--temperature", "-1"), "temperature"),
         (("--top-p", "2"), "top_p"),
+        (("--min-p", "-1"), "min_p"),
+        (("--stop", ""), "stop"),
         (("--device", "tpu"), "tpu"),
         (("--model", "/nowhere"), "/nowhere"),
         (("--max-new-tokens", "9999999"), "positions"),

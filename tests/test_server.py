@@ -60,7 +60,7 @@ def client(pipeline):
 @pytest.fixture(scope="module")
 def patient(pipeline):
     """A server that lets one request run for ever and two wait."""
-    limits = {"queue": 2, "max_new_tokens": FOREVER, "max_context": 32768}
+    limits = {"slots": 1, "queue": 2, "max_new_tokens": FOREVER, "max_context": 32768}
     with TestClient(app(pipeline, **limits)) as client:
         yield ready(client)
 
@@ -226,7 +226,7 @@ def test_health_tells_the_state(client):
         "status": "ok",
         "model": "tiny/best_model",
         "device": "cpu",
-        "slots": {"total": 1, "busy": 0},
+        "slots": {"total": 4, "busy": 0},
         "queue": {"waiting": 0, "limit": 16},
     }
     assert client.head("/health").status_code == 200 and client.head("/health").content == b""
@@ -561,7 +561,7 @@ def test_an_answer_that_takes_too_long_is_given_up(pipeline):
 
 
 def test_a_request_does_not_wait_longer_than_the_queue_allows(pipeline):
-    limits = {"queue_timeout_s": 0.2, "deadline_s": 1.5, "max_new_tokens": FOREVER, "max_context": 32768}
+    limits = {"slots": 1, "queue_timeout_s": 0.2, "deadline_s": 1.5, "max_new_tokens": FOREVER, "max_context": 32768}
     with TestClient(app(pipeline, **limits)) as client, ThreadPoolExecutor(1) as others:
         ready(client)
         first = others.submit(say, client, max_new_tokens=FOREVER)
@@ -693,7 +693,7 @@ def answer(connection: socket.socket) -> tuple[int, http.client.HTTPMessage, dic
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "stderr"
-    limits = {"queue": 2, "max_new_tokens": FOREVER, "max_context": 32768, "max_body_mb": 1}
+    limits = {"slots": 1, "queue": 2, "max_new_tokens": FOREVER, "max_context": 32768, "max_body_mb": 1}
     process, port = start(folder, log, **limits, header_timeout_s=0.5, body_timeout_s=0.5)
     real = Real(port, log)
     until(lambda: real.call("GET", "/health")[1]["status"] == "ok", 60)
