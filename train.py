@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def dry_run(config: ExperimentConfig) -> int:
-    from mmllm.plan import describe
+    from mmllm.dryrun import describe
     from mmllm.trainer import refuse_unbuilt
 
     print("\n".join(describe(config)))

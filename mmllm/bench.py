@@ -3,6 +3,7 @@
 python -m mmllm.bench train                       # one optimiser step, against transformers + peft
 python -m mmllm.bench train --case "stage 1" --rounds 5
 python -m mmllm.bench generate                    # answers, against transformers and llama.cpp where it is installed
+python -m mmllm.bench memory                      # what --dry-run predicts, and what a step really takes
 python -m mmllm.bench table                       # README's tables, made anew from the JSON lines in benchmarks/
 
 Every row goes to benchmarks/ as one JSON line with its date, commit, machine and command; the goals are printed beside.
@@ -47,6 +48,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="random weights (default: %(default)s)",
     )
+    memory = commands.add_parser("memory", parents=[common], help="predicted and measured peak memory of a step")
+    memory.add_argument("--case", action="append", metavar="NAME", help="only this one; may be given several times")
+    memory.add_argument("--rows", type=int, default=4, metavar="N", help="of a step (default: %(default)s)")
     table = commands.add_parser("table", help="rewrite the tables in README.md from the rows")
     table.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="where the rows are")
     table.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="(default: %(default)s)")
@@ -56,14 +60,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    commands = {"train": train, "generate": generate, "table": write_table, "worker": worker}
+    commands = {"train": train, "generate": generate, "memory": memory, "table": write_table, "worker": worker}
     return commands[options.command](options)
 
 
 def worker(options: argparse.Namespace) -> int:
     """The process of one contestant."""
     spec = json.loads(options.spec)
-    module = {"train": "mmllm.bench_train", "generate": "mmllm.bench_generate"}[spec["bench"]]
+    module = {"train": "mmllm.bench_train", "generate": "mmllm.bench_generate", "memory": "mmllm.bench_memory"}[
+        spec["bench"]
+    ]
     serve_turns(spec, importlib.import_module(module).build)
     return 0
 
@@ -104,6 +110,15 @@ def generate(options: argparse.Namespace) -> int:
     batches = sorted(options.batch or bench_generate.BATCHES[device.type])
     rows = bench_generate.measure(spec, precisions, batches, options.rounds, options.models)
     return finish("generate", rows, options)
+
+
+def memory(options: argparse.Namespace) -> int:
+    from mmllm import bench_memory
+    from mmllm.device import choose_device
+
+    device = choose_device(options.device)
+    spec = {"device": device.type, "size": options.size, "layers": options.layers, "rows": options.rows}
+    return finish("memory", bench_memory.measure(options.case or list(bench_memory.CASES), spec), options)
 
 
 def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from mmllm import peers
 from mmllm.batches import Batch
 from mmllm.bench_rows import Goal
 from mmllm.chat import IGNORED
-from mmllm.config import ExperimentConfig
+from mmllm.config import ExperimentConfig, StageConfig
 from mmllm.contestant import Work, compete
 from mmllm.device import choose_device, peak_memory, synchronize
 from mmllm.distributed import World
@@ -123,7 +123,7 @@ def configuration(spec: dict) -> ExperimentConfig:
     config.device = spec["device"]
     config.data.batch_size = spec["rows"]
     config.training.bf16 = spec["bf16"]
-    for setting in BY_NAME[spec["case"]].settings:
+    for setting in (*BY_NAME[spec["case"]].settings, *spec.get("settings", ())):
         name, _, text = setting.partition("=")
         config.set_text(name, text)
     return config
@@ -144,10 +144,19 @@ def synthetic_batch(spec: dict) -> Batch:
 def own_step(spec: dict) -> Callable[[], float]:
     """Our optimiser step, as `run_stage` takes it."""
     config = configuration(spec)
+    return steps_of(spec, config, *own_model(spec, config))
+
+
+def own_model(spec: dict, config: ExperimentConfig) -> tuple[MultimodalLLM, StageConfig]:
+    """The model of random weights, ready for the stage of the case."""
     stage = config.stages()[BY_NAME[spec["case"]].stage - 1]
     model = random_model(sizes(spec["size"], spec["layers"]), choose_device(spec["device"]))
     prepare(model, config)
     train_only_(model, trained_parts(stage))
+    return model, stage
+
+
+def steps_of(spec: dict, config: ExperimentConfig, model: MultimodalLLM, stage: StageConfig) -> Callable[[], float]:
     optimizer = adamw(stage_groups(model, stage, 0.0), 0.9, 0.95)
     for group in optimizer.param_groups:
         group["lr"] = RATE

@@ -31,7 +31,7 @@ from mmllm.log import RunLog, duration, progress_line, say, write_report
 from mmllm.lora import adapters, add_lora_, fold_lora_, target_layers
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
-from mmllm.plan import PART_OF, is_trained, step_flops, trained_parts
+from mmllm.plan import PART_OF, is_trained, named_out_of_memory, step_flops, trained_parts
 from mmllm.quant import quantize_
 from mmllm.stop import StopSignal
 from mmllm.surgery import checkpoint_blocks_, count_parameters, count_weights, train_only_
@@ -148,7 +148,8 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         torch.manual_seed(step_seed(run.config.seed, position.stage, step) + run.world.rank)
         rate = set_learning_rates_(optimizer, step, warmup, total)
         counts = run.world.sum(step_counts(batches))
-        loss, norm = update_(model, optimizer, batches, settings, counts[0], run.world)
+        with named_out_of_memory(run.config, position.stage, model.device):
+            loss, norm = update_(model, optimizer, batches, settings, counts[0], run.world)
         row = {"stage": position.stage, "step": position.steps_before + step + 1, "learning_rate": rate}
         if math.isfinite(loss) and math.isfinite(norm):
             run.skipped = 0
@@ -188,14 +189,7 @@ def update_(
     `targets`: of the step in all processes.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    try:
-        loss = accumulate_gradients(model, batches, settings.bf16, targets)
-    except torch.OutOfMemoryError as error:
-        rows, length = max(batch.ids_BT.shape for batch in batches)
-        raise RunError(
-            f"out of memory at {peak_memory(model.device) / 1e9:.1f} GB with {rows} x {length} tokens; halve "
-            "data.batch_size and double the accumulation, or set training.gradient_checkpointing=true"
-        ) from error
+    loss = accumulate_gradients(model, batches, settings.bf16, targets)
     world.sum_([loss])
     world.sum_gradients_(parameters)
     norm = clip_grad_norm_(parameters, settings.max_grad_norm)

@@ -1,0 +1,59 @@
+"""Predicted and measured peak memory of a training step, side by side: what `--dry-run` says is held to what happens.
+
+The surprising fact: memory, unlike time, can be measured on a busy machine. Each case is a process of its own that takes
+three steps on random weights. Next: dryrun.py, bench.py.
+"""
+
+import torch
+
+from mmllm.bench_train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_step
+from mmllm.contestant import Work, compete
+from mmllm.device import choose_device, peak_memory
+from mmllm.dryrun import stage_memory
+from mmllm.log import say
+from mmllm.random_model import sizes
+
+CASES = ("stage 1", "stage 2, full", "stage 2, LoRA", "stage 2, LoRA on int8")
+VARIANTS = tuple((bf16, checkpointing) for bf16 in (True, False) for checkpointing in (False, True))
+
+
+def label(case: str, bf16: bool, checkpointing: bool) -> str:
+    return f"{case}, {'bfloat16' if bf16 else 'float32'}{', checkpointing' if checkpointing else ''}"
+
+
+def measure(names: list[str], spec: dict) -> list[dict]:
+    """A row for each case with and without bfloat16 and checkpointing; `spec` says size, layers, rows and device."""
+    rows = []
+    for case in names:
+        for bf16, checkpointing in VARIANTS:
+            name = label(case, bf16, checkpointing)
+            settings = [f"training.gradient_checkpointing={'true' if checkpointing else 'false'}"]
+            mine = spec | {"bench": "memory", "case": case, "contestant": OURS, "bf16": bf16, "settings": settings}
+            (row,) = compete([mine | {"turns": [{"case": name}]}], rounds=2)
+            predicted = predicted_bytes(mine)
+            row |= {"predicted_bytes": predicted, "error": predicted / row["peak_bytes"] - 1}
+            say(
+                f"  {name}: {predicted / 1e9:.2f} GB predicted, {row['peak_bytes'] / 1e9:.2f} measured ({row['error']:+.0%})"
+            )
+            rows.append(row)
+    return rows
+
+
+def predicted_bytes(spec: dict) -> float:
+    """What `--dry-run` would say of this step."""
+    config = configuration(spec)
+    config.data.max_length = TOKENS
+    stage = config.stages()[BY_NAME[spec["case"]].stage - 1]
+    device = torch.device(spec["device"])
+    shape = sizes(spec["size"], spec["layers"])
+    return stage_memory(shape, config, stage, targets=LEARNT * spec["rows"], device=device).total
+
+
+def build(spec: dict) -> tuple[dict, Work]:
+    step, device = own_step(spec), choose_device(spec["device"])
+
+    def turn(asked: dict) -> dict:
+        step()
+        return {"peak_bytes": peak_memory(device)}
+
+    return {"rows": spec["rows"]}, turn

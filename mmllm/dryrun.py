@@ -1,0 +1,151 @@
+"""What a run will take, before it takes it: parameters, steps, memory. `train.py --dry-run`.
+
+The surprising fact: nothing is loaded for it. The model is built from configurations alone, and its step is taken with
+tensors that have no contents, so this answers on a laptop that could never train it.
+Next: simulate.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmllm.clip import CLIPVisionConfig
+from mmllm.config import ExperimentConfig, ModelConfig, StageConfig
+from mmllm.data import read_samples, share_images
+from mmllm.device import choose_device
+from mmllm.errors import ConfigError, DataError
+from mmllm.model import MultimodalConfig, MultimodalLLM, read_config
+from mmllm.plan import trained_parts
+from mmllm.qwen import Qwen2Config
+from mmllm.simulate import step_peak
+from mmllm.surgery import count_parameters, count_weights, train_only_
+from mmllm.trainer import prepare
+from mmllm.weights import read_json
+
+PUBLISHED_CLIP = {"openai/clip-vit-base-patch32": CLIPVisionConfig()}
+PUBLISHED_QWEN = {"Qwen/Qwen2.5-0.5B": Qwen2Config(), "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config()}
+
+
+def architecture(settings: ModelConfig) -> MultimodalConfig:
+    """The sizes of the model that `settings` ask for, from local folders or from what is known of published ones."""
+    if settings.pretrained:
+        _refuse_missing("model.pretrained", settings.pretrained)
+        return read_config(settings.pretrained)[0]
+    vision = _sizes("model.clip", settings.clip, CLIPVisionConfig, PUBLISHED_CLIP)
+    text = _sizes("model.qwen", settings.qwen, Qwen2Config, PUBLISHED_QWEN)
+    return MultimodalConfig(vision, text, settings.features)
+
+
+def _sizes(name: str, source: str, kind: type, published: dict) -> CLIPVisionConfig | Qwen2Config:
+    if source in published and not Path(source).is_dir():
+        return published[source]
+    _refuse_missing(name, source)
+    return kind.from_dict(read_json(Path(source).expanduser() / "config.json"))
+
+
+def _refuse_missing(name: str, source: str) -> None:
+    if not Path(source).expanduser().is_dir():
+        raise ConfigError(f"{name} is {source!r}: no such folder here, and a dry run downloads nothing")
+
+
+# What a process takes beside its tensors: Python, torch, what they load at the first step, scratch of the kernels.
+PROCESS_BYTES = {"cpu": 550_000_000, "cuda": 70_000_000, "mps": 0}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a stage: held weights, moments of the optimiser, what a step adds, the process itself."""
+
+    weights: float
+    moments: float
+    step: float
+    process: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.moments + self.step + self.process
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "moments": self.moments, "the step": self.step, "the process": self.process}
+        return " + ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
+
+
+def stage_memory(
+    shape: MultimodalConfig,
+    config: ExperimentConfig,
+    stage: StageConfig,
+    *,
+    targets: int | None = None,
+    device: torch.device | None = None,
+) -> Memory:
+    """Predicted peak of one process that trains `stage`, on rows of `data.max_length` tokens with a picture each.
+
+    `targets`: learnt tokens of a micro-batch; None: all that are no picture.
+    """
+    held = {}
+
+    def build() -> MultimodalLLM:
+        model = MultimodalLLM(shape)
+        prepare(model, config)
+        train_only_(model, trained_parts(stage))
+        held["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        held["trained"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        return model
+
+    length = config.data.max_length
+    step = step_peak(
+        build,
+        rows=stage.batch_size,
+        length=length,
+        targets=targets or stage.batch_size * max(1, length - shape.num_image_tokens),
+        images=stage.batch_size,
+        bf16=config.training.bf16,
+        micro_batches=min(2, stage.gradient_accumulation_steps),
+    )
+    place = device or choose_device(config.device)
+    return Memory(held["weights"], 2 * held["trained"], step, PROCESS_BYTES[place.type])
+
+
+def describe(config: ExperimentConfig) -> list[str]:
+    """The lines of `--dry-run`."""
+    shape = architecture(config.model)
+    with torch.device("meta"):
+        model = MultimodalLLM(shape)
+    prepare(model, config)
+    stages = config.stages()
+    trainable = []
+    for stage in stages:
+        train_only_(model, trained_parts(stage))
+        trainable.append({name: count_parameters(part, True) for name, part in model.named_children()})
+    lines = [f"{'':22}{'parameters':>14}{'stage 1 trains':>16}{'stage 2 trains':>16}"]
+    for name, part in model.named_children():
+        lines.append(_row(name, count_weights(part), *(counts[name] for counts in trainable)))
+    lines.append(_row("total", count_weights(model), *(sum(counts.values()) for counts in trainable)))
+    samples, note = count_samples(config)
+    for number, stage in enumerate(stages, 1):
+        per_step = stage.batch_size * stage.gradient_accumulation_steps
+        steps = f"{stage.epochs} epochs, {stage.epochs * (samples // per_step)} steps" if samples else note
+        memory = stage_memory(shape, config, stage)
+        lines.append(
+            f"stage {number}: {steps} of {per_step} samples ({stage.batch_size} x {stage.gradient_accumulation_steps}); "
+            f"about {memory.total / 1e9:.1f} GB at most, for samples of {config.data.max_length} tokens ({memory})"
+        )
+    return lines
+
+
+def _row(name: str, *numbers: int) -> str:
+    return f"{name:22}" + "".join(f"{number:>{width},}" for number, width in zip(numbers, (14, 16, 16), strict=True))
+
+
+def count_samples(config: ExperimentConfig) -> tuple[int, str]:
+    """How many training samples there are; 0 and a note when the data is not there."""
+    path = config.data.train_data_path
+    if path is None:
+        return 0, "steps unknown (data.train_data_path is not set)"
+    try:
+        samples = read_samples(path, config.data.image_dir, config.data.train_split)
+    except DataError as error:
+        return 0, f"steps unknown ({error})"
+    samples = samples[: config.data.max_train_samples]
+    return len(share_images(samples) if config.data.share_images else samples), ""
