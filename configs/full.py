@@ -3,7 +3,8 @@
     python train.py configs/full.py data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
 
 49 patch tokens a picture; rates, epochs and samples a step are those of LLaVA 1.5. For a smaller card set
-`data.batch_size=8` and four times the accumulation of each stage: the gradient is the same. Scores: not measured.
+`data.batch_size=8` and four times the accumulation of each stage: the gradient is the same. A sample is a picture with
+all its captions or questions, in one row. Scores: not measured.
 """
 
 from mmllm.config import ExperimentConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmllm.branches import PADDING, join
-from mmllm.chat import IGNORED, ChatProcessor, Encoded
+from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Encoded
 from mmllm.data import Sample
 from mmllm.errors import DataError, ImageError
 
@@ -96,6 +96,8 @@ class BatchLoader:
         world_size: int = 1,
         max_broken: int = 0,
         read_image: ReadImage | None = None,
+        accumulation: int = 1,
+        group_by_length: bool = False,
     ):
         if len(samples) < batch_size * world_size:
             raise DataError(
@@ -106,6 +108,7 @@ class BatchLoader:
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.rank, self.world_size, self.max_broken = rank, world_size, max_broken
         self.read_image = read_image or processor.image_processor
+        self.accumulation, self.group_by_length = accumulation, group_by_length
         self.broken: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -118,9 +121,18 @@ class BatchLoader:
         yield from prefetch(lambda number: self._make(order, number), range(start, len(self)), self.num_workers)
 
     def indices(self, order: list[int], number: int) -> list[int]:
-        """The samples of this process's micro-batch `number`."""
+        """The samples of this process's micro-batch `number`.
+
+        `group_by_length` sorts the samples of an optimiser step (`accumulation` micro-batches of all processes) by length:
+        its gradient stays, and at any moment all processes have rows of like length.
+        """
+        step, number = divmod(number, self.accumulation)
+        size = self.batch_size * self.world_size * self.accumulation
+        of_step = order[step * size : (step + 1) * size]
+        if self.group_by_length:
+            of_step = sorted(of_step, key=lambda index: rough_length(self.samples[index], self.processor))
         start = (number * self.world_size + self.rank) * self.batch_size
-        return order[start : start + self.batch_size]
+        return of_step[start : start + self.batch_size]
 
     def _make(self, order: list[int], number: int) -> Batch:
         rows = [row for index in self.indices(order, number) for row in self._read(index)]
@@ -136,6 +148,13 @@ class BatchLoader:
                 if len(self.broken) > min(self.max_broken, len(self.samples) - 1):
                     raise DataError(f"sample {index} ({self.samples[index].id}): {error}") from error
             index = (index + 1) % len(self.samples)
+
+
+def rough_length(sample: Sample, processor: ChatProcessor) -> int:
+    """About the length of the sample's row in letters, without the price of its tokens."""
+    texts = [message for one in (sample, *sample.shared) for message in one.messages]
+    letters = sum(len(part) for message in texts for part in message.parts if part is not IMAGE)
+    return letters + 4 * processor.num_image_tokens * len(sample.images)
 
 
 def ordered_batches(

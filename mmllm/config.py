@@ -84,6 +84,7 @@ class DataConfig(Section):
     max_train_samples: int | None = None
     max_val_samples: int | None = None
     share_images: bool = True  # all captions or questions of a picture in one row: the same gradient, cheaper
+    group_by_length: bool = False  # rows of like length into one micro-batch of their step: less padding, same gradient
     cache_features: bool = False  # run the frozen tower once a picture and keep what it saw in output_dir/features
     features_path: str | None = None  # safetensors of features by picture name: no picture need be there then
 
@@ -114,6 +115,7 @@ class TrainingConfig(Section):
     bf16: bool = True
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    compile: bool = False  # the language model's blocks, by torch.compile: pays after some hundred steps
     stage1: StageConfig = field(default_factory=lambda: StageConfig(epochs=3, train=("projector",), learning_rate=1e-3))
     stage2: StageConfig = field(default_factory=lambda: StageConfig(epochs=2))
     log_steps: int = 1

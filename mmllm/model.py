@@ -146,7 +146,7 @@ class MultimodalLLM(nn.Module):
 
     def embed(self, ids_BT: Tensor, pixels_N3SS: Tensor) -> Tensor:
         """Token embeddings (B, T, D) with the pictures' tokens in the places of `image_token_id`, in order."""
-        x_BTD = self.language_model.embed(ids_BT)
+        x_BTD = self.language_model.embed(ids_BT).to(self.dtype)  # a frozen embedding may be held in less
         image_NQD = self.encode_images(pixels_N3SS)
         is_image_BT = ids_BT == self.config.image_token_id
         places, features = int(is_image_BT.sum()), image_NQD.shape[0] * image_NQD.shape[1]

@@ -1,16 +1,20 @@
-"""What is done to a built model that knows nothing of it: freeze, recompute, count.
+"""What is done to a built model that knows nothing of it: freeze, recompute, compile, hold in half the memory, count.
 
 The surprising fact: a block's `forward` is replaced on the instance, not the block by a wrapper. So no parameter changes
 its name, and a checkpoint written with recomputation loads without it.
 Next: trainer.py, where these are applied in order.
 """
 
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mmllm.errors import ConfigError
 
 
 def train_only_(model: nn.Module, parts: Iterable[str]) -> None:
@@ -34,6 +38,44 @@ def checkpoint_blocks_(blocks: Iterable[nn.Module]) -> None:
     """Keep only the inputs of each block for the backward pass, which then runs the block again (x1.2 to 1.35 time)."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks_(blocks: Iterable[nn.Module]) -> None:
+    """Compile each block where a graph for the backward pass is recorded; all lengths share one compilation.
+
+    Elsewhere (validation, captions: other shapes, another graph) it runs as it is. With dropout the random numbers are
+    others than those of the plain block.
+    """
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    if not any(map(shutil.which, compilers)):
+        raise ConfigError(
+            f"training.compile needs a C++ compiler, and there is no {' or '.join(compilers)} on the PATH; install one, or "
+            "set training.compile=false"
+        )
+    for block in blocks:
+        plain = block.forward
+        block.forward = partial(_either, torch.compile(plain, dynamic=True), plain)
+
+
+def _either(compiled: Callable[..., Tensor], plain: Callable[..., Tensor], *arguments: object) -> Tensor:
+    return compiled(*arguments) if torch.is_grad_enabled() else plain(*arguments)
+
+
+@torch.no_grad()
+def exact_in_bfloat16(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The frozen weights of `layers` that lose nothing as bfloat16, as those of models published so do.
+
+    Under autocast a product rounds them anyway, in every pass: held so, the numbers are the same bit for bit. Those that
+    would lose something stay as they are, and so do shards.
+    """
+    frozen = {id(p): p for layer in layers if type(p := layer.weight) is nn.Parameter and not p.requires_grad}
+    return [p for p in frozen.values() if p.dtype == torch.float32 and torch.equal(p.bfloat16().float(), p)]
+
+
+def hold_(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Keep `weights` as numbers of `dtype`."""
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
 
 
 def count_weights(module: nn.Module) -> int:

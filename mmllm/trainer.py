@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from mmllm import checkpoint as disk
@@ -34,7 +34,15 @@ from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.plan import PART_OF, is_trained, named_out_of_memory, step_flops, trained_parts
 from mmllm.quant import quantize_
 from mmllm.stop import StopSignal
-from mmllm.surgery import checkpoint_blocks_, count_parameters, count_weights, train_only_
+from mmllm.surgery import (
+    checkpoint_blocks_,
+    compile_blocks_,
+    count_parameters,
+    count_weights,
+    exact_in_bfloat16,
+    hold_,
+    train_only_,
+)
 from mmllm.validation import sample_captions, validation_losses
 
 NAMES_SHOWN = 8
@@ -115,6 +123,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
     """
     settings = run.config.training
     train_only_(model, trained_parts(stage))
+    held = frozen_weights(model) if settings.bf16 else []
     loader = stage_loader(stage, run, model, position.stage)
     per_epoch = steps_per_epoch(stage, len(run.train_samples), run.world.size)
     total = stage.epochs * per_epoch
@@ -133,12 +142,20 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         if not run.world.is_first:
             return
         scores = None
-        if run.val_samples and is_due(done, settings.eval_steps, per_epoch, total):
+        validates = run.val_samples and is_due(done, settings.eval_steps, per_epoch, total)
+        saves = run.stop or is_due(done, settings.save_steps, per_epoch, total)
+        if not (validates or saves):
+            return
+        hold_(held, torch.float32)
+        if validates:
             scores = validate(model, stage, run, position.steps_before + done, position.stage)
-        if run.stop or is_due(done, settings.save_steps, per_epoch, total):
+        if run.stop or saves:
             epoch = position.epochs_before + (done - 1) // per_epoch + 1
             save(model, optimizer, run, position, done, epoch, scores)
+        hold_(held, torch.bfloat16)
 
+    hold_(held, torch.bfloat16)
+    stopped = False
     if position.is_pending:
         finish(position.done)
     for step, (batches, numbers) in enumerate(
@@ -164,8 +181,17 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         if is_stopped(run):
             if run.saved_step != position.steps_before + step + 1:  # the signal came after the step was finished
                 finish(step + 1)
-            return True
-    return False
+            stopped = True
+            break
+    hold_(held, torch.float32)
+    return stopped
+
+
+def frozen_weights(model: MultimodalLLM) -> list[nn.Parameter]:
+    """The matrices of the towers that this stage need not hold in more than bfloat16."""
+    linear = [layer for part in (model.vision_tower, model.language_model) for layer in part.modules()]
+    linear = [layer for layer in linear if isinstance(layer, nn.Linear)]
+    return exact_in_bfloat16([*linear, model.language_model.model.embed_tokens])
 
 
 def is_stopped(run: Run) -> bool:
@@ -225,6 +251,8 @@ def stage_loader(stage: StageConfig, run: Run, model: MultimodalLLM, number: int
         num_workers=data.num_workers,
         max_broken=allowed,
         read_image=run.read_image,
+        accumulation=stage.gradient_accumulation_steps,
+        group_by_length=data.group_by_length,
         rank=run.world.rank,
         world_size=run.world.size,
     )
@@ -401,7 +429,7 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """The surgery on a loaded model, in the only order that works:
 
     quantize_ -> add_lora_ -> train_only_ -> checkpoint_blocks_ -> compile_blocks_ -> shard_.
-    The last two are not built yet, see `refuse_unbuilt`; each stage narrows `train_only_` to its own.
+    The last is not built yet; each stage narrows `train_only_` to its own.
     """
     refuse_unbuilt(config)
     apply_int8_(model, config)
@@ -411,6 +439,8 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
         checkpoint_blocks_(model.language_model.model.layers)
         if is_trained(model.vision_tower):
             checkpoint_blocks_(model.vision_tower.vision_model.encoder.layers)
+    if config.training.compile:
+        compile_blocks_(model.language_model.model.layers)
 
 
 def apply_int8_(model: MultimodalLLM, config: ExperimentConfig) -> None:
