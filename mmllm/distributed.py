@@ -51,8 +51,14 @@ class World:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
         return cls(place, dist.get_rank(), size)
 
-    def stop(self) -> None:
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Part: all at the same time, or at once when something went wrong here. End the process with `errors.leave`."""
         if self.size > 1:
+            if error is None:
+                dist.barrier()
             dist.destroy_process_group()
 
     @property

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -42,7 +43,20 @@ class GenerationError(RunError):
     """The model produced no usable logits."""
 
 
-def run(main: Callable[[], int | None]) -> None:
+def leave(code: int) -> NoReturn:
+    """End this process with `code`; one of several that torchrun started, at once.
+
+    While the interpreter ends, a thread of the process group may still want its lock: then all of it aborts
+    ("terminate called without an active exception"), and a run that is whole and saved counts as failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and leave with the exit code that its outcome deserves.
 
     0 or what `main` returns; 2 bad input; 1 failed run; 130 Ctrl-C; 141 closed pipe (`| head`).
@@ -65,4 +79,4 @@ def run(main: Callable[[], int | None]) -> None:
         # The reader left. Python would complain once more while flushing at exit: give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    sys.exit(code)
+    leave(code)

@@ -42,11 +42,8 @@ def train(
     `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
     """
     refuse_unbuilt(config)
-    world = World.start(config.device)
-    try:
+    with World.start(config.device) as world:
         return train_in(world, config, origins or {}, resume, overwrite, allow_data_change)
-    finally:
-        world.stop()
 
 
 def train_in(

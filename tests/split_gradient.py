@@ -14,6 +14,7 @@ from mmllm.chat import IGNORED
 from mmllm.config import LoraConfig
 from mmllm.data import load_samples
 from mmllm.distributed import World
+from mmllm.errors import run
 from mmllm.lora import add_lora_
 from mmllm.model import MultimodalLLM
 from mmllm.quant import quantize_
@@ -77,10 +78,13 @@ def gradients(world: World, folder: Path, size: int) -> dict[str, torch.Tensor]:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
-    world = World.start("cpu")
-    result = gradients(world, Path(sys.argv[1]), int(sys.argv[3]))
-    if world.is_first:
-        save_file(result, sys.argv[2])
-    world.stop()
+    with World.start("cpu") as world:
+        result = gradients(world, Path(sys.argv[1]), int(sys.argv[3]))
+        if world.is_first:
+            save_file(result, sys.argv[2])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -57,6 +57,15 @@ def test_a_terminal_without_utf8_shows_escapes_and_does_not_fail():
     assert (result.stdout, result.returncode) == ("\\u732b\n", 0)
 
 
+def test_one_of_several_processes_ends_at_once_with_all_it_said():
+    program = (
+        "import atexit; from mmllm.errors import run; atexit.register(print, 'late'); run(lambda: print('said') or 3)"
+    )
+    for size, said in (("1", "said\nlate\n"), ("2", "said\n")):
+        result = shell(f'WORLD_SIZE={size} {sys.executable} -c "{program}"')
+        assert (result.stdout, result.stderr, result.returncode) == (said, "", 3)
+
+
 def test_importing_the_package_does_not_import_torch():
     program = "import sys, mmllm, mmllm.errors; print('torch' in sys.modules)"
     assert shell(f'{sys.executable} -c "{program}"').stdout == "False\n"
