@@ -9,7 +9,7 @@
 
 The surprising fact: no format notices a flipped byte. safetensors loads it without a word, so "the newest checkpoint" is
 the newest whose checksums agree. No random states are kept: the order of samples and the seed of each step are functions
-of the step. Nothing here is a pickle. Next: trainer.py.
+of the step. Nothing here is a pickle. Next: saving.py (who writes the numbers, and when).
 """
 
 import hashlib
@@ -20,14 +20,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmllm.distributed import World, local, rows_for
 from mmllm.errors import CheckpointError, RunError
 from mmllm.log import say
+from mmllm.rows import Layout, create
 from mmllm.surgery import count_parameters, count_weights
-from mmllm.weights import atomic_directory
+from mmllm.weights import new_directory, publish, read_safetensors, removed_on_error, reported
 
 FORMAT = 1
 NAME = re.compile(r"checkpoint-epoch-(\d+)-step-(\d+)")
@@ -54,25 +54,46 @@ def checkpoints(directory: Path) -> list[Path]:
 # Write ----------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write everything under a temporary name, force it to disk and rename it; RunError leaves nothing behind.
+Files = dict[
+    str, tuple[dict[str, Tensor], dict[str, str]]
+]  # of a checkpoint: its name, its tensors, what it says of itself
+
+
+def tensor_files(model: nn.Module, optimizer: torch.optim.Optimizer) -> Files:
+    """All tensors of a checkpoint: those of the model's own files, and AdamW's moments by the names of the parameters."""
+    states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+    moments = {f"{name}.{moment}": state[moment] for name, state in states.items() for moment in MOMENTS}
+    files = {name: (tensors, {"format": "pt"}) for name, tensors in model.tensor_files().items()}
+    return files | {"training/optimizer.safetensors": (moments, {})}
+
+
+def updates_of(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates AdamW has made."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
+def begin_checkpoint(folder: Path, model: nn.Module, layouts: dict[str, Layout], state: dict) -> Path:
+    """A new directory under a temporary name, whole but for the numbers of its tensors; RunError leaves nothing behind.
 
     `state` is JSON; its "config" becomes experiment.json as well.
     """
     refuse_full_disk(folder.parent, model)
-    try:
-        with atomic_directory(folder, replace=True) as temporary:
-            model.write_files(temporary)
-            training = temporary / "training"
-            training.mkdir()
-            tensors, updates = optimizer_tensors(model, optimizer)
-            save_file(tensors, training / "optimizer.safetensors")
-            _write_json(training / "state.json", state | {"format": FORMAT, "updates": updates})
-            _write_json(training / "experiment.json", state["config"])
-            files = {str(path.relative_to(temporary)): _fingerprint(path) for path in _files(temporary)}
-            _write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
-    except SafetensorError as error:  # a full disk, in the words of the library
-        raise RunError(f"{folder}: cannot be written ({error}); nothing was left behind") from error
+    with reported(folder), removed_on_error(new_directory(folder)) as temporary:
+        (temporary / "training").mkdir()
+        model.write_small_files(temporary)
+        _write_json(temporary / "training" / "state.json", state | {"format": FORMAT})
+        _write_json(temporary / "training" / "experiment.json", state["config"])
+        for name, plan in layouts.items():
+            create(temporary / name, plan)
+    return temporary
+
+
+def end_checkpoint(temporary: Path, folder: Path) -> None:
+    """The manifest last, then everything to disk, then the name: until then nobody takes it for a checkpoint."""
+    with reported(folder), removed_on_error(temporary):
+        files = {str(path.relative_to(temporary)): _fingerprint(path) for path in _files(temporary)}
+        _write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
+        publish(temporary, folder)
 
 
 def refuse_full_disk(directory: Path, model: nn.Module) -> None:
@@ -83,14 +104,6 @@ def refuse_full_disk(directory: Path, model: nn.Module) -> None:
         raise RunError(
             f"no space left on {directory}: a checkpoint needs {needed / 1e9:.1f} GB, has {free / 1e9:.1f} GB"
         )
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], int]:
-    """AdamW's moments by the names of the parameters, and how many updates it has made."""
-    states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
-    tensors = {f"{name}.{moment}": state[moment] for name, state in states.items() for moment in MOMENTS}
-    updates = {int(state["step"]) for state in states.values()} or {0}
-    return tensors, max(updates)
 
 
 def _fingerprint(path: Path) -> dict:
@@ -187,19 +200,24 @@ def read_state(checkpoint: Path) -> dict:
     return _read_json(checkpoint / "training" / "state.json")
 
 
-def load_optimizer_(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Give `optimizer` the moments of the checkpoint, by the names of the parameters."""
+def load_optimizer_(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, world: World
+) -> None:
+    """Give `optimizer` the moments of the checkpoint, by the names of the parameters; of each this process's rows."""
     file = checkpoint / "training" / "optimizer.safetensors"
-    tensors = load_file(file)
+    tensors = read_safetensors(file)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name in sorted({key.rpartition(".")[0] for key in tensors}):
         if name not in trained:
             raise CheckpointError(f"{file}: moments of {name}, which this run does not train")
         parameter = trained[name]
-        moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in MOMENTS}
-        if any(value.shape != parameter.shape for value in moments.values()):
-            found = list(moments["exp_avg"].shape)
-            raise CheckpointError(f"{file}: {name} is {found} where {list(parameter.shape)} is needed")
+        moments = {moment: torch.empty_like(parameter) for moment in MOMENTS}
+        for moment, value in moments.items():
+            found = tensors[f"{name}.{moment}"]
+            if found.shape != parameter.shape:
+                shapes = f"{list(found.shape)} where {list(parameter.shape)} is needed"
+                raise CheckpointError(f"{file}: {name} is {shapes}")
+            local(value).copy_(rows_for(value, found, world))
         step = torch.tensor(float(updates), device=parameter.device)  # on its device: what the fused form asks for
         optimizer.state[parameter] = {"step": step, **moments}
 

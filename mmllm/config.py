@@ -116,6 +116,11 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     compile: bool = False  # the language model's blocks, by torch.compile: pays after some hundred steps
+    sharding: str = (
+        "auto"  # of weights over processes: "full", "none", "auto" (full where the language model is trained)
+    )
+    reshard_after_forward: bool = False  # for models that would not fit otherwise: gather weights twice a step
+    timeout_s: int = 600  # a process that says nothing for so long is lost
     stage1: StageConfig = field(default_factory=lambda: StageConfig(epochs=3, train=("projector",), learning_rate=1e-3))
     stage2: StageConfig = field(default_factory=lambda: StageConfig(epochs=2))
     log_steps: int = 1
@@ -231,6 +236,7 @@ MOST = 10**12  # no setting is larger; refuses infinity too
 CHOICES = {
     "features": ("patch", "pooled"),
     "bad_samples": ("error", "skip"),
+    "sharding": ("auto", "full", "none"),
     "train": ("projector", "language_model", "vision_tower"),
 }
 COUNTS = ("batch_size", "max_length", "gradient_accumulation_steps", "log_steps", "eval_steps", "save_steps", "r")
@@ -242,6 +248,7 @@ LIMITS = {
     **dict.fromkeys(AMOUNTS, (0, MOST)),
     **dict.fromkeys(RATES, (0, 1)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, math.nextafter(1, 0))),
+    "timeout_s": (1, MOST),
     "max_grad_norm": (1e-6, MOST),  # at 0 nothing would ever move
 }
 ENVIRONMENT = {

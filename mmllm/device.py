@@ -3,6 +3,7 @@
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -40,3 +41,18 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most  # kilobytes everywhere but on a Mac
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can still be had, of the machine or of the container it is in; 0 where nobody tells."""
+    machine, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not machine.exists():
+        return 0
+    lines = dict(line.split(":") for line in machine.read_text().splitlines())
+    free = 1024 * int(lines["MemAvailable"].split()[0])
+    limit = container / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        counts = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())
+        used = int((container / "memory.current").read_text()) - int(counts["inactive_file"])
+        free = min(free, int(limit.read_text()) - used)
+    return free

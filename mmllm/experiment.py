@@ -25,6 +25,8 @@ from mmllm.log import OtherLog, RunLog, duration, record_start, say, start_wandb
 from mmllm.model import MultimodalLLM
 from mmllm.plan import peak_flops
 from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
+from mmllm.saving import CheckpointWriter
+from mmllm.shard import is_wanted, shard_
 from mmllm.stop import StopSignal
 from mmllm.trainer import Position, Run, prepare, refuse_unbuilt, run_stage, steps_per_epoch
 
@@ -42,7 +44,7 @@ def train(
     `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
     """
     refuse_unbuilt(config)
-    with World.start(config.device) as world:
+    with World.start(config.device, config.training.timeout_s) as world:
         return train_in(world, config, origins or {}, resume, overwrite, allow_data_change)
 
 
@@ -65,8 +67,11 @@ def train_in(
     for line in explain(config, origins):
         say(f"  {line}")
     settle_precision(config, device)
-    model = load_model(config, origins, checkpoint, device)
+    is_spread = is_wanted(config, world.size)
+    model = load_model(config, origins, checkpoint, None if is_spread else device)
     prepare(model, config)
+    if is_spread:
+        shard_(model, world, reshard_after_forward=config.training.reshard_after_forward)
     table = feature_table(config, model)
     train_samples, val_samples = load_data(config, model, directory if world.is_first else None, table)
     if state and not allow_data_change:
@@ -78,7 +83,11 @@ def train_in(
     read_image = (
         fill_cache(config, model, [*train_samples, *val_samples], world) if config.data.cache_features else table
     )
-    with StopSignal() as stop, closing(begin(config, origins, directory, checkpoint, state, world)) as log:
+    with (
+        StopSignal() as stop,
+        closing(begin(config, origins, directory, checkpoint, state, world)) as log,
+        CheckpointWriter(world) as writer,
+    ):
         run = Run(
             config,
             directory,
@@ -87,6 +96,7 @@ def train_in(
             log,
             stop,
             world,
+            writer,
             data_sha256=sha256,
             total_steps=total_steps,
             best=best_of(directory, state, sha256),
@@ -156,13 +166,17 @@ def conclude(run: Run) -> int:
 
 
 def load_model(
-    config: ExperimentConfig, origins: dict[str, str], checkpoint: Path | None, device: torch.device
+    config: ExperimentConfig, origins: dict[str, str], checkpoint: Path | None, device: torch.device | None
 ) -> MultimodalLLM:
-    """The model of the checkpoint, of `model.pretrained`, or of the two towers; float32, in memory of its own."""
+    """The model of the checkpoint, of `model.pretrained`, or of the two towers; float32, in memory of its own.
+
+    `device` None: as its files have it and still in them, for `shard_` to take what it needs.
+    """
     settings = config.model
     source = checkpoint or settings.pretrained
+    place, dtype = (torch.device("cpu"), None) if device is None else (device, torch.float32)
     if source:
-        model = MultimodalLLM.from_pretrained(source, device=device)
+        model = MultimodalLLM.from_pretrained(source, device=place, dtype=dtype)
         found = {"features": model.config.features, "system_prompt": model.processor.system}
         for name, value in found.items():
             if f"model.{name}" in origins and config.get(f"model.{name}") != value:
@@ -174,9 +188,10 @@ def load_model(
             features=settings.features,
             system=settings.system_prompt,
             seed=config.seed,
-            device=device,
+            device=place,
+            dtype=dtype,
         )
-    for parameter in model.parameters():
+    for parameter in model.parameters() if device else []:
         # out of the mapped file: another alignment in memory may change the last bit of a sum
         parameter.data = parameter.data.clone()
     return model

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmllm.config import LoraConfig
@@ -122,15 +121,18 @@ def fold_lora_(module: nn.Module) -> None:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, model: nn.Module, config: LoraConfig) -> None:
-    """Writes the adapters and the projector as PEFT reads them, for transformers' LLaVA."""
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters and the projector by the names that PEFT has for them in transformers' LLaVA, float32."""
     tensors = {}
     for name, layer in adapters(model.language_model).items():
         place = f"base_model.model.model.language_model.{name.removeprefix('model.')}"
         tensors |= {f"{place}.lora_A.weight": layer.lora_A, f"{place}.lora_B.weight": layer.lora_B}
     for name, value in model.multi_modal_projector.state_dict().items():
         tensors[f"base_model.model.model.multi_modal_projector.{name}"] = value
-    save_file({n: v.detach().float().contiguous() for n, v in tensors.items()}, folder / TENSOR_FILE, {"format": "pt"})
+    return {name: value.detach().float() for name, value in tensors.items()}
+
+
+def write_adapter_config(folder: Path, model: nn.Module, config: LoraConfig) -> None:
     modules = sorted({name.rpartition(".")[2] for name in adapters(model.language_model)})
     about = {
         "peft_type": "LORA",

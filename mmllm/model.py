@@ -27,7 +27,7 @@ from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.config import LoraConfig
 from mmllm.errors import CheckpointError
 from mmllm.image import ImageProcessor
-from mmllm.lora import CONFIG_FILE, adapters, load_adapter_, write_adapter
+from mmllm.lora import CONFIG_FILE, TENSOR_FILE, adapter_tensors, adapters, load_adapter_, write_adapter_config
 from mmllm.projector import Projector
 from mmllm.quant import quantize_
 from mmllm.qwen import Qwen2, Qwen2Config
@@ -192,10 +192,11 @@ class MultimodalLLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
     ) -> "MultimodalLLM":
         """The model of a directory that `save_pretrained` wrote, or of a hub repository with the same files.
 
+        `dtype` None keeps every tensor as its file has it, and on the CPU in its file: read when it is used.
         Strict: CheckpointError names what is missing, unexpected, or of another shape.
         """
         folder = locate(source)
@@ -216,7 +217,7 @@ class MultimodalLLM(nn.Module):
             quantize_(model.language_model)
             model.is_int8 = True
             for parameter in model.language_model.parameters():
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(dtype or torch.float32)
         if "lora" in surgery:
             model.lora = load_adapter_(model, folder)
         return model._finished(processor, folder)
@@ -280,13 +281,22 @@ class MultimodalLLM(nn.Module):
 
     def write_files(self, folder: Path) -> None:
         """Writes config.json, model.safetensors, mmllm.json, the processor's files and adapters into `folder`."""
-        tied = {"language_model.lm_head.weight"} if self.config.text.tie_word_embeddings else set()
+        for name, tensors in self.tensor_files().items():
+            save_file({n: value.contiguous() for n, value in tensors.items()}, folder / name, {"format": "pt"})
+        self.write_small_files(folder)
+
+    def tensor_files(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the model's directory by file: the base in model.safetensors, adapters in theirs."""
         if any(layer.lora.is_merged for layer in adapters(self).values()):
             raise ValueError("the adapters are merged: unmerge_lora_ before saving, or they would count twice")
-        base = {n: v.contiguous() for n, v in self.state_dict().items() if n not in tied and ".lora_" not in n}
-        save_file(base, folder / "model.safetensors", {"format": "pt"})
+        tied = {"language_model.lm_head.weight"} if self.config.text.tie_word_embeddings else set()
+        base = {n: value for n, value in self.state_dict().items() if n not in tied and ".lora_" not in n}
+        return {"model.safetensors": base} | ({TENSOR_FILE: adapter_tensors(self)} if self.lora else {})
+
+    def write_small_files(self, folder: Path) -> None:
+        """Writes everything but the tensors."""
         if self.lora:
-            write_adapter(folder, self, self.lora)
+            write_adapter_config(folder, self, self.lora)
         ours = {
             "format_version": 1,
             "features": self.config.features,

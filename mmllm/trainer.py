@@ -25,7 +25,7 @@ from mmllm.chat import IGNORED
 from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig
 from mmllm.data import Sample
 from mmllm.device import autocast, peak_memory
-from mmllm.distributed import World
+from mmllm.distributed import World, full
 from mmllm.errors import ConfigError, DataError, RunError
 from mmllm.log import RunLog, duration, progress_line, say, write_report
 from mmllm.lora import adapters, add_lora_, fold_lora_, target_layers
@@ -33,6 +33,8 @@ from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.plan import PART_OF, is_trained, named_out_of_memory, step_flops, trained_parts
 from mmllm.quant import quantize_
+from mmllm.saving import CheckpointWriter
+from mmllm.shard import gathered, is_sharded, reduce_after_
 from mmllm.stop import StopSignal
 from mmllm.surgery import (
     checkpoint_blocks_,
@@ -65,8 +67,9 @@ def accumulate_gradients(
     """
     targets = max(1, count_targets(batches) if targets is None else targets)
     total = torch.zeros((), device=model.device)
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         batch = batch.to(model.device)
+        reduce_after_(model, is_last=number == len(batches))
         with autocast(model.device, bf16):
             loss_sum, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS, batch.branches_BT)
         loss = loss_sum / targets
@@ -89,6 +92,7 @@ class Run:
     log: RunLog
     stop: StopSignal
     world: World
+    writer: CheckpointWriter
     data_sha256: dict[str, str]
     total_steps: int = 0
     best: dict | None = None  # {"name": of the checkpoint, "val_loss": of it}
@@ -130,7 +134,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
     warmup = round(settings.warmup_ratio * total)
     optimizer = adamw(stage_groups(model, stage, settings.weight_decay), settings.adam_beta1, settings.adam_beta2)
     if position.done:
-        disk.load_optimizer_(position.checkpoint, model, optimizer, position.updates)
+        disk.load_optimizer_(position.checkpoint, model, optimizer, position.updates, run.world)
     say(
         f"stage {position.stage}: {total} steps of {stage.batch_size} x {stage.gradient_accumulation_steps}"
         f"{f' x {run.world.size} processes' if run.world.size > 1 else ''} samples, "
@@ -138,9 +142,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
     )
 
     def finish(done: int) -> None:
-        """What is due after step `done`: validation, a checkpoint. The first process does it, the others go on to wait."""
-        if not run.world.is_first:
-            return
+        """What is due after step `done`: validation, a checkpoint."""
         scores = None
         validates = run.val_samples and is_due(done, settings.eval_steps, per_epoch, total)
         saves = run.stop or is_due(done, settings.save_steps, per_epoch, total)
@@ -162,6 +164,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         step_batches(loader, stage.gradient_accumulation_steps, per_epoch, position.done, total), position.done
     ):
         begin = time.perf_counter()
+        run.world.note(f"in step {position.steps_before + step + 1}")
         torch.manual_seed(step_seed(run.config.seed, position.stage, step) + run.world.rank)
         rate = set_learning_rates_(optimizer, step, warmup, total)
         counts = run.world.sum(step_counts(batches))
@@ -181,6 +184,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         if is_stopped(run):
             if run.saved_step != position.steps_before + step + 1:  # the signal came after the step was finished
                 finish(step + 1)
+            run.writer.wait()
             stopped = True
             break
     hold_(held, torch.float32)
@@ -195,10 +199,14 @@ def frozen_weights(model: MultimodalLLM) -> list[nn.Parameter]:
 
 
 def is_stopped(run: Run) -> bool:
-    """Whether any process has had a signal, the same answer in all; one that comes while they ask waits for the next time."""
-    number = run.world.largest(run.stop.number)
+    """Whether any process has had a signal, the same answer in all; one that comes while they ask waits for the next time.
+
+    With the same question they hear how the checkpoint on its way stands.
+    """
+    number, furthest = run.world.largest([run.stop.number, run.writer.state()])
     if number:
         run.stop.number = number
+    settle(run, furthest)
     return bool(number)
 
 
@@ -217,8 +225,9 @@ def update_(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss = accumulate_gradients(model, batches, settings.bf16, targets)
     world.sum_([loss])
-    world.sum_gradients_(parameters)
-    norm = clip_grad_norm_(parameters, settings.max_grad_norm)
+    if not is_sharded(model):  # else the backward pass has done it
+        world.sum_gradients_(parameters)
+    norm = full(clip_grad_norm_(parameters, settings.max_grad_norm))
     loss, norm = torch.stack((loss, norm.to(loss.dtype))).tolist()  # the one wait for the device in a step
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
@@ -330,6 +339,7 @@ def sample_names(samples: list[Sample], loader: BatchLoader, numbers: list[int],
 
 def leave_out(row: dict, loss: float, norm: float, names: str, run: Run) -> None:
     """Note a step whose gradient is not finite; RunError when the settings do not allow one more."""
+    settle(run)
     run.skipped += 1
     what = f"step {row['step']}: loss {loss}, gradient norm {norm}, with the samples {names}"
     if run.skipped > run.config.training.max_skipped_steps:
@@ -348,11 +358,19 @@ def validate(model: MultimodalLLM, stage: StageConfig, run: Run, step: int, numb
     """Validate, log and show; None when a signal cut it short."""
     begin = time.perf_counter()
     model.eval()
-    is_stopped, read_image = run.stop.__bool__, run.read_image
-    scores = validation_losses(model, run.val_samples, run.config, stage.batch_size, is_stopped, read_image)
+    scores = validation_losses(
+        model,
+        run.val_samples,
+        run.config,
+        stage.batch_size,
+        lambda: is_stopped(run),
+        run.read_image,
+        world=run.world,
+    )
     shown = run.val_samples[: run.config.training.num_sample_captions]
-    read_image = read_image if run.config.data.features_path else None  # no pictures are there: only their features
-    captions = sample_captions(model, [] if run.stop else shown, is_stopped, read_image)
+    read_image = run.read_image if run.config.data.features_path else None  # no pictures are there: only their features
+    with gathered(model):
+        captions = sample_captions(model, [] if run.stop else shown, lambda: is_stopped(run), read_image)
     train_only_(model, trained_parts(stage))
     if run.stop:
         return None
@@ -363,7 +381,8 @@ def validate(model: MultimodalLLM, stage: StageConfig, run: Run, step: int, numb
     say(f"validation at step {step}: loss {scores['val_loss']:.4f}{other} | {duration(time.perf_counter() - begin)}")
     for caption in captions:
         say(f"  {caption['id']}: {caption['prompt']} -> {caption['answer']}   (reference: {caption['reference']})")
-    write_report(run.directory)
+    if run.world.is_first:
+        write_report(run.directory)
     return row
 
 
@@ -376,7 +395,8 @@ def save(
     epoch: int,
     scores: dict | None,
 ) -> None:
-    """Write a checkpoint, remember the best one, remove old ones. One failure is forgiven, unless nothing comes after."""
+    """Begin a checkpoint, which is written while training goes on; the last one of a run is waited for."""
+    settle(run)
     step = position.steps_before + done
     name = disk.checkpoint_name(epoch, step)
     best = run.best
@@ -395,19 +415,46 @@ def save(
         "config": run.config.to_dict(),
     }
     begin = time.perf_counter()
+
+    def whole() -> None:
+        """Remember the best one, remove old ones."""
+        run.best, run.last_saved = best, name
+        best_name = best["name"] if best else name
+        disk.point_best(run.directory, best_name)
+        disk.prune(run.directory, run.config.training.keep_checkpoints, best_name)
+        say(f"saved {run.directory / name} in {duration(time.perf_counter() - begin)}")
+
+    is_last = bool(run.stop) or step == run.total_steps
+    run.saved_step = step
     try:
-        disk.save_checkpoint(run.directory / name, model, optimizer, state)
+        run.writer.begin(run.directory / name, model, optimizer, state, whole)
+        if is_last:
+            run.writer.wait()
     except RunError as error:
-        run.failed_saves += 1
-        if run.stop or step == run.total_steps or run.failed_saves > 1:
-            raise
-        say(f"warning: {error}; the run goes on and tries again at the next checkpoint")
-        return
-    run.failed_saves, run.best, run.last_saved, run.saved_step = 0, best, name, step
-    best_name = best["name"] if best else name
-    disk.point_best(run.directory, best_name)
-    disk.prune(run.directory, run.config.training.keep_checkpoints, best_name)
-    say(f"saved {run.directory / name} in {duration(time.perf_counter() - begin)}")
+        forgive(run, error, is_last)
+
+
+def settle(run: Run, furthest: int | None = None) -> None:
+    """Hear what became of the checkpoint on its way, and wait for it unless `furthest` is what all processes know."""
+    awaited = run.writer.save
+    try:
+        if furthest is None:
+            run.writer.wait()
+        else:
+            run.writer.advance(furthest)
+    except RunError as error:
+        forgive(run, error, is_last=False)
+    else:
+        if awaited and not run.writer.save:
+            run.failed_saves = 0
+
+
+def forgive(run: Run, error: RunError, is_last: bool) -> None:
+    """One checkpoint that could not be written is forgiven, unless nothing comes after it."""
+    run.failed_saves += 1
+    if is_last or run.failed_saves > 1:
+        raise error
+    say(f"warning: {error}; the run goes on and tries again at the next checkpoint")
 
 
 # Before the first step ------------------------------------------------------------------------------------------------
@@ -429,7 +476,7 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """The surgery on a loaded model, in the only order that works:
 
     quantize_ -> add_lora_ -> train_only_ -> checkpoint_blocks_ -> compile_blocks_ -> shard_.
-    The last is not built yet; each stage narrows `train_only_` to its own.
+    Each stage narrows `train_only_` to its own. The last is experiment.py's, who knows the processes.
     """
     refuse_unbuilt(config)
     apply_int8_(model, config)

@@ -14,6 +14,7 @@ from mmllm.chat import IMAGE
 from mmllm.config import ExperimentConfig
 from mmllm.data import Sample
 from mmllm.device import autocast
+from mmllm.distributed import ALONE, World
 from mmllm.generate import generate
 from mmllm.model import MultimodalLLM
 from mmllm.request import Prompt
@@ -30,36 +31,54 @@ def validation_losses(
     batch_size: int,
     is_stopped: Callable[[], bool] = bool,
     read_image: ReadImage | None = None,
+    *,
+    world: World = ALONE,
 ) -> dict:
     """Mean loss of a target with the true pictures, and with each picture replaced by another one of its batch.
 
     The second is None where no batch has two pictures. `is_stopped` may end it early; the numbers then mean nothing.
+    The processes share the batches. Each runs the model equally often, as a model that is spread over them demands.
     """
     data, bf16 = config.data, config.training.bf16
     sums = torch.zeros(4, dtype=torch.float64)  # loss and targets, then both with other pictures
+    own, filler = own_samples(samples, batch_size, world)
     batches = ordered_batches(
-        samples,
+        own + filler,
         model.processor,
         batch_size,
         max_length=data.max_length,
         num_workers=data.num_workers,
         read_image=read_image,
     )
-    for batch in batches:
+    rounds = -(-len(own) // batch_size)
+    for number, batch in enumerate(batches):
         if is_stopped():
             break
         batch = batch.to(model.device)
         pixels = batch.pixels_N3SS
+        others = pixels.roll(len(pixels) // 2, 0)
         with autocast(model.device, bf16):
-            sums[:2] += torch.stack(model(batch.ids_BT, batch.labels_BT, pixels, batch.branches_BT)).cpu()
+            found = torch.stack(model(batch.ids_BT, batch.labels_BT, pixels, batch.branches_BT)).cpu()
+            if len(pixels) > 1 or world.size > 1:
+                found_with_others = torch.stack(model(batch.ids_BT, batch.labels_BT, others, batch.branches_BT)).cpu()
+        if number < rounds:
+            sums[:2] += found
             if len(pixels) > 1:
-                others = pixels.roll(len(pixels) // 2, 0)
-                sums[2:] += torch.stack(model(batch.ids_BT, batch.labels_BT, others, batch.branches_BT)).cpu()
-    loss, targets, other_loss, other_targets = sums.tolist()
+                sums[2:] += found_with_others
+    loss, targets, other_loss, other_targets = world.sum(sums.tolist())
     return {
         "val_loss": loss / max(1, targets),
         "val_loss_shuffled": other_loss / other_targets if other_targets else None,
     }
+
+
+def own_samples(samples: list[Sample], batch_size: int, world: World) -> tuple[list[Sample], list[Sample]]:
+    """Those of this process's batches, every `world.size`-th of all; and a batch that does not count, where others
+    have one more."""
+    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    own = batches[world.rank :: world.size]
+    has_less = len(own) < -(-len(batches) // world.size)
+    return [sample for batch in own for sample in batch], batches[0] if has_less else []
 
 
 def sample_captions(

@@ -156,25 +156,49 @@ def atomic_directory(folder: str | Path, *, replace: bool = False) -> Iterator[P
         folder.rmdir()
     if folder.exists() and not replace:
         raise CheckpointError(f"{folder}: exists already; choose another name, or replace it with --force")
+    with reported(folder), removed_on_error(new_directory(folder)) as temporary:
+        yield temporary
+        publish(temporary, folder)
+
+
+def new_directory(folder: Path) -> Path:
+    """An empty folder beside `folder`, under a hidden name, for what shall become it."""
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Waits until all of `temporary` is on disk, and gives it the name `folder`; an old folder of that name goes."""
+    for file in [*temporary.rglob("*"), temporary]:
+        fsync(file)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+    fsync(folder.parent)
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[Path]:
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            fsync(file)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-        fsync(folder.parent)
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def reported(folder: Path) -> Iterator[None]:
+    """An error of the disk as the one line that says what could not be written."""
+    try:
+        yield
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror}); nothing was left behind") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

@@ -5,23 +5,27 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mmllm import checkpoint as disk
+from mmllm.distributed import ALONE
 from mmllm.errors import CheckpointError, RunError
 from mmllm.optim import adamw
+from mmllm.saving import CheckpointWriter
 
 
 class Model(nn.Linear):
-    """Two trained tensors, one frozen, and the one method that a checkpoint asks of a model."""
+    """Two trained tensors, one frozen, and the two methods that a checkpoint asks of a model."""
 
     def __init__(self):
         super().__init__(3, 2)
         self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
 
-    def write_files(self, folder):
-        save_file(self.state_dict(), folder / "model.safetensors")
+    def tensor_files(self):
+        return {"model.safetensors": self.state_dict()}
+
+    def write_small_files(self, folder):
+        (folder / "config.json").write_text("{}")
 
 
 @pytest.fixture
@@ -44,7 +48,9 @@ def step(model, optimizer):
 
 def save(directory, model, number, optimizer=None):
     folder = directory / disk.checkpoint_name(1, number)
-    disk.save_checkpoint(folder, model, optimizer or optimizer_of(model), {"step": number, "config": {"seed": 0}})
+    with CheckpointWriter(ALONE) as writer:
+        writer.begin(folder, model, optimizer or optimizer_of(model), {"step": number, "config": {"seed": 0}})
+        writer.wait()
     return folder
 
 
@@ -73,7 +79,7 @@ def test_the_moments_come_back_bit_for_bit_and_the_next_step_is_the_same(model, 
     twin = Model()
     twin.load_state_dict(model.state_dict())
     other = optimizer_of(twin)
-    disk.load_optimizer_(folder, twin, other, disk.read_state(folder)["updates"])
+    disk.load_optimizer_(folder, twin, other, disk.read_state(folder)["updates"], ALONE)
     step(model, optimizer)
     step(twin, other)
     assert torch.equal(model.weight, twin.weight) and torch.equal(model.bias, twin.bias)
@@ -166,10 +172,10 @@ def test_moments_of_another_model_are_refused(model, tmp_path):
     folder = save(tmp_path, model, 2, optimizer)
     wide = nn.Linear(4, 2)
     with pytest.raises(CheckpointError, match=r"weight is \[2, 3\] where \[2, 4\] is needed"):
-        disk.load_optimizer_(folder, wide, optimizer_of(wide), 1)
+        disk.load_optimizer_(folder, wide, optimizer_of(wide), 1, ALONE)
     model.bias.requires_grad_(False)
     with pytest.raises(CheckpointError, match="moments of bias, which this run does not train"):
-        disk.load_optimizer_(folder, model, optimizer_of(model), 1)
+        disk.load_optimizer_(folder, model, optimizer_of(model), 1, ALONE)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(model, tmp_path, monkeypatch):

@@ -1,28 +1,42 @@
-"""Several processes on one machine: the same gradient, the same run, one voice, one end."""
+"""Several processes on one machine: the same gradient, the same run, one voice, one end.
 
+The groups of processes are started by tests/processes.py, many in one launch.
+"""
+
+import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
-from split_gradient import gradients, model_for
+from processes import KINDS, WAYS, model_for
+from safetensors.torch import load_file, save_file
 from tiny_run import write_world
 
 from mmllm import checkpoint as disk
-from mmllm.distributed import World
+from mmllm.config import ExperimentConfig
+from mmllm.distributed import ALONE, World, row_range
 from mmllm.errors import UserError
 from mmllm.experiment import train
+from mmllm.log import read_metrics
+from mmllm.model import MultimodalLLM
+from mmllm.shard import is_wanted
 from mmllm.trainer import accumulate_gradients
 
-ALONE = World(torch.device("cpu"))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the groups: another split of a product may change its last bit
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -30,98 +44,329 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def torchrun(processes: int, *command: object) -> subprocess.Popen:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.Popen(
-        [*launch, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@dataclass(frozen=True)
+class Done:
+    """What a launch of groups left."""
+
+    folder: Path
+    codes: dict[str, list[int]]
+
+    def said(self, name: str, rank: int) -> str:
+        return (self.folder / f"{name}.{rank}.txt").read_text()
+
+    def all_said(self, name: str) -> str:
+        return "".join(self.said(name, rank) for rank in range(len(self.codes[name])))
 
 
-@pytest.mark.parametrize(("processes", "size"), [(2, 4), (2, 2), (4, 1)])
-def test_any_split_into_processes_gives_the_same_gradient(world, tmp_path, processes, size):
-    """Half of the processes have nothing to learn, and the last one no picture."""
-    process = torchrun(processes, ROOT / "tests" / "split_gradient.py", world.folder, tmp_path / "out", size)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    split, whole = load_file(tmp_path / "out"), gradients(ALONE, world.folder, 8)
-    assert split.keys() == whole.keys()
-    for name, wanted in whole.items():
-        tolerance = 1e-6 if name.endswith("loss") else 1e-12  # a loss is told in float32
-        assert (split[name] - wanted).norm() <= tolerance * wanted.norm(), name
-    assert {name.rpartition(" ")[0] for name in whole} == {"stage 1", "full", "lora", "int8"}
+def launch(folder: Path, jobs: list[dict]) -> Done:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(ROOT / "tests" / "processes.py"), str(folder / "jobs.json")]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return Done(folder, json.loads((folder / "codes.json").read_text()))
 
 
-def run_directory(config) -> Path:
-    return Path(config.output_dir) / config.experiment_name
+# One gradient
 
 
-def start_training(processes: int, config, *arguments: str) -> subprocess.Popen:
-    file = Path(config.output_dir) / "my.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    config.save(file)
-    return torchrun(processes, ROOT / "train.py", file, *arguments)
+@pytest.fixture(scope="module")
+def gradients(world, tmp_path_factory):
+    """For (processes, micro-batches): tensors by "way|dtype|kind|name"."""
+    folder = tmp_path_factory.mktemp("gradients")
+    splits = {1: [1, 4], 2: [1, 2], 4: [1]}
+    jobs = [
+        {"name": f"{n}", "processes": n, "do": "gradients", "world_folder": str(world.folder), "micro_batches": numbers}
+        for n, numbers in splits.items()
+    ]
+    done = launch(folder, [job | {"out": str(folder / f"{job['name']}.safetensors")} for job in jobs])
+    assert done.codes == {"1": [0], "2": [0] * 2, "4": [0] * 4}, done.all_said("1")
+    found = {}
+    for n, numbers in splits.items():
+        tensors = load_file(folder / f"{n}.safetensors")
+        for number in numbers:
+            found[n, number] = {
+                "|".join((way, dtype, kind, name)): value
+                for (way, dtype, kind, micro, name), value in ((key.split("|"), v) for key, v in tensors.items())
+                if micro == str(number)
+            }
+    return found
 
 
-def last_weights(config) -> dict[str, torch.Tensor]:
-    return load_file(disk.checkpoints(run_directory(config))[-1] / "model.safetensors")
-
-
-def test_two_processes_train_the_same_model_and_one_goes_on_where_they_stopped(world, tmp_path):
-    alone = world.config(tmp_path / "alone")
-    assert train(alone) == 0
-    config = world.config(tmp_path / "both", save_steps=1, keep_checkpoints=100)
-    config.data.batch_size = 1
-    process = start_training(2, config)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert out.count("stage 2: 5 steps of 1 x 2 x 2 processes samples") == 1, "one voice"
-    wanted, got = last_weights(alone), last_weights(config)
-    assert max((got[name] - wanted[name]).abs().max().item() for name in wanted) < 1e-6
-    rest = world.config(tmp_path / "rest", save_steps=1, keep_checkpoints=100)
-    shutil.copytree(run_directory(config), run_directory(rest), symlinks=True)
-    for checkpoint in disk.checkpoints(run_directory(rest))[7:]:
-        shutil.rmtree(checkpoint)
-    assert train(rest, resume="auto") == 0
-    got = last_weights(rest)
-    assert max((got[name] - wanted[name]).abs().max().item() for name in wanted) < 1e-6
-
-
-def test_a_signal_to_one_process_saves_and_stops_them_all(world, tmp_path):
-    config = world.config(tmp_path)
-    config.data.batch_size = 1
-    config.training.stage1.epochs = 200
-    process = start_training(2, config)
-    metrics = run_directory(config) / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "stopped by SIGTERM; saved" in out, errors
-    assert disk.newest(run_directory(config)) is not None
-
-
-def test_bad_input_is_told_once(world, tmp_path):
-    config = world.config(tmp_path)
-    config.data.train_data_path = "nowhere.json"
-    process = start_training(2, config)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert errors.count("error: nowhere.json: cannot be read") == 1
+@pytest.mark.parametrize("split", [(1, 4), (2, 1), (2, 2), (4, 1)], ids="{0[0]} x {0[1]}".format)
+@pytest.mark.parametrize("way", WAYS)
+def test_any_split_into_processes_and_micro_batches_gives_the_same_gradient(gradients, way, split):
+    """Eight rows of different lengths: the last four learn nothing, the last two have no picture either."""
+    kinds = KINDS[way] if split[0] > 1 else ["replicated"]
+    whole, found = gradients[1, 1], gradients[split]
+    for dtype, tolerance in ((torch.float32, 3e-6), (torch.float64, 1e-12)):
+        wanted = {name: value for name, value in whole.items() if name.startswith(f"{way}|{dtype}|")}
+        size = sum(value.square().sum() for name, value in wanted.items() if not name.endswith("|loss")).sqrt()
+        assert size > 1
+        for kind in kinds:
+            for name, value in wanted.items():
+                got = found[name.replace("|replicated|", f"|{kind}|")]
+                allowed = 1e-6 if name.endswith("|loss") else tolerance  # a loss is told in float32
+                least = 1e-3 * size  # the gradient of a key's bias is nothing but rounding
+                assert (got - value).norm() <= allowed * max(value.norm(), least), (kind, name)
 
 
 def test_one_process_adds_nothing(world):
-    model = model_for(world.folder, "stage 1")
-    assert ALONE.sum([3, 4]) == [3, 4] and ALONE.largest(15) == 15 and ALONE.by_first(lambda: "x") == "x"
+    start = MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen")
+    model = model_for(start, "stage 1")
+    assert ALONE.sum([3, 4]) == [3, 4] and ALONE.largest([15, 2]) == [15, 2]
+    assert ALONE.by_first(lambda: "x") == "x" and ALONE.told("y") == ["y"]
     ALONE.sum_gradients_(model.parameters())
     assert all(p.grad is None for p in model.parameters())
     assert accumulate_gradients(model, [], targets=5) == 0
+
+
+# Where the weights lie
+
+
+@pytest.mark.parametrize("rows, ranges", [(8, [(0, 4), (4, 8)]), (7, [(0, 4), (4, 7)]), (1, [(0, 1), (1, 1)])])
+def test_the_rows_of_a_process_are_those_of_torch_chunk(rows, ranges):
+    worlds = [World(torch.device("cpu"), rank, 2) for rank in (0, 1)]
+    assert [row_range(rows, world) for world in worlds] == ranges
+
+
+@pytest.mark.parametrize(
+    "change, processes, wanted",
+    [
+        ({}, 1, False),
+        ({}, 2, True),
+        ({"training.sharding": "none"}, 2, False),
+        ({"model.use_lora": "true"}, 2, False),
+        ({"training.stage2.train": "projector"}, 2, False),
+        ({"training.stage2.epochs": "0"}, 2, False),
+        ({"training.sharding": "full", "model.use_lora": "true"}, 2, True),
+        ({"training.sharding": "full"}, 1, False),
+    ],
+)
+def test_weights_are_spread_where_the_language_model_itself_is_trained_by_several(change, processes, wanted):
+    config = ExperimentConfig()
+    for name, text in change.items():
+        config.set_text(name, text)
+    assert is_wanted(config, processes) == wanted
+
+
+# Whole runs
+
+
+def directory_of(config: ExperimentConfig) -> Path:
+    return Path(config.output_dir) / config.experiment_name
+
+
+def run_of(world, folder: Path, processes: int = 1, **training) -> ExperimentConfig:
+    """Ten steps of four samples, however many processes share them; every step is saved."""
+    config = world.config(folder, **({"save_steps": 1, "keep_checkpoints": 100} | training))
+    config.data.batch_size, config.training.gradient_accumulation_steps = 1, 4 // processes
+    folder.mkdir()
+    config.save(folder / "config.json")
+    return config
+
+
+def train_job(config: ExperimentConfig, processes: int, **more: object) -> dict:
+    file = Path(config.output_dir) / "config.json"
+    return {"name": file.parent.name, "processes": processes, "do": "train", "config": str(file)} | more
+
+
+def steps_saved(config: ExperimentConfig) -> list[int]:
+    return [disk.step_of(path) for path in disk.checkpoints(directory_of(config))]
+
+
+def tensors_at(config: ExperimentConfig, step: int) -> dict[str, torch.Tensor]:
+    checkpoint = next(path for path in disk.checkpoints(directory_of(config)) if disk.step_of(path) == step)
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "training" / "optimizer.safetensors")
+
+
+def losses(config: ExperimentConfig) -> list[float]:
+    return [row.get("loss", row.get("val_loss")) for row in read_metrics(directory_of(config))]
+
+
+def cut(config: ExperimentConfig, source: ExperimentConfig, step: int) -> None:
+    """Makes `config`'s run what `source`'s was after `step`."""
+    shutil.copytree(directory_of(source), directory_of(config), symlinks=True)
+    for checkpoint in disk.checkpoints(directory_of(config)):
+        if disk.step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+
+
+def far(config: ExperimentConfig, other: ExperimentConfig) -> float:
+    """The largest difference of any number in the last checkpoints of two runs."""
+    mine, theirs = tensors_at(config, 10), tensors_at(other, 10)
+    assert mine.keys() == theirs.keys()
+    return max((mine[name] - theirs[name]).abs().max().item() for name in mine)
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    config = run_of(world, tmp_path_factory.mktemp("alone") / "run")
+    assert train(config) == 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(world, alone, tmp_path_factory):
+    """The configurations of some runs by name, and what they left."""
+    folder = tmp_path_factory.mktemp("runs")
+    configs, jobs = {}, []
+
+    def add(name: str, processes: int, resume: str | None = None, **training: object) -> None:
+        configs[name] = run_of(world, folder / name, processes, **training)
+        jobs.append(train_job(configs[name], processes, resume=resume))
+
+    add("two, spread", 2)
+    add("two, whole", 2, sharding="none")
+    done = launch(folder, jobs)
+    assert set(map(tuple, done.codes.values())) == {(0, 0)}, "".join(map(done.all_said, done.codes))
+    jobs.clear()
+    for name, processes, source, step, training in (
+        ("two again", 2, "two, spread", 7, {}),
+        ("one from two", 1, "two, spread", 3, {}),
+        ("four from one", 4, "alone", 6, {}),
+        ("two, spread, from whole", 2, "two, whole", 8, {"reshard_after_forward": True}),
+    ):
+        add(name, processes, resume="auto", **training)
+        cut(configs[name], configs.get(source, alone), step)
+    second = launch(folder, jobs)
+    return configs, Done(folder, done.codes | second.codes)
+
+
+def test_a_spread_model_trains_as_one_process_would(alone, runs):
+    configs, done = runs
+    for name in ("two, spread", "two, whole"):
+        assert losses(configs[name]) == pytest.approx(losses(alone), abs=2e-6)
+        assert far(configs[name], alone) < 1e-6
+        assert steps_saved(configs[name]) == list(range(1, 11))
+        assert done.said(name, 0).count("stage 2: 5 steps of 1 x 2 x 2 processes samples") == 1
+        assert done.said(name, 1) == "", "one voice"
+
+
+def test_the_files_of_a_spread_model_are_those_of_a_whole_one(alone, runs):
+    """The same tensors in the same places: only their last bits may differ."""
+    configs, _ = runs
+    for name in ("model.safetensors", "training/optimizer.safetensors"):
+        first, other = (
+            (disk.checkpoints(directory_of(config))[-1] / name).read_bytes()
+            for config in (alone, configs["two, spread"])
+        )
+        header = 8 + int.from_bytes(first[:8], "little")
+        assert len(first) == len(other) and first[:header] == other[:header]
+    assert MultimodalLLM.from_pretrained(directory_of(configs["two, spread"]) / "best_model").processor is not None
+
+
+def test_as_many_processes_go_on_bit_for_bit(runs):
+    configs, done = runs
+    assert done.codes["two again"] == [0, 0], done.all_said("two again")
+    assert far(configs["two again"], configs["two, spread"]) == 0
+    assert losses(configs["two again"]) == losses(configs["two, spread"])
+
+
+@pytest.mark.parametrize("name", ["one from two", "four from one", "two, spread, from whole"])
+def test_another_number_of_processes_goes_on_as_well(alone, runs, name):
+    configs, done = runs
+    assert set(done.codes[name]) == {0}, done.all_said(name)
+    assert far(configs[name], alone) < 1e-6
+    assert losses(configs[name]) == pytest.approx(losses(alone), abs=2e-6)
+
+
+def test_torchrun_starts_and_ends_a_run(world, tmp_path):
+    config = run_of(world, tmp_path / "run", 2, save_steps=None)
+    config.training.stage1.epochs = 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), str(tmp_path / "run" / "config.json"), "stage1.epochs=0"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=110)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("stage 2: 5 steps of 1 x 2 x 2 processes samples") == 1
+    assert steps_saved(config) == [5]
+
+
+# Faults
+
+
+@pytest.fixture(scope="module")
+def faults(world, tmp_path_factory):
+    """What runs of two processes left after something went wrong in the second, in its third step."""
+    folder = tmp_path_factory.mktemp("faults")
+    configs = {
+        "die": run_of(world, folder / "die", 2),
+        "hang": run_of(world, folder / "hang", 2, timeout_s=6),
+        "ask to stop": run_of(world, folder / "ask to stop", 2),
+        "fill disk": run_of(world, folder / "fill disk", 2),
+    }
+    jobs = [train_job(config, 2, fault=[name, 1, 3]) for name, config in configs.items()]
+    configs["bad input"] = run_of(world, folder / "bad input", 2)
+    configs["bad input"].data.train_data_path = "nowhere.json"
+    configs["bad input"].save(folder / "bad input" / "config.json")
+    configs["nan"] = run_of(broken_world(folder), folder / "nan", 2)
+    configs["nan"].training.stage1.epochs = 0
+    configs["nan"].save(folder / "nan" / "config.json")
+    jobs += [train_job(configs[name], 2) for name in ("bad input", "nan")]
+    return configs, launch(folder, jobs)
+
+
+def broken_world(folder: Path):
+    """A world in which one picture is asked about with a word whose embedding is not a number."""
+    (folder / "broken world").mkdir()
+    world = write_world(folder / "broken world", tie_word_embeddings=False)
+    file = world.folder / "qwen" / "model.safetensors"
+    tensors = load_file(file)
+    vocabulary = json.loads((world.folder / "qwen" / "tokenizer.json").read_text())["model"]["vocab"]
+    tensors["model.embed_tokens.weight"][vocabulary["7"]] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    records = json.loads((world.folder / "train.json").read_text())
+    records[13]["prompt"] = "What are 7?"
+    (world.folder / "train.json").write_text(json.dumps(records))
+    return world
+
+
+def test_a_process_that_dies_is_named_by_the_others(faults):
+    configs, done = faults
+    assert done.codes["die"] == [1, -9]
+    assert "error: lost contact with rank 1 (in step 3): it was killed" in done.said("die", 0)
+    assert steps_saved(configs["die"])[-1] in (1, 2)
+    assert disk.newest(directory_of(configs["die"])) is not None
+
+
+def test_a_process_that_hangs_is_named_after_the_time_that_the_settings_give_it(faults):
+    _, done = faults
+    assert done.codes["hang"] == [1, -9]
+    assert "error: lost contact with rank 1 (in step 3): it was killed, or gave no answer for 6 s" in done.said(
+        "hang", 0
+    )
+
+
+def test_a_signal_to_one_process_saves_and_stops_them_all_after_the_same_step(faults):
+    configs, done = faults
+    assert done.codes["ask to stop"] == [143, 143]
+    assert "stopped by SIGTERM; saved" in done.said("ask to stop", 0)
+    assert steps_saved(configs["ask to stop"]) == [1, 2, 3]
+
+
+def test_a_full_disk_of_one_process_is_forgiven_once_and_then_ends_them_all(faults):
+    configs, done = faults
+    assert done.codes["fill disk"] == [1, 1], done.all_said("fill disk")
+    assert done.said("fill disk", 0).count("cannot be written (File too large); nothing was left behind; the run") == 1
+    assert "error: " in done.said("fill disk", 0)
+    assert steps_saved(configs["fill disk"]) == [1, 2]
+    assert not list(directory_of(configs["fill disk"]).glob(".checkpoint*"))
+
+
+def test_bad_input_is_told_once(faults):
+    _, done = faults
+    assert done.codes["bad input"] == [2, 2]
+    assert done.all_said("bad input").count("error: nowhere.json: cannot be read") == 1
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_them_all_before_the_update(faults):
+    configs, done = faults
+    assert done.codes["nan"] == [1, 1], done.all_said("nan")
+    assert "loss nan, gradient norm nan" in done.said("nan", 0)
+    for step in steps_saved(configs["nan"]):
+        tensors = tensors_at(configs["nan"], step)
+        assert all(
+            value.isfinite().all() for name, value in tensors.items() if not name.endswith("embed_tokens.weight")
+        )
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -1,0 +1,95 @@
+"""One model spread over the processes (FSDP2): each keeps its own rows of every weight, gradient and moment.
+
+The surprising fact: the rows of a process are one contiguous piece of a safetensors file. So a model too large for any
+process is never whole anywhere: it is built without memory, each process copies its rows out of the mapped file, and later
+writes them back to where they came from (checkpoint.py).
+
+The weights of a block are gathered when it runs. The embedding and the head, which are one tensor, lie in the outermost
+group with the norm and the projector. A frozen vision tower is small and stays whole. One process alone: none of this.
+
+Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. Next: trainer.py.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from mmllm.config import ExperimentConfig
+from mmllm.distributed import World, local, rows_for
+from mmllm.model import MultimodalLLM
+
+
+def is_wanted(config: ExperimentConfig, processes: int) -> bool:
+    """Whether the model is spread. "auto": where the language model's own weights are trained; adapters, or a projector
+    alone, have few gradients and moments, and a whole copy in every process is faster."""
+    if processes == 1 or config.training.sharding == "none":
+        return False
+    trains = any("language_model" in stage.train and stage.epochs for stage in config.stages())
+    return config.training.sharding == "full" or (trains and not config.model.use_lora)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@torch.no_grad()
+def shard_(model: MultimodalLLM, world: World, *, reshard_after_forward: bool = False) -> None:
+    """Spreads `model` over the processes and moves it to their devices, its weights as float32.
+
+    It may lie anywhere, also in a mapped file (loaded with `dtype=None`): then a process reads no more than its own rows.
+    `reshard_after_forward`: gather the weights of a block once more for the backward pass, and keep less in between.
+    """
+    whole = dict(model.named_parameters()) | dict(model.named_buffers())
+    _forget_(model)
+    tower = model.vision_tower
+    is_whole = not any(p.requires_grad for p in tower.parameters())
+    blocks = [*model.language_model.model.layers, *([] if is_whole else tower.vision_model.encoder.layers)]
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in [*blocks, model]:
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            ignored_params=set(tower.parameters()) if is_whole else None,
+        )
+        # a sum, not a mean: the loss is already divided by the targets of all. Neither setting reaches the blocks inside.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=world.device)
+    for name, tensor in (dict(model.named_parameters()) | dict(model.named_buffers())).items():
+        local(tensor).copy_(rows_for(tensor, whole[name], world))
+    head, embedding = model.language_model.lm_head.weight, model.language_model.model.embed_tokens.weight
+    assert (head is embedding) == model.config.text.tie_word_embeddings, "the head lost its tie to the embedding"
+
+
+def _forget_(model: nn.Module) -> None:
+    """Puts parameters of the same shapes on the meta device in the place of the model's; one in two places stays one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p not in made:
+                made[p] = nn.Parameter(torch.empty(p.shape, device="meta"), requires_grad=p.requires_grad)
+            setattr(module, name, made[p])
+
+
+def reduce_after_(model: nn.Module, is_last: bool) -> None:
+    """Whether the next backward pass is the last of a step, after which alone the gradients are exchanged."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, a spread model can be used by its parts too, not only by `forward`; by all processes in step."""
+    spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in spread:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in spread:
+            module.reshard()

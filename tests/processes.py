@@ -1,0 +1,224 @@
+"""Groups of processes as torchrun starts them, but cheap: torch is imported once, and each group is forked from here.
+
+processes.py JOBS.json    a list of jobs, run one after the other; beside it JOB.RANK.txt (what was said) and codes.json
+
+A job: {"name", "processes", "do": "gradients" | "train", ...}, see `gradients` and `training`.
+"""
+
+import copy
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from mmllm.batches import Batch, make_batch, read_row
+from mmllm.chat import IGNORED
+from mmllm.config import ExperimentConfig, LoraConfig
+from mmllm.data import load_samples
+from mmllm.distributed import World, full
+from mmllm.errors import run
+from mmllm.experiment import train
+from mmllm.lora import add_lora_
+from mmllm.model import MultimodalLLM
+from mmllm.quant import quantize_
+from mmllm.shard import is_sharded, shard_
+from mmllm.surgery import checkpoint_blocks_, train_only_
+from mmllm.trainer import accumulate_gradients, step_counts
+
+FORGOTTEN_S = 100  # a group that is not done by then is killed, and its codes say so
+
+# The gradient of one step ---------------------------------------------------------------------------------------------
+
+PROJECTOR, BOTH = ("multi_modal_projector",), ("multi_modal_projector", "language_model")
+WAYS = {  # of training: the parts that learn
+    "stage 1": PROJECTOR,
+    "full": BOTH,
+    "lora": BOTH,
+    "int8": BOTH,
+    "everything": (*BOTH, "vision_tower"),
+}
+KINDS = {way: ["replicated", "sharded"] for way in WAYS} | {
+    "int8": ["replicated"],
+    "full": ["replicated", "sharded", "sharded, recomputed"],
+}
+NUM_ROWS = 8
+
+
+def model_for(start: MultimodalLLM, way: str) -> MultimodalLLM:
+    model = copy.deepcopy(start)
+    if way == "int8":
+        quantize_(model.language_model)
+    if way in ("lora", "int8"):
+        add_lora_(model.language_model, LoraConfig(r=4, lora_dropout=0.0))
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.data.fill_(0.02)
+    train_only_(model, WAYS[way])
+    return model
+
+
+def rows_of(folder: Path, model: MultimodalLLM) -> list[Batch]:
+    """Rows of different lengths; the last four of eight learn nothing, and the last two have no picture either."""
+    samples = load_samples(folder / "train.json", folder / "images")[:NUM_ROWS]
+    rows = [make_batch([read_row(sample, model.processor)], model.processor) for sample in samples]
+    for i, row in enumerate(rows):
+        if i >= 4:
+            row.labels_BT.fill_(IGNORED)
+        if i >= 6:
+            text = row.ids_BT[row.ids_BT != model.config.image_token_id][None]
+            rows[i] = Batch(text, torch.full_like(text, IGNORED), row.pixels_N3SS[:0])
+    return rows
+
+
+def joined(rows: list[Batch], pad_id: int) -> Batch:
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([row.ids_BT[0] for row in rows], batch_first=True, padding_value=pad_id)
+    labels = pad([row.labels_BT[0] for row in rows], batch_first=True, padding_value=IGNORED)
+    return Batch(ids, labels, torch.cat([row.pixels_N3SS for row in rows]))
+
+
+def step_gradient(model: MultimodalLLM, rows: list[Batch], micro_batches: int, world: World) -> dict[str, torch.Tensor]:
+    """The gradient of all processes and their loss; each takes its share of the rows, in so many micro-batches."""
+    share = NUM_ROWS // world.size
+    own = rows[world.rank * share : (world.rank + 1) * share]
+    size = share // micro_batches
+    batches = [joined(own[i : i + size], model.processor.tokenizer.pad_id) for i in range(0, share, size)]
+    targets = world.sum(step_counts(batches))[0]
+    loss = accumulate_gradients(model, batches, targets=targets)
+    world.sum_([loss])
+    if not is_sharded(model):
+        world.sum_gradients_(model.parameters())
+    return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss}
+
+
+def gradients(world_folder: str, out: str, micro_batches: list[int]) -> None:
+    """For every way of training, in float32 and float64, whole and sharded: OUT holds "WAY DTYPE KIND MICRO NAME"."""
+    folder, found = Path(world_folder), {}
+    with World.start("cpu") as world:
+        cases = [(way, kind) for way in WAYS for kind in KINDS[way] if world.size > 1 or kind == "replicated"]
+        start = MultimodalLLM.from_towers(folder / "clip", folder / "qwen")
+        rows = rows_of(folder, start)
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)  # of the weights that `shard_` makes
+            for way, kind in cases:
+                model = model_for(start, way).to(dtype)
+                if kind == "sharded, recomputed":
+                    checkpoint_blocks_(model.language_model.model.layers)
+                if kind != "replicated":
+                    shard_(model, world, reshard_after_forward=kind == "sharded, recomputed")
+                for number in micro_batches:
+                    case = f"{way}|{dtype}|{kind}|{number}"
+                    result = step_gradient(model, rows, number, world)
+                    found |= {f"{case}|{name}": value.clone() for name, value in result.items()}
+                    model.zero_grad()
+        if world.is_first:
+            save_file(found, out)
+
+
+# A run with a fault in one of its processes ---------------------------------------------------------------------------
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fill_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+FAULTS: dict[str, Callable[[], None]] = {"die": die, "hang": hang, "ask to stop": ask_to_stop, "fill disk": fill_disk}
+
+
+def training(config: str, resume: str | None = None, fault: list | None = None) -> int:
+    """train.py's work. `fault`: [which, of which process, in which optimiser step]."""
+    if fault and os.environ["RANK"] == str(fault[1]):
+        steps, step = iter(range(1, 1000)), torch.optim.AdamW.step
+
+        def faulty_step(self: torch.optim.AdamW) -> None:
+            if next(steps) == fault[2]:
+                FAULTS[fault[0]]()
+            step(self)
+
+        torch.optim.AdamW.step = faulty_step
+    return train(ExperimentConfig.load(config), resume=resume)
+
+
+# The groups -----------------------------------------------------------------------------------------------------------
+
+
+def start_group(processes: int, work: Callable[[], int | None], said: Path) -> list[int]:
+    """Forks the processes of a group; each writes what it says to SAID.RANK.txt. Returns their numbers."""
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun holds it, too
+    started = []
+    for rank in range(processes):
+        number = os.fork()
+        if number == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port)}
+            output = os.open(f"{said}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            signal.alarm(FORGOTTEN_S)
+            code: int | str | None = 70
+            try:
+                run(work)
+            except SystemExit as end:
+                code = end.code
+            finally:  # also after a bug, whose traceback is told: never into the loop of the parent
+                if code == 70:
+                    traceback.print_exc()
+                sys.stdout.flush()
+                os._exit(code)
+        started.append(number)
+    KEPT.append(meeting)
+    return started
+
+
+KEPT: list[dist.TCPStore] = []  # meeting places live as long as the groups that met there
+
+
+def codes_of(group: list[int], hanging: int | None = None) -> list[int]:
+    """The exit codes of a group, in the order of the ranks; the one that hangs is killed when the others have ended."""
+    codes = {}
+    for rank, number in sorted(enumerate(group), key=lambda item: item[0] == hanging):
+        if rank == hanging:
+            os.kill(number, signal.SIGKILL)
+        codes[rank] = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    return [codes[rank] for rank in range(len(group))]
+
+
+def main() -> None:
+    jobs = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    codes = {}
+    for job in json.loads(jobs.read_text()):
+        name, processes, do = (job.pop(key) for key in ("name", "processes", "do"))
+        work = partial({"gradients": gradients, "train": training}[do], **job)
+        which, of, _ = job.get("fault") or (None, None, None)
+        group = start_group(processes, work, jobs.parent / name)
+        codes[name] = codes_of(group, hanging=of if which == "hang" else None)
+    (jobs.parent / "codes.json").write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main()
