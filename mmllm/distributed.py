@@ -61,6 +61,7 @@ class World:
             rank=rank,
             world_size=size,
             timeout=patience,
+            device_id=place if place.type == "cuda" else None,
         )
         return cls(place, rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), notes, timeout_s)
 

@@ -2,13 +2,16 @@
 
 processes.py JOBS.json    a list of jobs, run one after the other; beside it JOB.RANK.txt (what was said) and codes.json
 
-A job: {"name", "processes", "do": "gradients" | "train", ...}, see `gradients` and `training`.
+A job: {"name", "processes", "do": "gradients" | "train" | "kill", ...}, see `gradients`, `training` and
+`kill_at_random_moments`, which takes its time from the job before it.
 """
 
 import copy
 import json
 import os
+import random
 import resource
+import select
 import signal
 import sys
 import time
@@ -207,16 +210,44 @@ def codes_of(group: list[int], hanging: int | None = None) -> list[int]:
     return [codes[rank] for rank in range(len(group))]
 
 
+def kill_at_random_moments(config: str, times: int, seed: int, whole_s: float, said: Path) -> list[int]:
+    """Starts a run, kills it, goes on with it, until it was killed so many times; each time it comes to its end what it
+    left is put aside as NAME-1, NAME-2, ..., and it begins anew. Returns the codes of those ends.
+
+    A kill comes after a random part of `whole_s`, the time of an uninterrupted run.
+    """
+    chance, killed, ends = random.Random(seed), 0, []
+    directory = Path(json.loads(Path(config).read_text())["output_dir"]) / "tiny"
+    while killed < times or directory.exists():
+        [number] = start_group(1, partial(training, config, resume="auto"), said)
+        patience_s = chance.uniform(0.1, 0.9) * whole_s if killed < times else None
+        with os.fdopen(os.pidfd_open(number)) as watched:
+            has_ended = select.select([watched], [], [], patience_s)[0]
+        if not has_ended:
+            os.kill(number, signal.SIGKILL)
+            killed += 1
+        code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+        if code != -signal.SIGKILL:
+            ends.append(code)
+            directory.rename(directory.with_name(f"tiny-{len(ends)}"))
+    return ends
+
+
 def main() -> None:
     jobs = Path(sys.argv[1])
     torch.set_num_threads(1)
-    codes = {}
+    codes, took_s = {}, 0.0
     for job in json.loads(jobs.read_text()):
         name, processes, do = (job.pop(key) for key in ("name", "processes", "do"))
+        begin = time.monotonic()
+        if do == "kill":
+            codes[name] = kill_at_random_moments(**job, whole_s=took_s, said=jobs.parent / name)
+            continue
         work = partial({"gradients": gradients, "train": training}[do], **job)
         which, of, _ = job.get("fault") or (None, None, None)
         group = start_group(processes, work, jobs.parent / name)
         codes[name] = codes_of(group, hanging=of if which == "hang" else None)
+        took_s = time.monotonic() - begin
     (jobs.parent / "codes.json").write_text(json.dumps(codes))
 
 
