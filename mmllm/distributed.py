@@ -1,12 +1,13 @@
-"""Several processes, one gradient: every process holds the whole model and its own rows of each batch.
+"""Several processes, one gradient: each has its own rows of every batch, and the whole model or its part of it (shard.py).
 
     torchrun --nproc_per_node=4 train.py configs/full.py
 
 The surprising fact: nothing here averages. Each process divides its summed loss by the targets of *all* processes, so the
 gradients only need to be added, and any split of the same samples into processes and micro-batches gives the same step.
 
-The first process alone writes, prints and validates; what it decides, the others are told. Nothing to do for one process:
-the same code runs, and every method returns at once. Next: trainer.py.
+The first process alone speaks and decides; what it decides, the others are told. When one is lost, the others say which:
+each leaves word of itself with torchrun, which outlives them. Nothing to do for one process: the same code runs, and every
+method returns at once. Next: shard.py, trainer.py.
 """
 
 import datetime
@@ -71,17 +72,17 @@ class World:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Part: all at the same time, or at once when something went wrong here. End the process with `errors.leave`.
 
-        When another one was lost, RunError says which.
+        When another one was lost, RunError says which. A group that is broken is not taken apart: that may wait for ever.
         """
         if self.size == 1:
             return
         if error is None:
             dist.barrier()
+            dist.destroy_process_group()
         elif is_lost_contact(error):
             raise RunError(self.lost()) from error
         else:
             self.notes.set(f"error of {self.rank}", str(error))
-        dist.destroy_process_group()
 
     def note(self, words: str) -> None:
         """Leave word of where this process is, for the others to tell if it is lost."""

@@ -86,7 +86,7 @@ def train_in(
     with (
         StopSignal() as stop,
         closing(begin(config, origins, directory, checkpoint, state, world)) as log,
-        CheckpointWriter(world) as writer,
+        CheckpointWriter(world, checkpoint and checkpoint.name) as writer,
     ):
         run = Run(
             config,
@@ -100,7 +100,6 @@ def train_in(
             data_sha256=sha256,
             total_steps=total_steps,
             best=best_of(directory, state, sha256),
-            last_saved=checkpoint and checkpoint.name,
             flops=(peak_flops(device) or 0) * world.size or None,
             read_image=read_image,
         )
@@ -154,10 +153,10 @@ def conclude(run: Run) -> int:
     write_report(run.directory)
     if run.stop:
         cause = signal.Signals(run.stop.number).name
-        say(f"stopped by {cause}; saved {run.directory / run.last_saved}; go on with --resume auto")
+        say(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")
         return 128 + run.stop.number
     model = run.directory / disk.BEST
-    which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.last_saved
+    which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.writer.last_saved
     images = [path for sample in [*run.val_samples, *run.train_samples] for path in sample.images[:1]]
     say(f"done. Best model: {model} -> {which}")
     say(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")

@@ -40,12 +40,16 @@ class Save:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time. All processes call the same methods in the same order."""
+    """Writes one checkpoint at a time. All processes call the same methods in the same order.
 
-    def __init__(self, world: World):
-        self.world = world
+    `save` is the one on its way, `last_saved` the name of the last whole one, `failures` how many failed since.
+    """
+
+    def __init__(self, world: World, last_saved: str | None = None):
+        self.world, self.last_saved = world, last_saved
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self.save: Save | None = None
+        self.failures = 0
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -70,6 +74,7 @@ class CheckpointWriter:
         files = disk.tensor_files(model, optimizer)
         layouts = {name: layout(tensors, metadata) for name, (tensors, metadata) in files.items()}
         state = state | {"updates": disk.updates_of(optimizer)}
+        self.failures += 1  # until it is whole
         temporary = self.world.by_first(lambda: disk.begin_checkpoint(folder, model, layouts, state))
         pieces = {
             temporary / name: own_pieces(tensors, layouts[name], self.world) for name, (tensors, _) in files.items()
@@ -108,7 +113,7 @@ class CheckpointWriter:
         if furthest == FAILED:
             self._give_up(save)
         elif save.has_rows or self.world.size == 1:
-            self.save = None
+            self.save, self.last_saved, self.failures = None, save.folder.name, 0
         else:
             save.has_rows = True
             save.work = self.pool.submit(self._finish, save) if self.world.is_first else None

@@ -98,9 +98,7 @@ class Run:
     best: dict | None = None  # {"name": of the checkpoint, "val_loss": of it}
     loss: float | None = None  # smoothed, for the eye
     step_ms: float | None = None
-    last_saved: str | None = None
     saved_step: int | None = None
-    failed_saves: int = 0  # in a row
     skipped: int = 0  # steps in a row
     broken: set[int] = field(default_factory=set)  # samples whose picture proved broken when it was used
     flops: float | None = None
@@ -344,7 +342,7 @@ def leave_out(row: dict, loss: float, norm: float, names: str, run: Run) -> None
     what = f"step {row['step']}: loss {loss}, gradient norm {norm}, with the samples {names}"
     if run.skipped > run.config.training.max_skipped_steps:
         raise RunError(
-            f"{what}; the weights were not updated. Last checkpoint: {run.last_saved or 'none'}. Look at these samples, "
+            f"{what}; the weights were not updated. Last checkpoint: {run.writer.last_saved or 'none'}. Look at these samples, "
             "lower the learning rate, or allow some such steps with training.max_skipped_steps"
         )
     say(f"warning: {what}; left out")
@@ -418,7 +416,7 @@ def save(
 
     def whole() -> None:
         """Remember the best one, remove old ones."""
-        run.best, run.last_saved = best, name
+        run.best = best
         best_name = best["name"] if best else name
         disk.point_best(run.directory, best_name)
         disk.prune(run.directory, run.config.training.keep_checkpoints, best_name)
@@ -436,7 +434,6 @@ def save(
 
 def settle(run: Run, furthest: int | None = None) -> None:
     """Hear what became of the checkpoint on its way, and wait for it unless `furthest` is what all processes know."""
-    awaited = run.writer.save
     try:
         if furthest is None:
             run.writer.wait()
@@ -444,15 +441,11 @@ def settle(run: Run, furthest: int | None = None) -> None:
             run.writer.advance(furthest)
     except RunError as error:
         forgive(run, error, is_last=False)
-    else:
-        if awaited and not run.writer.save:
-            run.failed_saves = 0
 
 
 def forgive(run: Run, error: RunError, is_last: bool) -> None:
     """One checkpoint that could not be written is forgiven, unless nothing comes after it."""
-    run.failed_saves += 1
-    if is_last or run.failed_saves > 1:
+    if is_last or run.writer.failures > 1:
         raise error
     say(f"warning: {error}; the run goes on and tries again at the next checkpoint")
 
