@@ -50,7 +50,8 @@ class Live:
 
 class Engine:
     """Answers requests in `slots` slots. `is_exact` False lets rows share any product: faster on a CPU without our
-    kernels, and near ties may fall otherwise in company. `is_compiled` compiles the step (a minute, once a machine)."""
+    kernels, and near ties may fall otherwise in company. `is_compiled` compiles the step (a minute, once a machine).
+    `is_fixed` False keeps it out of a CUDA graph, which cannot hold what the layers of a spread model do besides."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Engine:
         prefills_per_step: int = 1,
         is_exact: bool = True,
         is_compiled: bool = False,
+        is_fixed: bool | None = None,
     ):
         self.model, self.slots = model, slots or SLOTS[model.device.type]
         self.tokenizer, self.vocab_size = model.processor.tokenizer, model.config.text.vocab_size
@@ -68,7 +70,7 @@ class Engine:
         self.rows_take_turns = is_exact and model.device.type == "cpu" and has_plain_products(model.language_model)
         with torch.inference_mode():
             self.cache = KVCache(model.config.text, self.slots, max_length, device=model.device, dtype=model.dtype)
-        is_fixed = is_compiled or model.device.type == "cuda"
+        is_fixed = is_compiled or (model.device.type == "cuda" if is_fixed is None else is_fixed)
         self.fixed = FixedStep(model.language_model, self.cache, self.slots, is_compiled) if is_fixed else None
         self.waiting: deque[Handle] = deque()
         self.live: list[Live] = []

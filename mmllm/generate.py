@@ -19,6 +19,7 @@ def generate(
     *,
     slots: int | None = None,
     is_exact: bool = True,
+    is_fixed: bool | None = None,
     on_token: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Generated]:
@@ -32,6 +33,7 @@ def generate(
         slots or max(config.num_beams, min(len(prompts), SLOTS[model.device.type])),
         max_length=max((len(prompt.ids) for prompt in prompts), default=0) + config.max_new_tokens,
         is_exact=is_exact,
+        is_fixed=is_fixed,
     )
     handles = [
         engine.submit(prompt, config, on_token=on_token and (lambda token, row=row: on_token(row, token)))

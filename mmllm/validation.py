@@ -19,6 +19,7 @@ from mmllm.generate import generate
 from mmllm.model import MultimodalLLM
 from mmllm.request import Prompt
 from mmllm.sampling import GenerationConfig
+from mmllm.shard import is_sharded
 
 CAPTION_TOKENS = 40  # of a sampled caption
 
@@ -104,5 +105,6 @@ def sample_captions(
     if room < 1:
         return []
     settings = GenerationConfig(max_new_tokens=min(CAPTION_TOKENS, room))
-    answers = generate(model, prompts, settings, is_exact=False, cancelled=is_stopped)
+    is_fixed = False if is_sharded(model) else None
+    answers = generate(model, prompts, settings, is_exact=False, is_fixed=is_fixed, cancelled=is_stopped)
     return [caption | {"answer": answer.text} for caption, answer in zip(captions, answers, strict=True)]
