@@ -5,6 +5,7 @@ interrupted and resumed five times reports as one. wandb is imported only by a r
 never stops a run. No torch here. Next: checkpoint.py.
 """
 
+import argparse
 import datetime
 import importlib
 import importlib.metadata
@@ -14,8 +15,11 @@ import platform
 import shlex
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from types import ModuleType
+
+from mmllm.errors import run
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
 
@@ -239,9 +243,11 @@ def write_report(directory: Path) -> None:
     sections = [
         f"# {directory.name}",
         f"Loss over {len(losses)} steps: `{sparkline(losses)}`\n\n![curves](loss.svg)",
+        _subject(directory),
         _stage_table(rows),
+        _cost(rows, start),
         _verdict(evaluations),
-        _captions(evaluations),
+        _captions(evaluations, directory),
         "## How it was made",
         f"    {start['command']}",
         f"{start['time']}, {start['device']}, {start['machine']}; commit {start['commit']}; "
@@ -275,10 +281,63 @@ def _verdict(evaluations: list[dict]) -> str:
     return f"Validation loss {true:.4f} with the true pictures, {other:.4f} with those of other samples: {looks}."
 
 
-def _captions(evaluations: list[dict]) -> str:
+def _subject(directory: Path) -> str:
+    """What was trained on what, as experiment.json has it."""
+    path = directory / "experiment.json"
+    if not path.exists():  # the rows of a run without its settings
+        return ""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    model, data, training = settings["model"], settings["data"], settings["training"]
+    source = f"`{model['pretrained']}`" if model["pretrained"] else f"`{model['clip']}` and `{model['qwen']}`"
+    how = " with adapters" * model["use_lora"] + " on int8 weights" * model["load_in_8bit"]
+    stages = "; ".join(
+        f"stage {number} trains {', '.join(stage['train'])} for {stage['epochs']} epochs"
+        for number, stage in ((1, training["stage1"]), (2, training["stage2"]))
+    )
+    validation = f"`{data['val_data_path']}`" if data["val_data_path"] else "nothing"
+    return f"From {source}{how}, on `{data['train_data_path']}`, validated on {validation}. {stages[0].upper()}{stages[1:]}."
+
+
+def _cost(rows: list[dict], start: dict) -> str:
+    """What the steps took: time, tokens, pictures, memory, and of which device."""
+    train = [row for row in rows if "loss" in row]
+    tokens, images = (sum(row[name] * row["ms"] / 1000 for row in train) for name in ("tokens_per_s", "images_per_s"))
+    seconds, peak = sum(row["ms"] for row in train) / 1000, max(row["peak_bytes"] for row in train)
+    return (
+        f"Cost of the steps: {duration(seconds)} on {start['device']}, {short(tokens)} tokens, {short(images)} pictures, "
+        f"{peak / 1e9:.1f} GB at most."
+    )
+
+
+def _captions(evaluations: list[dict], directory: Path) -> str:
     captions = evaluations[-1]["captions"] if evaluations else []
     if not captions:
         return ""
-    cells = [[c["id"], c["prompt"], c["answer"], c["reference"]] for c in captions]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells]
-    return "## What it says\n\n| sample | asked | model | reference |\n|---|---|---|---|\n" + "\n".join(lines)
+    lines = ["## What it says", "", "| picture | sample | asked | model | reference |", "|---|---|---|---|---|"]
+    for caption in captions:
+        cells = [
+            caption[name].replace("|", "\\|").replace("\n", " ") for name in ("id", "prompt", "answer", "reference")
+        ]
+        image = caption["image"]
+        is_there = image and Path(image).exists()  # not where only features were given
+        picture = f'<img src="{escape(os.path.relpath(image, directory))}" width="112">' if is_there else ""
+        lines.append("| " + " | ".join([picture, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`python -m mmllm.log compare RUN RUN [--out FILE]`."""
+    from mmllm.compare import compare
+
+    parser = argparse.ArgumentParser(description="Look at the runs of train.py.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("compare", help="two to four runs in one table and one picture")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="their directories")
+    command.add_argument("--out", type=Path, default=Path("compare.svg"), metavar="FILE", help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for line in compare(options.runs, options.out):
+        say(line)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -100,7 +100,9 @@ def sample_captions(
         pixels = torch.stack([read_image(path) for path in paths]) if paths else torch.zeros(0, 3, side, side)
         prompts.append(Prompt(tuple(process.encode_prompt(question)), pixels))
         asked = "".join(part for part in question[-1].parts if part is not IMAGE).strip() if question else ""
-        captions.append({"id": sample.id, "prompt": asked, "reference": "".join(sample.messages[last].parts)})
+        image = str(paths[0].resolve()) if paths else None
+        reference = "".join(sample.messages[last].parts)
+        captions.append({"id": sample.id, "image": image, "prompt": asked, "reference": reference})
     room = model.config.text.max_position_embeddings - max(len(prompt.ids) for prompt in prompts)
     if room < 1:
         return []
