@@ -3,13 +3,14 @@
 PY ?= python3
 VENV ?= .venv
 ARGS ?=
+OUT ?= outputs/gpu
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 # uv reads no pip settings: hand it the folder of local wheels, where there is one.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint serve clean
+.PHONY: help setup demo test lint serve bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +42,15 @@ lint: $(STAMP)  ## check the style
 
 serve: $(STAMP)  ## serve the newest trained model on http://127.0.0.1:8000
 	$(PYTHON) serve.py $(ARGS)
+
+bench: $(STAMP)  ## measure training, answers and memory beside other programs (15 minutes on 2 quiet cores)
+	$(PYTHON) -m mmllm.bench train --rounds 2 $(ARGS)
+	$(PYTHON) -m mmllm.bench generate --rounds 2 $(ARGS)
+	$(PYTHON) -m mmllm.bench memory --bf16-only $(ARGS)
+	$(PYTHON) -m mmllm.bench show
+
+gpu: $(STAMP)  ## prove and measure what needs a CUDA GPU, into outputs/gpu or OUT=... (9 minutes)
+	$(PYTHON) -m mmllm.bench gpu --out $(OUT)
 
 clean:  ## remove what the targets made, outputs included
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache

@@ -4,6 +4,7 @@ python -m mmllm.bench train                       # one optimiser step, against 
 python -m mmllm.bench train --case "stage 1" --rounds 5
 python -m mmllm.bench generate                    # answers, against transformers and llama.cpp where it is installed
 python -m mmllm.bench memory                      # what --dry-run predicts, and what a step really takes
+python -m mmllm.bench rehearse configs/small.py training.gradient_accumulation_steps=2
 python -m mmllm.bench table                       # README's tables, made anew from the JSON lines in benchmarks/
 
 Every row goes to benchmarks/ as one JSON line with its date, commit, machine and command; the goals are printed beside.
@@ -41,16 +42,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     generate.add_argument(
         "--compiled-peer", action="store_true", help="transformers with its compiled step too: slow start"
     )
-    generate.add_argument(
-        "--models",
-        type=Path,
-        default=Path("outputs/bench"),
-        metavar="DIR",
-        help="random weights (default: %(default)s)",
-    )
     memory = commands.add_parser("memory", parents=[common], help="predicted and measured peak memory of a step")
     memory.add_argument("--case", action="append", metavar="NAME", help="only this one; may be given several times")
     memory.add_argument("--rows", type=int, default=4, metavar="N", help="of a step (default: %(default)s)")
+    memory.add_argument("--bf16-only", action="store_true", help="half of the cases")
+    rehearse = commands.add_parser("rehearse", parents=[common], help="a whole run on random weights and pictures")
+    rehearse.add_argument("settings", nargs="*", metavar="CONFIG | key=value", help="(default: configs/full.py)")
+    rehearse.add_argument("--samples", type=int, default=32, metavar="N", help="(default: %(default)s)")
+    for command in (generate, rehearse):
+        command.add_argument(
+            "--models",
+            type=Path,
+            default=Path("outputs/bench"),
+            metavar="DIR",
+            help="random weights (default: %(default)s)",
+        )
+    gpu = commands.add_parser("gpu", help="all that only a GPU can prove, in less than nine minutes")
+    gpu.add_argument("--out", type=Path, default=Path("outputs/gpu"), metavar="DIR", help="(default: %(default)s)")
+    show = commands.add_parser("show", help="print the tables and the goals")
+    show.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="where the rows are")
     table = commands.add_parser("table", help="rewrite the tables in README.md from the rows")
     table.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="where the rows are")
     table.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="(default: %(default)s)")
@@ -60,7 +70,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    commands = {"train": train, "generate": generate, "memory": memory, "table": write_table, "worker": worker}
+    commands = {"train": train, "generate": generate, "memory": memory, "rehearse": rehearse, "gpu": gpu}
+    commands |= {"show": show, "table": write_table, "worker": worker}
     return commands[options.command](options)
 
 
@@ -118,7 +129,33 @@ def memory(options: argparse.Namespace) -> int:
 
     device = choose_device(options.device)
     spec = {"device": device.type, "size": options.size, "layers": options.layers, "rows": options.rows}
-    return finish("memory", bench_memory.measure(options.case or list(bench_memory.CASES), spec), options)
+    variants = bench_memory.VARIANTS[: 2 if options.bf16_only else 4]
+    return finish("memory", bench_memory.measure(options.case or list(bench_memory.CASES), spec, variants), options)
+
+
+def rehearse(options: argparse.Namespace) -> int:
+    from mmllm import bench_rehearse
+    from mmllm.device import choose_device
+
+    files = [item for item in options.settings if "=" not in item] or ["configs/full.py"]
+    settings = [item for item in options.settings if "=" in item]
+    spec = {"device": choose_device(options.device).type, "size": options.size, "layers": options.layers}
+    rows = bench_rehearse.measure(spec, files[0], options.samples, settings, options.models)
+    return finish("rehearse", rows, options)
+
+
+def gpu(options: argparse.Namespace) -> int:
+    from mmllm import bench_gpu
+
+    return bench_gpu.measure_all(options.out)
+
+
+def show(options: argparse.Namespace) -> int:
+    from mmllm.bench_table import tables
+    from mmllm.log import say
+
+    say(tables(options.out))
+    return 0
 
 
 def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:

@@ -21,11 +21,11 @@ def label(case: str, bf16: bool, checkpointing: bool) -> str:
     return f"{case}, {'bfloat16' if bf16 else 'float32'}{', checkpointing' if checkpointing else ''}"
 
 
-def measure(names: list[str], spec: dict) -> list[dict]:
-    """A row for each case with and without bfloat16 and checkpointing; `spec` says size, layers, rows and device."""
+def measure(names: list[str], spec: dict, variants: tuple[tuple[bool, bool], ...] = VARIANTS) -> list[dict]:
+    """A row for each case and each of `variants` (bfloat16, checkpointing); `spec` says size, layers, rows and device."""
     rows = []
     for case in names:
-        for bf16, checkpointing in VARIANTS:
+        for bf16, checkpointing in variants:
             name = label(case, bf16, checkpointing)
             settings = [f"training.gradient_checkpointing={'true' if checkpointing else 'false'}"]
             mine = spec | {"bench": "memory", "case": case, "contestant": OURS, "bf16": bf16, "settings": settings}

@@ -71,4 +71,43 @@ def generate_table(rows: list[dict]) -> str:
     return table(head, lines)
 
 
-KINDS = (("train", "One training step", train_table), ("generate", "Answers", generate_table))
+def memory_table(rows: list[dict]) -> str:
+    head = ("step", "predicted", "measured", "off by")
+    return table(
+        head,
+        [
+            (
+                f"{row['case']}, {row['rows']} rows",
+                amount(row["predicted_bytes"], ".2f", 1e-9) + " GB",
+                amount(row["peak_bytes"], ".2f", 1e-9) + " GB",
+                amount(row["error"], "+.0%"),
+            )
+            for row in rows
+        ],
+    )
+
+
+def rehearse_table(rows: list[dict]) -> str:
+    head = ("configuration, changed settings", "samples", "steps", "in all", "tokens/s", "peak memory")
+    return table(
+        head,
+        [
+            (
+                " ".join([f"`{row['case']}`", *(f"`{setting}`" for setting in row["settings"])]),
+                str(row["samples"]),
+                str(row["steps"]),
+                amount(row["total_s"], ".0f") + " s",
+                amount(row["tokens_per_s"], ".0f"),
+                amount(row["peak_bytes"], ".2f", 1e-9) + " GB",
+            )
+            for row in rows
+        ],
+    )
+
+
+KINDS = (
+    ("train", "One training step", train_table),
+    ("generate", "Answers", generate_table),
+    ("memory", "Memory, as --dry-run predicts it", memory_table),
+    ("rehearse", "Whole runs on random weights", rehearse_table),
+)

@@ -159,7 +159,7 @@ def own_model(spec: dict, config: ExperimentConfig) -> tuple[MultimodalLLM, Stag
 def steps_of(spec: dict, config: ExperimentConfig, model: MultimodalLLM, stage: StageConfig) -> Callable[[], float]:
     optimizer = adamw(stage_groups(model, stage, 0.0), 0.9, 0.95)
     for group in optimizer.param_groups:
-        group["lr"] = RATE
+        group["lr"] = spec.get("rate", RATE)
     batch, world = synthetic_batch(spec), World(choose_device(spec["device"]))
     targets = step_counts([batch])[0]
     return lambda: update_(model, optimizer, [batch], config.training, targets, world)[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mmllm import bench, bench_generate, bench_train
+from mmllm import bench, bench_generate, bench_gpu, bench_train
 from mmllm.bench_rows import BEGIN, END, Goal, goal_lines, read_rows, rewritten, save_rows
 from mmllm.bench_table import tables
 from mmllm.bench_train import OURS, PEER
@@ -55,6 +55,17 @@ def test_both_sides_of_a_training_step_compute_the_same_loss(case):
         losses.append(turn({})["loss"])
         assert loaded["rows"] == 2
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def test_the_loss_curve_on_an_int8_base_is_within_2_percent_of_the_float_one():
+    curves = []
+    for case in ("stage 2, LoRA", "stage 2, LoRA on int8"):
+        step = bench_train.own_step(SPEC | {"case": case, "bf16": True, "rate": 3e-3})
+        torch.manual_seed(0)  # the same dropout in both
+        curves.append([step() for _ in range(30)])
+    plain, int8 = curves
+    assert plain[-1] < 0.8 * plain[0], "else nothing was learnt, and the curves say nothing"
+    assert max(abs(a / b - 1) for a, b in zip(int8, plain, strict=True)) < 0.02
 
 
 def test_the_model_of_a_benchmark_is_the_published_one_in_shape():
@@ -129,6 +140,44 @@ def test_a_bench_is_one_command_from_random_weights_to_rows(tmp_path):
     assert rows["batch 1", "mmllm float32"]["bandwidth_share"] > 0
     assert rows["sample.py, 20 tokens", "mmllm float32"]["total_s"] > 0
     assert "transformers bfloat16" in tables(tmp_path / "rows")
+
+
+def test_a_run_of_a_configuration_is_rehearsed_on_random_weights(tmp_path):
+    """configs/small.py whole: 2 + 1 epochs, adapters, int8 base, accumulation."""
+    command = ["rehearse", "configs/small.py", "training.gradient_accumulation_steps=2", "--samples", "16"]
+    where = ["--size", "tiny", "--device", "cpu", "--models", str(tmp_path / "models"), "--out", str(tmp_path / "rows")]
+    assert bench.main([*command, *where]) == 0
+    (row,) = read_rows(tmp_path / "rows", "rehearse")
+    assert (row["case"], row["steps"], row["settings"]) == (
+        "configs/small.py",
+        3,
+        ["training.gradient_accumulation_steps=2"],
+    )
+    assert "| 3 |" in tables(tmp_path / "rows")
+    run = next((tmp_path / "models").glob("*/runs/rehearsal"))
+    assert (run / "report.md").is_file() and (run / "best_model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_make_gpu_refuses_in_one_line_where_there_is_none(tmp_path):
+    with pytest.raises(UserError, match="make gpu measures on a CUDA GPU, and there is none here"):
+        bench.main(["gpu", "--out", str(tmp_path)])
+
+
+def test_a_part_of_make_gpu_that_fails_or_hangs_does_not_stop_the_next(tmp_path, capsys):
+    parts = {"bad": (60, ["-c", "1/0"]), "slow": (1, ["-c", "while True: pass"]), "good": (60, ["-c", "print(7)"])}
+    assert bench_gpu.run_parts(parts, tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "bad: failed with code 1" in out and "slow: took too long" in out and "good: ok" in out
+    assert "ZeroDivisionError" in (tmp_path / "bad.txt").read_text()
+    assert (tmp_path / "good.txt").read_text() == "7\n"
+
+
+def test_the_parts_of_make_gpu_take_less_than_nine_minutes(tmp_path):
+    assert sum(limit for limit, _ in bench_gpu.parts(tmp_path).values()) < 9 * 60
+    for _, command in bench_gpu.parts(tmp_path).values():
+        if command[1] == "mmllm.bench":
+            bench.parse(command[2:])
 
 
 def test_a_row_takes_the_place_of_an_older_one_of_the_same_key(tmp_path):
