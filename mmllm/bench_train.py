@@ -11,14 +11,15 @@ Next: peers.py, bench.py.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mmllm import peers
-from mmllm.batches import Batch
+from mmllm.batches import Batch, collate
 from mmllm.bench_rows import Goal
-from mmllm.chat import IGNORED
+from mmllm.branches import join
+from mmllm.chat import IGNORED, Encoded
 from mmllm.config import ExperimentConfig, StageConfig
 from mmllm.contestant import Work, compete
 from mmllm.device import choose_device, peak_memory, synchronize
@@ -28,30 +29,34 @@ from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw
 from mmllm.plan import peak_flops, step_flops, trained_parts
 from mmllm.random_model import random_model, sizes
-from mmllm.surgery import train_only_
-from mmllm.trainer import prepare, stage_groups, step_counts, update_
+from mmllm.surgery import hold_, train_only_
+from mmllm.trainer import frozen_weights, prepare, stage_groups, step_counts, update_
 
 TOKENS, LEARNT = 128, 40
 RATE = 1e-5
-OURS, PEER = "mmllm", "transformers + peft"
+PREFIX, CAPTION, CAPTIONS = 70, 12, 5  # of a picture with several captions: tokens before them, of each, and how many
+OURS, PEER, APART, UNCACHED = "mmllm", "transformers + peft", "mmllm, a row each", "mmllm, features made anew"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step: its stage, the settings that make it, and whether the peer can take the same one."""
+    """A step: its stage, the settings that make it, and who else takes the same one."""
 
     name: str
     stage: int
     settings: tuple[str, ...] = ()
-    has_peer: bool = True
+    others: tuple[str, ...] = (PEER,)
     is_large: bool = False  # two processes of it are too much for a small machine's memory
 
 
+FIVE, CACHED = "stage 1, five captions a picture", "stage 1, features from the cache"
 CASES = (
     Case("stage 1", 1),
     Case("stage 2, full", 2, is_large=True),
     Case("stage 2, LoRA", 2, ("model.use_lora=true",)),
-    Case("stage 2, LoRA on int8", 2, ("model.use_lora=true", "model.load_in_8bit=true"), has_peer=False),
+    Case("stage 2, LoRA on int8", 2, ("model.use_lora=true", "model.load_in_8bit=true"), others=()),
+    Case(FIVE, 1, others=(APART,)),
+    Case(CACHED, 1, others=(UNCACHED,)),
 )
 BY_NAME = {case.name: case for case in CASES}
 
@@ -65,6 +70,10 @@ GOALS = (
         Goal("train", "cpu", f"{case}: peak memory against {PEER}", "peak_bytes", (case, OURS), 0.7, (case, PEER), True)
         for case in ("stage 1", "stage 2, full", "stage 2, LoRA")
     ),
+    *(
+        Goal("train", device, f"{FIVE}: one row against a row each", "steps_per_s", (FIVE, OURS), 3.0, (FIVE, APART))
+        for device in ("cpu", "cuda")
+    ),
     Goal("train", "cuda", "stage 2, full: share of the peak FLOP/s", "mfu", ("stage 2, full", OURS), 0.45),
 )
 
@@ -74,7 +83,7 @@ def measure(names: list[str], spec: dict, rounds: int) -> list[dict]:
     rows = []
     for case in (BY_NAME[name] for name in names):
         say(f"{case.name}:")
-        contestants = [OURS] + [PEER] * (case.has_peer and peers.has_transformers())
+        contestants = [OURS, *(name for name in case.others if name != PEER or peers.has_transformers())]
         together = not case.is_large or spec["device"] != "cpu" or spec["size"] != "full"
         turns = [{"case": case.name}]
         specs = [
@@ -95,7 +104,7 @@ def build(spec: dict) -> tuple[dict, Work]:
     begin = time.perf_counter()
     step = peer_step(spec) if spec["contestant"] == PEER else own_step(spec)
     device = choose_device(spec["device"])
-    counts = step_counts([synthetic_batch(spec)])
+    counts = step_counts([batch_of(spec)])
 
     def turn(asked: dict) -> dict:
         begin = time.perf_counter()
@@ -129,6 +138,35 @@ def configuration(spec: dict) -> ExperimentConfig:
     return config
 
 
+def batch_of(spec: dict) -> Batch:
+    """The step's rows as the contestant takes them."""
+    if spec["case"] == FIVE:
+        return captions_batch(spec)
+    batch = synthetic_batch(spec)
+    if spec["case"] == CACHED and spec["contestant"] == OURS:
+        shape = sizes(spec["size"], spec["layers"])
+        features = torch.zeros(len(batch.pixels_N3SS), shape.num_image_tokens, shape.vision.hidden_size)
+        return replace(batch, pixels_N3SS=features)
+    return batch
+
+
+def captions_batch(spec: dict) -> Batch:
+    """Half as many pictures, five captions each: in one row for a picture, or a row for a caption."""
+    shape = sizes(spec["size"], spec["layers"])
+    chance, places = torch.Generator().manual_seed(0), shape.num_image_tokens
+    rows, pixels = [], []
+    for _ in range(max(1, spec["rows"] // 2)):
+        picture = torch.randn(3, shape.vision.image_size, shape.vision.image_size, generator=chance)
+        words = torch.randint(1, shape.image_token_id - 12, (PREFIX + CAPTIONS * CAPTION,), generator=chance).tolist()
+        start = [*words[:4], *[shape.image_token_id] * places, *words[4 : PREFIX - places]]
+        captions = [words[PREFIX + i * CAPTION :][:CAPTION] for i in range(CAPTIONS)]
+        texts = [Encoded(start + caption, [IGNORED] * len(start) + caption, 1) for caption in captions]
+        mine = texts if spec["contestant"] == APART else join(texts, shape.image_token_id)
+        rows += mine
+        pixels += [picture] * len(mine)
+    return collate(rows, pixels, 0, shape.vision.image_size)
+
+
 def synthetic_batch(spec: dict) -> Batch:
     """The rows of a step: a few words, the picture's places, a question, an answer that is learnt."""
     architecture = sizes(spec["size"], spec["layers"])
@@ -153,6 +191,8 @@ def own_model(spec: dict, config: ExperimentConfig) -> tuple[MultimodalLLM, Stag
     model = random_model(sizes(spec["size"], spec["layers"]), choose_device(spec["device"]))
     prepare(model, config)
     train_only_(model, trained_parts(stage))
+    if config.training.bf16:
+        hold_(frozen_weights(model), torch.bfloat16)
     return model, stage
 
 
@@ -160,7 +200,7 @@ def steps_of(spec: dict, config: ExperimentConfig, model: MultimodalLLM, stage: 
     optimizer = adamw(stage_groups(model, stage, 0.0), 0.9, 0.95)
     for group in optimizer.param_groups:
         group["lr"] = spec.get("rate", RATE)
-    batch, world = synthetic_batch(spec), World(choose_device(spec["device"]))
+    batch, world = batch_of(spec), World(choose_device(spec["device"]))
     targets = step_counts([batch])[0]
     return lambda: update_(model, optimizer, [batch], config.training, targets, world)[0]
 

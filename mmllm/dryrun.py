@@ -5,10 +5,11 @@ tensors that have no contents, so this answers on a laptop that could never trai
 Next: simulate.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mmllm.clip import CLIPVisionConfig
 from mmllm.config import ExperimentConfig, ModelConfig, StageConfig
@@ -19,7 +20,7 @@ from mmllm.model import MultimodalConfig, MultimodalLLM, read_config
 from mmllm.plan import trained_parts
 from mmllm.qwen import Qwen2Config
 from mmllm.simulate import step_peak
-from mmllm.surgery import count_parameters, count_weights, train_only_
+from mmllm.surgery import count_parameters, count_weights, hold_, train_only_
 from mmllm.trainer import prepare
 from mmllm.weights import read_json
 
@@ -87,8 +88,11 @@ def stage_memory(
 
     def build() -> MultimodalLLM:
         model = MultimodalLLM(shape)
-        prepare(model, config)
+        prepare(model, uncompiled(config))
         train_only_(model, trained_parts(stage))
+        held["whole"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        if config.training.bf16:
+            hold_(halved_weights(model), torch.bfloat16)
         held["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         held["trained"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         return model
@@ -103,8 +107,20 @@ def stage_memory(
         bf16=config.training.bf16,
         micro_batches=min(2, stage.gradient_accumulation_steps),
     )
+    step = max(step, held["whole"] - held["weights"])  # for validation and checkpoints all weights are float32 again
     place = device or choose_device(config.device)
     return Memory(held["weights"], 2 * held["trained"], step, PROCESS_BYTES[place.type])
+
+
+def uncompiled(config: ExperimentConfig) -> ExperimentConfig:
+    """The same without `training.compile`: compiled code takes no more memory, and needs contents to run."""
+    return replace(config, training=replace(config.training, compile=False))
+
+
+def halved_weights(model: MultimodalLLM) -> list[nn.Parameter]:
+    """What the trainer holds in bfloat16 while it is frozen, when the language model's file is in bfloat16, as Qwen's."""
+    layers = [layer for layer in model.language_model.modules() if isinstance(layer, nn.Linear | nn.Embedding)]
+    return list({id(p): p for layer in layers if not (p := layer.weight).requires_grad}.values())
 
 
 def describe(config: ExperimentConfig) -> list[str]:
@@ -112,7 +128,7 @@ def describe(config: ExperimentConfig) -> list[str]:
     shape = architecture(config.model)
     with torch.device("meta"):
         model = MultimodalLLM(shape)
-    prepare(model, config)
+    prepare(model, uncompiled(config))
     stages = config.stages()
     trainable = []
     for stage in stages:

@@ -55,7 +55,10 @@ def random_model(config: MultimodalConfig, device: str | torch.device = "cpu") -
 
 @torch.no_grad()
 def fill_(model: nn.Module) -> None:
-    """Draws every parameter by the published name of its tensor, whichever program it belongs to."""
+    """Draws every parameter by the published name of its tensor, whichever program it belongs to.
+
+    Those of the language model lose nothing as bfloat16: so are the published ones, and CLIP's are not.
+    """
     for name, parameter in model.named_parameters():
         chance = torch.Generator(parameter.device).manual_seed(zlib.crc32(published_name(name).encode()))
         if parameter.ndim >= 2:
@@ -65,6 +68,8 @@ def fill_(model: nn.Module) -> None:
             parameter.fill_(1)
         else:
             parameter.normal_(0, 0.1, generator=chance)
+        if "vision_tower" not in name:
+            parameter.copy_(parameter.bfloat16())
 
 
 def published_name(name: str) -> str:

@@ -57,6 +57,23 @@ def test_both_sides_of_a_training_step_compute_the_same_loss(case):
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
+def test_five_captions_in_one_row_or_in_five_are_the_same_step():
+    losses, tokens = [], []
+    for contestant in (OURS, bench_train.APART):
+        spec = SPEC | {"case": bench_train.FIVE, "contestant": contestant}
+        losses.append(bench_train.own_step(spec)())
+        tokens.append(bench_train.batch_of(spec).ids_BT.numel())
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+    assert tokens == [70 + 5 * 12, 5 * (70 + 12)]
+
+
+def test_a_cached_step_runs_no_tower():
+    for contestant, shape in ((OURS, (2, 16, 64)), (bench_train.UNCACHED, (2, 3, 32, 32))):
+        spec = SPEC | {"case": bench_train.CACHED, "contestant": contestant}
+        assert bench_train.batch_of(spec).pixels_N3SS.shape == shape
+        assert bench_train.own_step(spec)() > 0
+
+
 def test_the_loss_curve_on_an_int8_base_is_within_2_percent_of_the_float_one():
     curves = []
     for case in ("stage 2, LoRA", "stage 2, LoRA on int8"):
