@@ -31,6 +31,7 @@ from mmllm.lora import CONFIG_FILE, TENSOR_FILE, adapter_tensors, adapters, load
 from mmllm.projector import Projector
 from mmllm.quant import quantize_
 from mmllm.qwen import Qwen2, Qwen2Config
+from mmllm.surgery import WithoutValues
 from mmllm.tokenizer import Tokenizer
 from mmllm.weights import atomic_directory, load_strict_, locate, read_json, read_tensors
 
@@ -256,7 +257,7 @@ class MultimodalLLM(nn.Module):
     @classmethod
     def _empty(cls, config: MultimodalConfig) -> "MultimodalLLM":
         """The architecture without memory for its weights."""
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutValues():
             return cls(config)
 
     def _finished(self, processor: ChatProcessor, where: Path) -> "MultimodalLLM":

@@ -12,9 +12,23 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from mmllm.errors import ConfigError
+
+
+class WithoutValues(TorchFunctionMode):
+    """Modules built inside keep whatever their memory holds: values are about to be loaded.
+
+    Above all for the meta device, where drawing the values of an embedding makes torch import its compiler, 1.2 s.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> object:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.constant_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def train_only_(model: nn.Module, parts: Iterable[str]) -> None:

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -36,6 +34,10 @@ def locate(source: str | Path) -> Path:
         raise CheckpointError(f"{source}: a file; name the folder that holds config.json and the weights")
     if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         raise CheckpointError(f"{source}: no such folder; name a folder with config.json and model.safetensors")
+    # 0.4 s to import, which nobody pays who names a folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "*model*.safetensors"]))
         if not list(folder.glob("model*.safetensors")):

@@ -137,3 +137,15 @@ def test_help_answers_before_torch_could_load(script):
     assert result.returncode == 0 and "usage" in result.stdout
     assert " torch" not in result.stderr, "torch was imported"
     assert time.perf_counter() - start < 5  # half a second on a quiet machine
+
+
+def test_from_the_command_to_the_answer_nothing_is_imported_that_is_not_needed(folder, picture):
+    """torch's compiler alone takes as long to import as all the rest."""
+    command = [sys.executable, "-X", "importtime", "sample.py", "--model", folder, "--image", picture]
+    result = subprocess.run(
+        [*command, "--max-new-tokens", "2", "--device", "cpu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "torch" in imported and "mmllm.engine" in imported
+    assert not imported & {"torch._dynamo", "sympy", "huggingface_hub", "transformers", "starlette"}
