@@ -144,7 +144,7 @@ class Engine:
             if live.search is not None:
                 live.search.give_up()
             self._end(live, "cancelled")
-        for handle in [handle for handle in self.waiting if handle.is_cancelled]:
+        for handle in [handle for handle in list(self.waiting) if handle.is_cancelled]:  # others may be adding to it
             self.waiting.remove(handle)
             handle.finish(Generated((), "", "cancelled", len(handle.prompt.ids)))
 
