@@ -8,6 +8,7 @@ python sample.py --image x.jpg --chat                          # a conversation;
 import argparse
 import sys
 
+from mmllm.config import PRECISIONS
 from mmllm.errors import ImageError, run
 
 
@@ -34,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on CUDA, else float32)")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="(default: bfloat16 on CUDA, else float32; see the README)")
     options = parser.parse_args(arguments)
     if not options.image and not options.chat:
         parser.error("name a picture with --image FILE, or talk without one with --chat")

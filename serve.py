@@ -16,6 +16,7 @@ import socket
 import sys
 from dataclasses import replace
 
+from mmllm.config import PRECISIONS
 from mmllm.errors import RunError, UserError, run
 
 
@@ -25,7 +26,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, help="(default: 8000)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on CUDA, else float32)")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="(default: bfloat16 on CUDA, else float32; see the README)")
     return parser.parse_args(arguments)
 
 

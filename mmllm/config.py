@@ -231,6 +231,7 @@ class ExperimentConfig(Section):
         return changed
 
 
+PRECISIONS = ("float32", "bfloat16", "int8", "int8-dynamic", "int4")  # to answer in, see fast.py
 GENERAL = ("data.batch_size", "training.gradient_accumulation_steps", "training.learning_rate")
 MOST = 10**12  # no setting is larger; refuses infinity too
 CHOICES = {

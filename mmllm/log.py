@@ -31,6 +31,13 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
+def note(text: str) -> None:
+    """One line beside the output proper, which may be an answer that somebody reads from a pipe."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
 class RunLog:
     """Rows of metrics.jsonl, and their copy in wandb. `last_step` is where the run goes on: later rows are dropped."""
 

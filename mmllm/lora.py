@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmllm.config import LoraConfig
 from mmllm.errors import CheckpointError, ConfigError
-from mmllm.quant import Int8Linear
+from mmllm.quant import FrozenLinear
 from mmllm.weights import read_json, read_safetensors
 
 ALL_LINEAR = "all-linear"
@@ -51,6 +51,12 @@ def adapt_(layer: nn.Module, config: LoraConfig, chance: torch.Generator) -> Non
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     layer.lora = Adapter(scaling, config.lora_dropout)
     layer.forward = partial(adapted, layer)
+
+
+def hand_over_(layer: nn.Module, new: nn.Module) -> None:
+    """Gives the adapter of `layer` to the layer that takes its place."""
+    new.lora_A, new.lora_B, new.lora = layer.lora_A, layer.lora_B, layer.lora
+    new.forward = partial(adapted, new)
 
 
 def adapted(layer: nn.Module, x: Tensor) -> Tensor:
@@ -80,7 +86,9 @@ def adapters(module: nn.Module) -> dict[str, nn.Module]:
 def target_layers(language_model: nn.Module, config: LoraConfig) -> list[str]:
     """The linear layers that `target_modules` names (or all but the head); ConfigError when it names one that is none."""
     linear = [
-        n for n, layer in language_model.named_modules() if isinstance(layer, nn.Linear | Int8Linear) and n != "lm_head"
+        n
+        for n, layer in language_model.named_modules()
+        if isinstance(layer, nn.Linear | FrozenLinear) and n != "lm_head"
     ]
     targets = set(config.target_modules)
     chosen = [name for name in linear if targets == {ALL_LINEAR} or name.rpartition(".")[2] in targets]

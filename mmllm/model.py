@@ -28,6 +28,7 @@ from mmllm.config import LoraConfig
 from mmllm.errors import CheckpointError
 from mmllm.image import ImageProcessor
 from mmllm.lora import CONFIG_FILE, TENSOR_FILE, adapter_tensors, adapters, load_adapter_, write_adapter_config
+from mmllm.packed import blank_, settle_
 from mmllm.projector import Projector
 from mmllm.quant import quantize_
 from mmllm.qwen import Qwen2, Qwen2Config
@@ -122,6 +123,8 @@ class MultimodalLLM(nn.Module):
         self.processor: ChatProcessor | None = None
         self.lora: LoraConfig | None = None  # set where the language model has adapters
         self.is_int8 = False  # whether its linear layers are int8
+        self.is_packed = False  # whether the language model is int8 for inference only (packed.py)
+        self.precision: str | None = None  # set where load_model (fast.py) made it ready to answer, and nothing else
 
     @property
     def device(self) -> torch.device:
@@ -197,28 +200,34 @@ class MultimodalLLM(nn.Module):
     ) -> "MultimodalLLM":
         """The model of a directory that `save_pretrained` wrote, or of a hub repository with the same files.
 
-        `dtype` None keeps every tensor as its file has it, and on the CPU in its file: read when it is used.
-        Strict: CheckpointError names what is missing, unexpected, or of another shape.
+        Strict: CheckpointError names what is missing, unexpected, or of another shape. `dtype` None keeps every tensor as
+        its file has it, and on the CPU in its file: read when it is used. For int8 and the like see fast.py.
         """
         folder = locate(source)
         config, system = read_config(folder)
         surgery = read_surgery(folder)
         processor = ChatProcessor.load(folder, config.num_image_tokens, system)
         model = cls._empty(config)
-        exact = "language_model." if "int8" in surgery else None  # rounded to int8 as they are, not to `dtype` before
+        if "packed" in surgery:
+            blank_(model.language_model)
+        exact = "language_model." if {"int8", "packed"} & set(surgery) else None  # not rounded to `dtype` before int8
         tensors = {
-            name: value.to(device, torch.float32 if exact and name.startswith(exact) else dtype)
+            name: value.to(device, None if exact and name.startswith(exact) else dtype)
             for name, value in read_tensors(folder).items()
         }
-        if config.text.tie_word_embeddings:
+        if config.text.tie_word_embeddings and "packed" not in surgery:
             tensors.setdefault("language_model.lm_head.weight", tensors.get(EMBEDDING, torch.empty(0)))
         load_strict_(model, tensors, folder)
-        model.language_model.tie_weights()
+        if "packed" in surgery:
+            settle_(model.language_model)
+            model.is_packed = True
+        else:
+            model.language_model.tie_weights()
         if "int8" in surgery:
             quantize_(model.language_model)
             model.is_int8 = True
             for parameter in model.language_model.parameters():
-                parameter.data = parameter.data.to(dtype or torch.float32)
+                parameter.data = parameter.data.to(device, dtype or torch.float32)
         if "lora" in surgery:
             model.lora = load_adapter_(model, folder)
         return model._finished(processor, folder)
@@ -288,6 +297,8 @@ class MultimodalLLM(nn.Module):
 
     def tensor_files(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of the model's directory by file: the base in model.safetensors, adapters in theirs."""
+        if self.precision is not None:
+            raise ValueError(f"this model was made ready to answer in {self.precision} and cannot be written back")
         if any(layer.lora.is_merged for layer in adapters(self).values()):
             raise ValueError("the adapters are merged: unmerge_lora_ before saving, or they would count twice")
         tied = {"language_model.lm_head.weight"} if self.config.text.tie_word_embeddings else set()
@@ -302,7 +313,7 @@ class MultimodalLLM(nn.Module):
             "format_version": 1,
             "features": self.config.features,
             "system_prompt": self.processor.system,
-            "surgery": ["int8"] * self.is_int8 + ["lora"] * (self.lora is not None),
+            "surgery": ["packed"] * self.is_packed + ["int8"] * self.is_int8 + ["lora"] * (self.lora is not None),
         }
         for name, content in (("config.json", self.config.to_dict()), ("mmllm.json", ours)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -322,9 +333,9 @@ def read_config(folder: str | Path) -> tuple[MultimodalConfig, str]:
 
 
 def read_surgery(folder: Path) -> list[str]:
-    """What was done to the model of a directory, in order: "int8", "lora"."""
+    """What was done to the model of a directory, in order: "packed" or "int8", "lora"."""
     surgery = read_json(folder / "mmllm.json").get("surgery") or []
-    if not set(surgery) <= {"int8", "lora"}:
+    if not set(surgery) <= {"int8", "packed", "lora"}:
         raise CheckpointError(f"{folder / 'mmllm.json'}: written by a newer mmllm; update this one")
     if ("lora" in surgery) != (folder / CONFIG_FILE).exists():
         raise CheckpointError(f"{folder}: mmllm.json and {CONFIG_FILE} disagree on whether there are adapters")

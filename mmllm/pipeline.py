@@ -14,10 +14,12 @@ from mmllm.chat import Message, assistant, user
 from mmllm.device import choose_device
 from mmllm.engine import Engine
 from mmllm.errors import UserError
+from mmllm.fast import load_model
 from mmllm.generate import drive
-from mmllm.model import MultimodalLLM
+from mmllm.model import MultimodalLLM, read_surgery
 from mmllm.request import EncodedImage, Generated, Prompt
 from mmllm.sampling import GenerationConfig
+from mmllm.weights import locate
 
 # a path, encoded bytes, a data URI, a PIL image, or what `encode_image` gave
 ImageSource = str | Path | bytes | Image.Image | EncodedImage
@@ -131,10 +133,11 @@ def load_pipeline(
 ) -> MultimodalInferencePipeline:
     """A pipeline for `source` (directory or hub name; None: the newest trained model), on the device by name.
 
-    `dtype` None means bfloat16 on CUDA and float32 elsewhere.
+    `dtype`, one of those in fast.py, None: int8 for int8 weights, else bfloat16 on CUDA and float32 elsewhere.
     """
     place = choose_device(device)
-    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
-    source = source or default_model()
-    model = MultimodalLLM.from_pretrained(source, device=place, dtype=getattr(torch, dtype))
-    return MultimodalInferencePipeline(model)
+    source = locate(source or default_model())
+    if dtype is None:
+        others = "bfloat16" if place.type == "cuda" else "float32"
+        dtype = "int8" if "packed" in read_surgery(source) else others
+    return MultimodalInferencePipeline(load_model(source, device=place, precision=dtype))

@@ -37,6 +37,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mmllm import __version__
+from mmllm.config import PRECISIONS
 from mmllm.conversations import Conversation, Conversations
 from mmllm.errors import GenerationError, ImageError, RunError, UserError
 from mmllm.http import (
@@ -101,8 +102,8 @@ class Settings:
                 raise UserError(f"MMLLM_{each.name.upper()} is {value}; it must be above 0")
         if self.port > 65535:
             raise UserError(f"MMLLM_PORT is {self.port}; it must be below 65536")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise UserError(f"MMLLM_DTYPE is {self.dtype!r}; it must be float32 or bfloat16")
+        if self.dtype not in (None, *PRECISIONS):
+            raise UserError(f"MMLLM_DTYPE is {self.dtype!r}; it must be one of {', '.join(PRECISIONS)}")
 
     @classmethod
     def from_environment(cls, environ: dict[str, str]) -> "Settings":

@@ -486,6 +486,8 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
 def apply_int8_(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """Make the language model int8 where the configuration asks for it."""
     wanted = config.model.load_in_8bit
+    if model.is_packed:
+        raise ConfigError("model.pretrained holds int8 weights for answering alone; train from what it was made of")
     if model.is_int8 and not wanted:
         raise ConfigError("the model came with an int8 base; set model.load_in_8bit=true")
     if wanted and not model.is_int8:

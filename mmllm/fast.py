@@ -1,0 +1,123 @@
+"""A model made ready for answering: loaded in a precision, its layers packed, its step cut to what has to be done.
+
+The surprising fact: of the 25 ms that a token took in int8, three went into 49 norms and two dozen small operations a
+layer, each of which costs torch more to start than to do.
+
+The network's files know nothing of this: layers are replaced on the built model, or their `forward` on the instance.
+
+    float32        nothing is rounded
+    bfloat16       on a CPU the weights alone, where our kernels run (kernels.py); on a GPU everything
+    int8           the language model's weights, one scale a row; the vision tower's as in bfloat16
+    int8-dynamic   the language model's activations too: faster with many rows, and 4 to 11 times the divergence
+    int4           experimental: the language model's weights, a scale for 32; its head as in int8
+
+T tokens, D hidden size. Next: pipeline.py.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mmllm import kernels
+from mmllm.config import PRECISIONS
+from mmllm.errors import UserError
+from mmllm.lora import fold_lora_
+from mmllm.model import MultimodalLLM
+from mmllm.packed import (
+    BITS,
+    Bf16Packed,
+    Bf16Prepacked,
+    Int4Packed,
+    Int8Packed,
+    pack_,
+    replace_linear_,
+    settle_,
+)
+from mmllm.qwen import Qwen2, RMSNorm
+
+
+def load_model(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "float32") -> MultimodalLLM:
+    """The model of a directory in one of PRECISIONS, ready to answer and no more to be trained.
+
+    Adapters are added to weights that can take them. UserError for a precision that the device or the directory has not.
+    """
+    device = torch.device(device)
+    refuse_impossible(precision, device)
+    is_float = precision == "float32" or (precision == "bfloat16" and device.type != "cpu")
+    dtype = getattr(torch, precision) if is_float else None
+    model = MultimodalLLM.from_pretrained(source, device=device, dtype=dtype)
+    if model.is_packed and precision not in BITS:
+        raise UserError(f"{source}: its weights are int8, not {precision}; use dtype int8 or int8-dynamic")
+    fold_where_possible_(model)
+    if not is_float:
+        pack_language_model_(model, precision)
+        make_rest_ready_(model)
+        shorten_(model.language_model)
+    model.precision = precision
+    return model
+
+
+def make_int8_(model: MultimodalLLM) -> None:
+    """Makes a model that `save_pretrained` writes for answering: int8 language model, the vision tower's matrices in bfloat16."""
+    fold_where_possible_(model)
+    pack_language_model_(model, "int8")
+    for layer in model.vision_tower.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.bfloat16()
+
+
+def fold_where_possible_(model: MultimodalLLM) -> None:
+    """Adds adapters to float weights; beside int8 ones they stay, as the rounding would swallow them."""
+    if model.lora and not model.is_int8 and not model.is_packed:
+        fold_lora_(model.language_model)
+        model.lora = None
+
+
+def refuse_impossible(precision: str, device: torch.device) -> None:
+    if precision not in PRECISIONS:
+        raise UserError(f"dtype {precision!r}; it can be {', '.join(PRECISIONS)}")
+    possible = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8")}.get(device.type, ("float32", "bfloat16"))
+    if precision not in possible:
+        raise UserError(f"dtype {precision} does not run on {device.type}; it can be {', '.join(possible)}")
+
+
+@torch.no_grad()
+def pack_language_model_(model: MultimodalLLM, precision: str) -> None:
+    if model.is_packed:
+        settle_(model.language_model, BITS[precision])
+    elif precision == "bfloat16":
+        if kernels.native():
+            pack_(model.language_model, Bf16Packed, Bf16Packed)
+        else:
+            replace_linear_(model.language_model, Bf16Prepacked)
+    else:
+        int8 = partial(Int8Packed.of, bits=BITS.get(precision, BITS["int8"]))
+        pack_(model.language_model, Int4Packed.of if precision == "int4" else int8, int8)
+        model.is_packed = precision != "int4"
+    model.is_int8 = False
+
+
+@torch.no_grad()
+def make_rest_ready_(model: MultimodalLLM) -> None:
+    """The vision tower's products in bfloat16; what has no packed layer in float32, on a GPU in bfloat16."""
+    is_cpu = model.device.type == "cpu"
+    if is_cpu:
+        replace_linear_(model.vision_tower, Bf16Packed if kernels.native() else Bf16Prepacked)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if is_cpu else torch.bfloat16)
+
+
+# The step -------------------------------------------------------------------------------------------------------------
+
+
+def shorten_(language_model: Qwen2) -> None:
+    """Replaces the forward pass of the norms by one operation, where our kernels run."""
+    for module in language_model.modules():
+        if isinstance(module, RMSNorm) and module.weight.device.type == "cpu" and kernels.native():
+            module.forward = partial(short_norm, module)
+
+
+def short_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    return torch.ops.mmllm.rms_norm(x, norm.weight, norm.eps)

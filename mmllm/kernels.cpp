@@ -1,0 +1,443 @@
+// Products of a frozen int8, int4 or bfloat16 matrix with a few rows of float32 numbers, at the speed of memory.
+//
+// The surprising fact: the int8 products are exact integers. A row of activations becomes whole numbers X of `bits` bits
+// (24: as exact as float32; 8: "int8-dynamic"), X is cut into signed bytes, and bytes are multiplied and summed without
+// rounding. So a row's result depends neither on the rows beside it, nor on the number of threads, nor on the processor.
+//
+// Layout: panels of 16 output rows, [rows/16][columns/4][16][4], so that a core reads one stream of memory and every
+// 64 bytes meet the same four activations. Weights are kept unsigned (q + 128), as the processors' byte products want
+// one side; what the 128 adds is the sum of X, taken off at the end.
+//
+// Compiled on first use by kernels.py, which also says how to do without. M rows, O outputs, K inputs.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+using at::Tensor;
+using std::optional;
+
+typedef uint8_t Bytes __attribute__((vector_size(64)));    // 16 rows of 4 weights
+typedef int32_t Ints __attribute__((vector_size(64)));     // one sum of 16 rows
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+constexpr int64_t LANES = 16, GROUP = 32;
+constexpr int32_t LARGEST_24 = 0x7f7f00, LARGEST_8 = 127;  // what three signed bytes hold, with room to round; and one
+#if defined(__AVX512F__)
+constexpr int MOST = 8;  // rows that share a load of weights: as many as there are registers for
+#else
+constexpr int MOST = 2;
+#endif
+
+template <typename T, typename P> static inline T load(const P* from) {
+  T value;
+  memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+// The largest |x|; infinite or NaN where one of them is.
+static float peak_of(const float* x, int64_t K) {
+  int32_t most = 0;  // the bits of |x| sort as the numbers do, infinities and NaN last
+  for (int64_t k = 0; k < K; k++) most = std::max(most, load<int32_t>(x + k) & 0x7fffffff);
+  return load<float>(&most);
+}
+
+// bfloat16 is the upper half of a float32.
+static inline float widen_one(uint16_t half) {
+  const uint32_t word = uint32_t(half) << 16;
+  return load<float>(&word);
+}
+static inline Floats widen(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+}
+
+// sum[r] + w[r][0..3] . x[0..3], with w unsigned and x signed; DIGIT bits of x are safe in the pairs that AVX2 adds.
+#if defined(__AVX512VNNI__)
+constexpr int DIGIT = 8;
+static inline Ints dot4(Ints sum, Bytes w, int32_t x) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+}
+#elif defined(__AVX2__)
+constexpr int DIGIT = 7;
+static inline Ints dot4(Ints sum, Bytes w, int32_t x) {
+  __m256i sums[2], weights[2];
+  memcpy(sums, &sum, 64);
+  memcpy(weights, &w, 64);
+  for (int i = 0; i < 2; i++) {
+    __m256i pairs = _mm256_maddubs_epi16(weights[i], _mm256_set1_epi32(x));
+    sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  return load<Ints>(sums);
+}
+#else
+constexpr int DIGIT = 8;
+static inline Ints dot4(Ints sum, Bytes w, int32_t x) {
+  const int8_t* four = (const int8_t*)&x;
+  for (int r = 0; r < 16; r++)
+    for (int i = 0; i < 4; i++) sum[r] += int32_t(w[4 * r + i]) * four[i];
+  return sum;
+}
+#endif
+
+// Rows of x as whole numbers X = x / unit, each cut into D signed digits of BITS bits, the lowest first: [M][D][K].
+template <int D, int BITS> struct Digits {
+  std::vector<int8_t> bytes;
+  std::vector<double> unit;
+  std::vector<int64_t> sum;
+
+  Digits(const float* x, int64_t M, int64_t K, int32_t largest) : bytes(M * D * K), unit(M), sum(M) {
+    at::parallel_for(0, M, 16, [&](int64_t from, int64_t to) {
+      for (int64_t m = from; m < to; m++) {
+        const float* row = x + m * K;
+        const float peak = peak_of(row, K);
+        const bool is_finite = std::isfinite(peak);
+        const double step = double(peak) / largest;
+        const float scale = !is_finite || step == 0 ? 0.f : float(std::min(1 / step, 3e38));
+        unit[m] = !is_finite ? NAN : scale == 0 ? 0 : 1 / double(scale);
+        int64_t total = 0;
+        int8_t* out = bytes.data() + m * D * K;
+        for (int64_t k = 0; k < K; k++) {
+          int32_t X = is_finite ? int32_t(__builtin_rintf(row[k] * scale)) : 0;
+          total += X;
+          for (int d = 0; d < D; d++) {
+            const int32_t digit = ((X + (1 << (BITS - 1))) & ((1 << BITS) - 1)) - (1 << (BITS - 1));
+            out[d * K + k] = int8_t(digit);
+            X = (X - digit) >> BITS;
+          }
+        }
+        sum[m] = total;
+      }
+    });
+  }
+};
+
+// y[m][16] of M rows and one panel.
+template <int M, int D>
+static void int8_tile(const uint8_t* w, const int8_t* x, const double* unit, const int64_t* x_sum, const float* scale,
+                      const float* bias, float* y, int64_t stride, int64_t width, int64_t K) {
+  Ints sums[M][D] = {};
+  for (int64_t k = 0; k < K; k += 4) {
+    __builtin_prefetch(w + k * LANES + 2048);
+    const Bytes weights = load<Bytes>(w + k * LANES);
+    for (int m = 0; m < M; m++)
+      for (int d = 0; d < D; d++) sums[m][d] = dot4(sums[m][d], weights, load<int32_t>(x + (m * D + d) * K + k));
+  }
+  for (int m = 0; m < M; m++)
+    for (int64_t r = 0; r < width; r++) {
+      int64_t total = -128 * x_sum[m];
+      for (int d = 0; d < D; d++) total += int64_t(sums[m][d][r]) << (DIGIT * d);
+      y[m * stride + r] = float(double(total) * (unit[m] * scale[r])) + (bias ? bias[r] : 0.f);
+    }
+}
+
+// Calls tile(rows as a constant, first row) until all M rows are done.
+template <int R, typename F> static void in_tiles(int64_t M, int64_t from, const F& tile) {
+  for (; from + R <= M; from += R) tile(std::integral_constant<int, R>(), from);
+  if constexpr (R > 1) in_tiles<R / 2>(M, from, tile);
+}
+
+template <int D>
+static void int8_product(const Tensor& x, const Tensor& panels, const Tensor& scale, const float* bias, Tensor& y,
+                         int32_t largest) {
+  const int64_t K = panels.size(1) * 4, O = y.size(-1), M = y.numel() / O;
+  const Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, largest);
+  const uint8_t* w = panels.const_data_ptr<uint8_t>();
+  const float* s = scale.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  at::parallel_for(0, panels.size(0), 1, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; p++)
+      in_tiles<MOST>(M, 0, [&](auto rows, int64_t m) {
+        int8_tile<rows, D>(w + p * K * LANES, digits.bytes.data() + m * D * K, &digits.unit[m], &digits.sum[m],
+                           s + p * LANES, bias ? bias + p * LANES : nullptr, out + m * O + p * LANES, O,
+                           std::min(LANES, O - p * LANES), K);
+      });
+  });
+}
+
+static const float* data_or_null(const optional<Tensor>& bias) {
+  return bias ? bias->const_data_ptr<float>() : nullptr;
+}
+
+// x in one piece of memory, its rows filled up with zeros to the K of the panels.
+static Tensor filled_up(const Tensor& x, int64_t K) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "float32 rows are needed, these are ", x.scalar_type());
+  TORCH_CHECK(x.size(-1) <= K && K - x.size(-1) < 4, "rows of ", K, " numbers are needed, these have ", x.size(-1));
+  return x.size(-1) == K ? x.contiguous() : at::constant_pad_nd(x, {0, K - x.size(-1)});
+}
+
+static Tensor output_for(const Tensor& x, int64_t O) {
+  auto shape = x.sizes().vec();
+  shape.back() = O;
+  return at::empty(shape, x.options());
+}
+
+// x (..., K) times the int8 matrix in `panels`, scaled per output row: (..., O). `bits`, 24 or 8, of each activation.
+Tensor int8_linear(const Tensor& x_any, const Tensor& panels, const Tensor& scale, const optional<Tensor>& bias,
+                   int64_t bits) {
+  TORCH_CHECK(bits == 24 || bits == 8, "bits is ", bits, "; it can be 24 or 8");
+  TORCH_CHECK(panels.size(1) <= 16384, "the sums of more than 65,536 products do not fit 32 bits");
+  const Tensor x = filled_up(x_any, panels.size(1) * 4);
+  Tensor y = output_for(x, scale.numel());
+  const float* b = data_or_null(bias);
+  if (bits == 24)
+    int8_product<DIGIT == 8 ? 3 : 4>(x, panels, scale, b, y, LARGEST_24);
+  else
+    int8_product<DIGIT == 8 ? 1 : 2>(x, panels, scale, b, y, LARGEST_8);
+  return y;
+}
+
+// The bfloat16 matrix in `panels` [rows/16][K][16] times float32 rows; sums in float32, in the same order for every M.
+template <int M>
+static void bf16_tile(const uint16_t* w, const float* x, const float* bias, float* y, int64_t stride, int64_t width,
+                      int64_t K) {
+  Floats sums[M][2] = {};
+  for (int64_t k = 0; k < K; k += 2) {
+    __builtin_prefetch(w + k * LANES + 1024);
+    for (int i = 0; i < 2; i++) {
+      const Floats weights = widen(w + (k + i) * LANES);
+      for (int m = 0; m < M; m++) sums[m][i] += weights * x[m * K + k + i];
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    const Floats total = sums[m][0] + sums[m][1];
+    for (int64_t r = 0; r < width; r++) y[m * stride + r] = total[r] + (bias ? bias[r] : 0.f);
+  }
+}
+
+Tensor bf16_linear(const Tensor& x_any, const Tensor& panels, const optional<Tensor>& bias, int64_t O) {
+  const int64_t K = panels.size(1), M = x_any.numel() / x_any.size(-1);
+  const Tensor x = filled_up(x_any, K);
+  Tensor y = output_for(x, O);
+  const uint16_t* w = (const uint16_t*)panels.const_data_ptr();
+  const float *in = x.const_data_ptr<float>(), *b = data_or_null(bias);
+  float* out = y.mutable_data_ptr<float>();
+  at::parallel_for(0, panels.size(0), 1, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; p++)
+      in_tiles<MOST>(M, 0, [&](auto rows, int64_t m) {
+        bf16_tile<rows>(w + p * K * LANES, in + m * K, b ? b + p * LANES : nullptr, out + m * O + p * LANES, O,
+                        std::min(LANES, O - p * LANES), K);
+      });
+  });
+  return y;
+}
+
+// The int4 matrix in `panels` [rows/16][K/32][4][64]: byte 4r+i of piece j holds the weights q + 8 of row r at columns
+// 8j+i (its low half) and 8j+4+i of the group. `scale` [rows/16][K/32][16], bfloat16: one a row and group of 32 columns.
+template <int M, int D>
+static void int4_tile(const uint8_t* w, const uint16_t* scale, const int8_t* x, const int32_t* x_sum, const double* unit,
+                      const float* bias, float* y, int64_t stride, int64_t width, int64_t K) {
+  Floats totals[M] = {};
+  for (int64_t g = 0; g < K / GROUP; g++) {
+    Ints sums[M][D];
+    for (int m = 0; m < M; m++)
+      for (int d = 0; d < D; d++) sums[m][d] = Ints{} - 8 * x_sum[(m * D + d) * (K / GROUP) + g];
+    for (int j = 0; j < 4; j++) {
+      __builtin_prefetch(w + (g * 4 + j) * 64 + 2048);
+      const Bytes both = load<Bytes>(w + (g * 4 + j) * 64), low = both & 15, high = both >> 4;
+      for (int m = 0; m < M; m++)
+        for (int d = 0; d < D; d++) {
+          const int8_t* four = x + (m * D + d) * K + g * GROUP + 8 * j;
+          sums[m][d] = dot4(dot4(sums[m][d], low, load<int32_t>(four)), high, load<int32_t>(four + 4));
+        }
+    }
+    const Floats scales = widen(scale + g * LANES);
+    for (int m = 0; m < M; m++) {
+      Floats sum = __builtin_convertvector(sums[m][D - 1], Floats);
+      for (int d = D - 2; d >= 0; d--) sum = sum * float(1 << DIGIT) + __builtin_convertvector(sums[m][d], Floats);
+      totals[m] += sum * scales;
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int64_t r = 0; r < width; r++) y[m * stride + r] = totals[m][r] * float(unit[m]) + (bias ? bias[r] : 0.f);
+}
+
+Tensor int4_linear(const Tensor& x_any, const Tensor& panels, const Tensor& scale, const optional<Tensor>& bias,
+                   int64_t O) {
+  constexpr int D = DIGIT == 8 ? 3 : 4;
+  const int64_t groups = panels.size(1), K = groups * GROUP, M = x_any.numel() / x_any.size(-1);
+  const Tensor x = filled_up(x_any, K);
+  Tensor y = output_for(x, O);
+  const Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, LARGEST_24);
+  std::vector<int32_t> sums(M * D * groups);
+  for (int64_t i = 0; i < M * D * K; i++) sums[i / GROUP] += digits.bytes[i];
+  const uint8_t* w = panels.const_data_ptr<uint8_t>();
+  const uint16_t* s = (const uint16_t*)scale.const_data_ptr();
+  const float* b = data_or_null(bias);
+  float* out = y.mutable_data_ptr<float>();
+  at::parallel_for(0, panels.size(0), 1, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; p++)
+      in_tiles<MOST / 2>(M, 0, [&](auto rows, int64_t m) {
+        int4_tile<rows, D>(w + p * groups * 256, s + p * groups * LANES, digits.bytes.data() + m * D * K,
+                           sums.data() + m * D * groups, &digits.unit[m], b ? b + p * LANES : nullptr,
+                           out + m * O + p * LANES, O, std::min(LANES, O - p * LANES), K);
+      });
+  });
+  return y;
+}
+
+// Packing: what kernels.py and quant.py say in a few lines of torch, in one pass over the weights. -----------------------
+
+// Calls row(weights as float32, panel, lane) for every row of a float32 or bfloat16 matrix, panels in parallel.
+template <typename F> static void each_row(const Tensor& weight, const F& row) {
+  const Tensor all = weight.contiguous();
+  const int64_t O = all.size(0), K = all.size(1);
+  at::parallel_for(0, (O + LANES - 1) / LANES, 1, [&](int64_t from, int64_t to) {
+    std::vector<float> copy(K);
+    for (int64_t o = from * LANES; o < std::min(O, to * LANES); o++) {
+      if (all.scalar_type() == at::kBFloat16) {
+        const uint16_t* halves = (const uint16_t*)all.const_data_ptr() + o * K;
+        for (int64_t k = 0; k < K; k++) copy[k] = widen_one(halves[k]);
+        row(copy.data(), o / LANES, o % LANES);
+      } else {
+        row(all.const_data_ptr<float>() + o * K, o / LANES, o % LANES);
+      }
+    }
+  });
+}
+
+// float32 or bfloat16 (O, K) -> panels and scales of int8; the numbers are those of `quantize` in quant.py.
+std::tuple<Tensor, Tensor> int8_pack(const Tensor& weight) {
+  const int64_t O = weight.size(0), K = weight.size(1), steps = (K + 3) / 4;
+  Tensor panels = at::full({(O + LANES - 1) / LANES, steps, LANES, 4}, 128, at::kByte), scales = at::empty({O}, at::kFloat);
+  uint8_t* out = panels.mutable_data_ptr<uint8_t>();
+  float* scale_of = scales.mutable_data_ptr<float>();
+  each_row(weight, [&](const float* w, int64_t p, int64_t lane) {
+    int exponent;
+    const float fraction = std::frexp(peak_of(w, K) / 127.f, &exponent);
+    float scale = std::ldexp(std::ceil(fraction * 65536.f), exponent - 16);
+    if (scale == 0) scale = 1;
+    scale_of[p * LANES + lane] = scale;
+    std::vector<uint8_t> raised(4 * steps, 128);
+    for (int64_t k = 0; k < K; k++)
+      raised[k] = uint8_t(int32_t(std::min(127.f, std::max(-127.f, __builtin_rintf(w[k] / scale)))) + 128);
+    for (int64_t step = 0; step < steps; step++) memcpy(out + ((p * steps + step) * LANES + lane) * 4, &raised[4 * step], 4);
+  });
+  return {panels, scales};
+}
+
+// The same for int4; the numbers are those of `quantize_int4` in quant.py. K is a multiple of 32.
+std::tuple<Tensor, Tensor> int4_pack(const Tensor& weight) {
+  const int64_t O = weight.size(0), K = weight.size(1), groups = K / GROUP, P = (O + LANES - 1) / LANES;
+  TORCH_CHECK(K % GROUP == 0, "int4 needs rows of a multiple of 32 numbers, these have ", K);
+  Tensor panels = at::full({P, groups, 4, 64}, 0x88, at::kByte), scales = at::zeros({P, groups, LANES}, at::kBFloat16);
+  uint8_t* out = panels.mutable_data_ptr<uint8_t>();
+  at::BFloat16* scale_of = (at::BFloat16*)scales.mutable_data_ptr();
+  each_row(weight, [&](const float* w, int64_t p, int64_t lane) {
+    for (int64_t g = 0; g < groups; g++, w += GROUP) {
+      float peak = 0;
+      for (int64_t k = 0; k < GROUP; k++)
+        if (std::abs(w[k]) > std::abs(peak)) peak = w[k];
+      at::BFloat16 rounded(peak / -8.f);
+      if (float(rounded) == 0) rounded = 1.f;
+      scale_of[(p * groups + g) * LANES + lane] = rounded;
+      uint8_t* bytes = out + (p * groups + g) * 256 + lane * 4;
+      for (int64_t j = 0; j < 4; j++)
+        for (int64_t i = 0; i < 4; i++) {
+          auto q = [&](float v) { return int(std::min(7.f, std::max(-8.f, __builtin_rintf(v / float(rounded))))) + 8; };
+          bytes[j * 64 + i] = uint8_t(q(w[8 * j + i]) | q(w[8 * j + 4 + i]) << 4);
+        }
+    }
+  });
+  return {panels, scales};
+}
+
+// float32 or bfloat16 (O, K) -> panels of bfloat16.
+Tensor bf16_pack(const Tensor& weight) {
+  const int64_t O = weight.size(0), K = weight.size(1), padded = K + K % 2;
+  Tensor panels = at::zeros({(O + LANES - 1) / LANES, padded, LANES}, at::kBFloat16);
+  at::BFloat16* out = (at::BFloat16*)panels.mutable_data_ptr();
+  each_row(weight, [&](const float* w, int64_t p, int64_t lane) {
+    for (int64_t k = 0; k < K; k++) out[(p * padded + k) * LANES + lane] = w[k];
+  });
+  return panels;
+}
+
+// The rest of a step, where a call of torch costs more than the work. -----------------------------------------------------
+
+// x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
+  const Tensor x = x_any.contiguous();
+  const int64_t D = weight.numel();
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.size(-1) == D, "float32 rows of ", D, " numbers are needed");
+  Tensor y = at::empty_like(x);
+  const float *in = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  at::parallel_for(0, x.numel() / D, 16, [&](int64_t from, int64_t to) {
+    for (int64_t m = from; m < to; m++) {
+      double sums[8] = {};
+      for (int64_t k = 0; k < D; k++) sums[k % 8] += double(in[m * D + k]) * in[m * D + k];
+      double sum = 0;
+      for (double part : sums) sum += part;
+      const float by = float(1 / std::sqrt(sum / D + eps));
+      for (int64_t k = 0; k < D; k++) out[m * D + k] = w[k] * (in[m * D + k] * by);
+    }
+  });
+  return y;
+}
+
+// What one query a head sees of its row's past: q (B, H, K); row b looks at the first ends[b] positions of slot slots[b] in
+// keys and values (S, G, C, K), which may be slices. (B, H, K). No row's numbers depend on another's.
+Tensor attend_rows(const Tensor& q_any, const Tensor& keys, const Tensor& values, at::IntArrayRef slots,
+                   at::IntArrayRef ends) {
+  const Tensor q = q_any.contiguous();
+  const int64_t B = q.size(0), H = q.size(1), K = q.size(2), G = keys.size(1), share = H / G;
+  TORCH_CHECK(q.scalar_type() == at::kFloat && keys.scalar_type() == at::kFloat && K % LANES == 0 && K <= 256 &&
+                  keys.stride(3) == 1 && values.stride(3) == 1 && keys.strides() == values.strides(),
+              "float32 heads of a multiple of 16 numbers are needed, at most 256");
+  for (int64_t b = 0; b < B; b++) TORCH_CHECK(ends[b] <= keys.size(2) && slots[b] < keys.size(0), "row ", b, " has no such past");
+  Tensor y = at::empty_like(q);
+  const float factor = float(1 / std::sqrt(double(K)));
+  at::parallel_for(0, B * H, 1, [&](int64_t from, int64_t to) {
+    std::vector<float> scores;
+    for (int64_t i = from; i < to; i++) {
+      const int64_t b = i / H, start = slots[b] * keys.stride(0) + i % H / share * keys.stride(1), step = keys.stride(2);
+      const float *query = q.const_data_ptr<float>() + i * K, *key = keys.const_data_ptr<float>() + start,
+                  *value = values.const_data_ptr<float>() + start;
+      scores.resize(ends[b]);
+      float most = -INFINITY, total = 0;
+      for (int64_t s = 0; s < ends[b]; s++) {
+        Floats products = {};
+        for (int64_t k = 0; k < K; k += LANES) products += load<Floats>(query + k) * load<Floats>(key + s * step + k);
+        float score = 0;
+        for (int r = 0; r < LANES; r++) score += products[r];
+        scores[s] = score * factor;
+        most = std::max(most, scores[s]);
+      }
+      Floats sums[16] = {};
+      for (int64_t s = 0; s < ends[b]; s++) {
+        const float weight = std::exp(scores[s] - most);
+        total += weight;
+        for (int64_t k = 0; k < K; k += LANES) sums[k / LANES] += load<Floats>(value + s * step + k) * weight;
+      }
+      for (int64_t k = 0; k < K; k++) y.mutable_data_ptr<float>()[i * K + k] = sums[k / LANES][k % LANES] / total;
+    }
+  });
+  return y;
+}
+
+TORCH_LIBRARY(mmllm, m) {
+  m.def("int8_linear(Tensor x, Tensor panels, Tensor scale, Tensor? bias, int bits) -> Tensor");
+  m.def("bf16_linear(Tensor x, Tensor panels, Tensor? bias, int out_features) -> Tensor");
+  m.def("int4_linear(Tensor x, Tensor panels, Tensor scale, Tensor? bias, int out_features) -> Tensor");
+  m.def("int8_pack(Tensor weight) -> (Tensor, Tensor)");
+  m.def("int4_pack(Tensor weight) -> (Tensor, Tensor)");
+  m.def("bf16_pack(Tensor weight) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("attend_rows(Tensor q, Tensor keys, Tensor values, int[] slots, int[] ends) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(mmllm, CPU, m) {
+  m.impl("int8_linear", int8_linear);
+  m.impl("bf16_linear", bf16_linear);
+  m.impl("int4_linear", int4_linear);
+  m.impl("int8_pack", int8_pack);
+  m.impl("int4_pack", int4_pack);
+  m.impl("bf16_pack", bf16_pack);
+  m.impl("rms_norm", rms_norm);
+  m.impl("attend_rows", attend_rows);
+}

@@ -1,0 +1,209 @@
+"""Layers whose weights are held for reading only: int8, int4 or bfloat16, in the order in which the kernels read them.
+
+The surprising fact: an embedding and its tied head can be one int8 matrix. The head is 27 % of what a token reads, and a
+row looked up is a row of q times its scale; so nothing is kept twice.
+
+int8: y = x (q s)^T, one s a row. "int8-dynamic" rounds x to int8 as well, each row by itself. int4: a scale for 32
+weights; the head stays int8. bfloat16: only the weights are rounded. Activations are float32 on a CPU.
+The formulas are in quant.py, which has the layers to train under. Next: fast.py.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmllm import kernels
+from mmllm.errors import UserError
+from mmllm.lora import hand_over_
+from mmllm.quant import GROUP, FrozenLinear, quantize, quantize_int4
+
+BITS = {"int8": 24, "int8-dynamic": 8}  # of an activation as a whole number: 24 are as exact as float32
+
+
+class Packed(nn.Module):
+    """A linear layer for inference: its sizes, and its bias in float32."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.in_features, self.out_features, self.training = layer.in_features, layer.out_features, False
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+
+
+class Int8Packed(Packed):
+    """int8 rows: `panels` where our kernels run, and plain rows `q` elsewhere. On disk always panels."""
+
+    def __init__(self, layer: nn.Module, panels: Tensor, scale: Tensor, bits: int = BITS["int8"]):
+        super().__init__(layer)
+        self.bits = bits
+        self.register_buffer("panels", panels)
+        self.register_buffer("scale", scale)
+        self.register_buffer("q", None, persistent=False)
+
+    @classmethod
+    def of(cls, layer: nn.Module, bits: int = BITS["int8"]) -> "Int8Packed":
+        weight = weight_of(layer)
+        if is_native(weight):
+            return cls(layer, *torch.ops.mmllm.int8_pack(weight), bits)
+        q, scale = quantize(weight)
+        return cls(layer, kernels.panels(q), scale[:, 0], bits).settled()
+
+    @classmethod
+    def blank(cls, layer: nn.Module) -> "Int8Packed":
+        """The shapes alone, to load into."""
+        shape = (-(-layer.out_features // 16), -(-layer.in_features // 4), 16, 4)
+        panels = torch.empty(shape, dtype=torch.uint8, device="meta")
+        return cls(layer, panels, torch.empty(layer.out_features, device="meta"))
+
+    def settled(self) -> "Int8Packed":
+        """Itself, in the layout that its device reads."""
+        if not is_native(self.panels):
+            self.q = self.looked_up(torch.arange(self.out_features, device=self.panels.device)).contiguous()
+            self.panels = self.panels[:0]
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.q is not None:
+            destination[f"{prefix}panels"] = kernels.panels(self.q)
+
+    def looked_up(self, numbers: Tensor) -> Tensor:
+        rows = kernels.rows_of_panels(self.panels, numbers) if self.q is None else self.q[numbers]
+        return rows[..., : self.in_features]
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """The rows with these numbers, (..., in_features): float32, on a GPU bfloat16."""
+        rows = self.looked_up(numbers) * self.scale[numbers, None]
+        return rows.bfloat16() if rows.is_cuda else rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.q is None:
+            return torch.ops.mmllm.int8_linear(x, self.panels, self.scale, self.bias, self.bits)
+        return kernels.int_mm_linear(x, self.q, self.scale, self.bias, self.bits)
+
+
+class Int4Packed(Packed):
+    """int4 with a scale for 32 weights; without our kernels each product makes the matrix again."""
+
+    def __init__(self, layer: nn.Module, panels: Tensor, scale: Tensor):
+        super().__init__(layer)
+        self.register_buffer("panels", panels)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Int4Packed":
+        weight = weight_of(layer)
+        if weight.shape[1] % GROUP:
+            raise UserError(
+                f"int4 needs rows of a multiple of {GROUP} weights, this model has {weight.shape[1]}; use int8"
+            )
+        return cls(layer, *(torch.ops.mmllm.int4_pack(weight) if is_native(weight) else quantize_int4(weight)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_native(x):
+            return torch.ops.mmllm.int4_linear(x, self.panels, self.scale, self.bias, self.out_features)
+        q = self.panels.unflatten(1, (-1, GROUP)) * self.scale[..., None].float()
+        return F.linear(x, q.flatten(1), self.bias)
+
+
+class Bf16Packed(Packed):
+    """bfloat16 weights under float32 activations."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self.register_buffer("panels", torch.ops.mmllm.bf16_pack(weight_of(layer)))
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        return self.panels[numbers // 16, :, numbers % 16].float()[..., : self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mmllm.bf16_linear(x, self.panels, self.bias, self.out_features)
+
+
+class Bf16Prepacked(Packed):
+    """The same by torch's oneDNN, which rounds the activations to bfloat16 too; packed where the processor allows it."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self.is_reordered = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.weight = weight_of(layer).bfloat16().contiguous()
+        if self.is_reordered:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.bfloat16()
+        if self.is_reordered:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "").float()
+        else:
+            y = F.linear(x, self.weight).float()
+        return y if self.bias is None else y + self.bias
+
+
+class PackedEmbedding(nn.Module):
+    """Looks rows up in a packed matrix; a tied head is that matrix, and belongs to the head alone."""
+
+    def __init__(self, matrix: Packed, is_tied: bool):
+        super().__init__()
+        if is_tied:
+            self.held = (matrix,)  # in a tuple it is no child, and no second copy in a state dict
+        else:
+            self.matrix = matrix
+        self.is_tied = is_tied
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (self.held[0] if self.is_tied else self.matrix).rows(ids)
+
+
+def is_native(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and kernels.native()
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The float matrix that a layer stands for."""
+    weight = layer.dequantized() if isinstance(layer, FrozenLinear) else layer.weight.detach()
+    return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
+
+
+# A whole language model -----------------------------------------------------------------------------------------------
+
+
+def pack_(
+    language_model: nn.Module, make: Callable[[nn.Module], Packed], make_head: Callable[[nn.Module], Packed]
+) -> None:
+    """Every linear layer becomes what `make` makes of it, the head and the embedding what `make_head` does, tied as they
+    were. Adapters stay beside their layers."""
+    replace_linear_(language_model, make)
+    embedding, is_tied = language_model.model.embed_tokens, language_model.config.tie_word_embeddings
+    head = language_model.lm_head = make_head(language_model.lm_head)
+    matrix = head if is_tied else make_head(as_linear(embedding))
+    language_model.model.embed_tokens = PackedEmbedding(matrix, is_tied)
+
+
+def replace_linear_(module: nn.Module, make: Callable[[nn.Module], Packed]) -> None:
+    """Every linear layer but a head becomes what `make` makes of it."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear | FrozenLinear) and name != "lm_head":
+            parent, _, last = name.rpartition(".")
+            new = make(layer)
+            if hasattr(layer, "lora_A"):
+                hand_over_(layer, new)
+            setattr(module.get_submodule(parent), last, new)
+
+
+def as_linear(embedding: nn.Embedding) -> nn.Linear:
+    layer = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+    layer.weight = embedding.weight
+    return layer
+
+
+def blank_(language_model: nn.Module) -> None:
+    """The shapes of an int8 language model, to load its file into."""
+    pack_(language_model, Int8Packed.blank, Int8Packed.blank)
+
+
+def settle_(language_model: nn.Module, bits: int = BITS["int8"]) -> None:
+    """An int8 language model that was loaded, in the layout of its device and with activations of `bits`."""
+    for layer in language_model.modules():
+        if isinstance(layer, Int8Packed):
+            layer.settled().bits = bits

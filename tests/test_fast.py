@@ -1,0 +1,192 @@
+"""Models made ready to answer: against the plain model, in every precision, from every kind of directory."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import convert_weights
+from mmllm import kernels
+from mmllm.config import PRECISIONS, ExperimentConfig, LoraConfig
+from mmllm.errors import CheckpointError, ConfigError, UserError
+from mmllm.fast import load_model
+from mmllm.lora import adapters, add_lora_
+from mmllm.model import MultimodalLLM
+from mmllm.packed import Int8Packed
+from mmllm.pipeline import load_pipeline
+from mmllm.quant import quantize_
+from mmllm.trainer import prepare
+from official import write_model
+
+ERRORS = {"float32": 0, "bfloat16": 0.02, "int8": 0.04, "int8-dynamic": 0.1, "int4": 0.5}  # of logits, relative
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("float") / "model")
+
+
+@pytest.fixture(scope="module")
+def int8_folder(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("int8") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["convert_weights.py", "--model", str(folder), "--int8", "--out", str(out)])
+        convert_weights.main()
+    return out
+
+
+@torch.no_grad()
+def some_logits(model: MultimodalLLM, pictures: int = 1) -> torch.Tensor:
+    chance = torch.Generator().manual_seed(0)
+    tokens = model.config.num_image_tokens * pictures
+    ids = torch.randint(0, 280, (2, 40), generator=chance)
+    ids[0, 3 : 3 + tokens] = model.config.image_token_id
+    return model.logits(ids, torch.randn(pictures, 3, 32, 32, generator=chance))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_each_precision_is_as_near_to_float32_as_its_rounding_allows(folder, precision):
+    wanted, got = (
+        some_logits(MultimodalLLM.from_pretrained(folder)),
+        some_logits(load_model(folder, precision=precision)),
+    )
+    assert (got - wanted).norm() <= ERRORS[precision] * wanted.norm()
+
+
+def test_int8_answers_as_the_rounded_weights_do(folder):
+    rounded = MultimodalLLM.from_pretrained(folder)
+    model = load_model(folder, precision="int8")
+    with torch.no_grad():
+        for name, layer in model.language_model.named_modules():
+            if isinstance(layer, Int8Packed):
+                rounded.language_model.get_submodule(name).weight.copy_(layer.rows(torch.arange(layer.out_features)))
+    assert (some_logits(model, pictures=0) - some_logits(rounded, pictures=0)).abs().max() < 1e-4
+
+
+def test_the_embedding_and_the_tied_head_are_one_int8_matrix(folder):
+    model = load_model(folder, precision="int8")
+    head, embedding = model.language_model.lm_head, model.language_model.model.embed_tokens
+    assert not list(embedding.parameters()) and not list(embedding.buffers())
+    ids = torch.tensor([[3, 511], [0, 3]])
+    assert torch.equal(embedding(ids), head.rows(ids))
+    biased = model.language_model.model.layers[0].self_attn.k_proj
+    assert biased.bias.abs().max() > 1, "the key biases are kept"
+
+
+def test_an_untied_head_has_a_matrix_of_its_own(tmp_path):
+    folder = write_model(tmp_path / "model", qwen={"tie_word_embeddings": False})
+    wanted, got = some_logits(MultimodalLLM.from_pretrained(folder)), some_logits(load_model(folder, precision="int8"))
+    assert (got - wanted).norm() <= ERRORS["int8"] * wanted.norm()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8", "int8-dynamic", "int4"])
+def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(folder, precision):
+    if not kernels.native():
+        pytest.skip("no C++ compiler here")
+    model = load_model(folder, precision=precision)
+    x_BD = torch.randn(9, 64)
+    layer = model.language_model.model.layers[1].mlp.gate_proj
+    assert torch.equal(layer(x_BD), torch.cat([layer(x_BD[i : i + 1]) for i in range(9)]))
+
+
+def test_int8_needs_no_compiler_for_the_same_bits(folder, int8_folder, monkeypatch):
+    wanted = [some_logits(load_model(f, precision="int8"), pictures=0) for f in (folder, int8_folder)]
+    with_norm = load_model(folder, precision="int8").language_model
+    monkeypatch.setattr(kernels, "native", lambda: False)
+    for source, before in zip((folder, int8_folder), wanted, strict=True):
+        model = load_model(source, precision="int8")
+        assert (some_logits(model, pictures=0) - before).abs().max() < 1e-4
+        layer, x = model.language_model.model.layers[0].mlp.down_proj, torch.randn(3, 160)
+        assert torch.equal(layer(x), with_norm.model.layers[0].mlp.down_proj(x))
+    for precision in ("bfloat16", "int8-dynamic", "int4"):
+        plain = some_logits(MultimodalLLM.from_pretrained(folder))
+        assert (some_logits(load_model(folder, precision=precision)) - plain).norm() <= ERRORS[precision] * plain.norm()
+
+
+# On disk --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_int8_directory_is_loaded_without_packing_and_answers_the_same(folder, int8_folder):
+    assert torch.equal(
+        some_logits(load_model(int8_folder, precision="int8")), some_logits(load_model(folder, precision="int8"))
+    )
+    assert json.loads((int8_folder / "mmllm.json").read_text())["surgery"] == ["packed"]
+    assert load_pipeline(int8_folder, device="cpu").model.precision == "int8"
+    dynamic = some_logits(load_model(int8_folder, precision="int8-dynamic"))
+    assert torch.equal(dynamic, some_logits(load_model(folder, precision="int8-dynamic")))
+
+
+def test_an_int8_directory_is_written_from_where_there_is_no_compiler(folder, int8_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "native", lambda: False)
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["convert_weights.py", "--model", str(folder), "--int8", "--out", str(out)])
+    convert_weights.main()
+    assert (out / "model.safetensors").read_bytes() == (int8_folder / "model.safetensors").read_bytes()
+
+
+def test_an_int8_directory_is_half_of_bfloat16(folder, int8_folder):
+    language = sum(p.numel() for p in MultimodalLLM.from_pretrained(folder).language_model.parameters())
+    model = MultimodalLLM.from_pretrained(int8_folder)
+    packed = sum(b.nbytes for b in model.language_model.buffers()) + sum(
+        p.nbytes for p in model.language_model.parameters()
+    )
+    assert packed < 1.15 * language, "scales, biases and norms are 15 % of so small a model"
+
+
+def test_int8_weights_are_not_read_as_anything_else(int8_folder):
+    with pytest.raises(UserError, match="its weights are int8, not bfloat16; use dtype int8"):
+        load_model(int8_folder, precision="bfloat16")
+
+
+def test_int8_weights_are_not_trained(int8_folder):
+    with pytest.raises(ConfigError, match="int8 weights for answering alone; train from what it was made of"):
+        prepare(MultimodalLLM.from_pretrained(int8_folder), ExperimentConfig())
+
+
+def test_a_truncated_int8_file_is_refused(int8_folder, tmp_path):
+    (tmp_path / "model").mkdir()
+    for file in int8_folder.iterdir():
+        (tmp_path / "model" / file.name).write_bytes(
+            file.read_bytes()[: -100 if file.suffix == ".safetensors" else None]
+        )
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_model(tmp_path / "model", precision="int8")
+
+
+def test_a_model_made_ready_is_not_written_back(folder, tmp_path):
+    with pytest.raises(ValueError, match="made ready to answer in int8 and cannot be written back"):
+        load_model(folder, precision="int8").save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "int2"), ("mps", "int8"), ("cuda", "int4")])
+def test_a_precision_that_a_device_has_not_is_refused(folder, device, precision):
+    with pytest.raises(UserError, match=f"{precision}.* can be float32"):
+        load_model(folder, device=device, precision=precision)
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+def with_adapters(folder, out, is_int8: bool):
+    model = MultimodalLLM.from_pretrained(folder)
+    if is_int8:
+        quantize_(model.language_model)
+        model.is_int8 = True
+    model.lora = LoraConfig(r=2)
+    add_lora_(model.language_model, model.lora)
+    for layer in adapters(model.language_model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    model.save_pretrained(out)
+    return some_logits(model)
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_adapters_answer_beside_int8_weights_and_inside_float_ones(folder, tmp_path, is_int8, precision):
+    wanted = with_adapters(folder, tmp_path / "adapted", is_int8)
+    model = load_model(tmp_path / "adapted", precision=precision)
+    assert bool(adapters(model)) == is_int8
+    bound = 1e-5 if precision == "float32" else 2 * ERRORS["int8"]
+    assert (some_logits(model) - wanted).norm() <= bound * wanted.norm()

@@ -1,0 +1,196 @@
+"""Our products against their formulas in float64, and against what is done without a compiler."""
+
+import pytest
+import torch
+
+from mmllm import kernels
+from mmllm.errors import RunError
+from mmllm.quant import quantize, quantize_int4
+
+SHAPES = [(16, 32), (37, 64), (200, 896), (1152, 160)]
+needs_compiler = pytest.mark.usefixtures("compiler")
+
+
+@pytest.fixture
+def compiler():
+    if not kernels.native():
+        pytest.skip("no C++ compiler here")
+
+
+def a_case(rows: int, outputs: int, inputs: int):
+    """Activations with an outlier and a row of zeros, a weight of uneven rows, a bias."""
+    chance = torch.Generator().manual_seed(outputs)
+    x = torch.randn(rows, inputs, generator=chance)
+    x[0, 3] = 30.0
+    x[-1] = 0.0
+    weight = torch.randn(outputs, inputs, generator=chance) * torch.logspace(-3, 1, outputs)[:, None]
+    return x, weight, torch.randn(outputs, generator=chance)
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_int8_is_exact_up_to_the_rounding_of_the_weights(outputs, inputs):
+    x, weight, bias = a_case(9, outputs, inputs)
+    q, scale = quantize(weight)
+    wanted = x.double() @ (q * scale).double().T + bias.double()
+    assert relative(kernels.int_mm_linear(x, q, scale[:, 0], bias, 24), wanted) < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("bits", [24, 8])
+def test_the_int8_kernel_gives_the_bits_of_torchs_integer_product(outputs, inputs, bits):
+    x, weight, bias = a_case(9, outputs, inputs)
+    q, scale = quantize(weight)
+    wanted = kernels.int_mm_linear(x, q, scale[:, 0], bias, bits)
+    assert torch.equal(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0], bias, bits), wanted)
+
+
+def test_dynamic_int8_rounds_each_row_by_itself():
+    x, weight, _ = a_case(9, 64, 64)
+    q, scale = quantize(weight)
+    step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    wanted = ((x / step).round() * step).double() @ (q * scale).double().T
+    assert relative(kernels.int_mm_linear(x, q, scale[:, 0], None, 8), wanted) < 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_the_bfloat16_kernel_keeps_activations_in_float32(outputs, inputs):
+    x, weight, bias = a_case(9, outputs, inputs)
+    wanted = x.double() @ weight.bfloat16().double().T + bias.double()
+    got = torch.ops.mmllm.bf16_linear(x, torch.ops.mmllm.bf16_pack(weight), bias, outputs)
+    assert relative(got, wanted) < 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_the_int4_kernel_is_exact_up_to_the_rounding_of_the_weights(outputs, inputs):
+    x, weight, bias = a_case(9, outputs, inputs)
+    q, scale = quantize_int4(weight)
+    rounded = (q.unflatten(1, (-1, 32)) * scale[..., None].float()).flatten(1)
+    wanted = x.double() @ rounded.double().T + bias.double()
+    assert relative(torch.ops.mmllm.int4_linear(x, *torch.ops.mmllm.int4_pack(weight), bias, outputs), wanted) < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic", "bfloat16", "int4", "norm", "attention"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
+    x, weight, bias = a_case(21, 200, 896)
+    ops = torch.ops.mmllm
+    keys, values = torch.randn(2, 21, 2, 30, 64)
+    ends = [1 + row for row in range(21)]
+
+    def product(first: int, last: int) -> torch.Tensor:
+        rows = x[first:last]
+        if kind == "bfloat16":
+            return ops.bf16_linear(rows, ops.bf16_pack(weight), bias, 200)
+        if kind == "int4":
+            return ops.int4_linear(rows, *ops.int4_pack(weight), bias, 200)
+        if kind == "norm":
+            return ops.rms_norm(rows, torch.ones(896), 1e-6)
+        if kind == "attention":
+            return ops.attend_rows(rows.view(-1, 14, 64), keys, values, range(first, last), ends[first:last])
+        return ops.int8_linear(rows, *ops.int8_pack(weight), bias, 24 if kind == "int8" else 8)
+
+    together = product(0, 21)
+    for size in (1, 2, 3, 8, 13):
+        for first in range(0, 21 - size + 1, size):
+            assert torch.equal(product(first, first + size), together[first : first + size]), (size, first)
+
+
+@needs_compiler
+def test_threads_change_nothing():
+    x, weight, bias = a_case(3, 1152, 896)
+    packed = torch.ops.mmllm.int8_pack(weight)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(torch.ops.mmllm.int8_linear(x, *packed, bias, 24))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_spoils_itself_alone(value):
+    x, weight, _ = a_case(4, 32, 64)
+    x[1, 5] = value
+    q, scale = quantize(weight)
+    spoilt = kernels.int_mm_linear(x, q, scale[:, 0], None, 24).isnan()
+    assert spoilt[1].all() and not spoilt[[0, 2, 3]].any()
+    if kernels.native():
+        assert torch.equal(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0], None, 24).isnan(), spoilt)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_in_cpp_gives_the_numbers_of_the_formulas(dtype):
+    _, weight, _ = a_case(1, 37, 64)
+    weight[5] = 0
+    weight = weight.to(dtype)
+    q, scale = quantize(weight)
+    panels, scales = torch.ops.mmllm.int8_pack(weight)
+    assert torch.equal(panels, kernels.panels(q)) and torch.equal(scales, scale[:, 0])
+    assert torch.equal(kernels.rows_of_panels(panels, torch.arange(37)), q)
+    assert torch.equal(torch.ops.mmllm.bf16_pack(weight), kernels.bf16_panels(weight.bfloat16()))
+    panels, scales = torch.ops.mmllm.int4_pack(weight)
+    q, scale = quantize_int4(weight)
+    halves = torch.stack([panels & 15, panels >> 4], dim=3).view(
+        3, 2, 4, 2, 16, 4
+    )  # panel, group, piece, half, row, byte
+    assert torch.equal(halves.permute(0, 4, 1, 2, 3, 5).reshape(48, 64)[:37].int() - 8, q.int())
+    assert torch.equal(scales.transpose(1, 2).reshape(48, 2)[:37], scale)
+
+
+@needs_compiler
+def test_the_norm_and_the_attention_of_a_step_are_torchs():
+    x, weight = torch.randn(5, 896), torch.randn(896)
+    wanted = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+    assert (torch.ops.mmllm.rms_norm(x, weight, 1e-6) - wanted).abs().max() < 1e-5
+    q, keys, values = torch.randn(2, 14, 64), *torch.randn(2, 3, 2, 40, 64)
+    got = torch.ops.mmllm.attend_rows(q, keys, values, [2, 0], [17, 40])
+    for row, slot, end in ((0, 2, 17), (1, 0, 40)):
+        k, v = (t[slot, :, :end].repeat_interleave(7, dim=0) for t in (keys, values))
+        wanted = torch.nn.functional.scaled_dot_product_attention(q[row, :, None], k, v)[:, 0]
+        assert (got[row] - wanted).abs().max() < 1e-5
+
+
+@needs_compiler
+def test_shapes_that_do_not_fit_are_refused():
+    panels, scale = torch.ops.mmllm.int8_pack(torch.randn(16, 32))
+    with pytest.raises(RuntimeError, match="rows of 32 numbers are needed, these have 33"):
+        torch.ops.mmllm.int8_linear(torch.randn(1, 33), panels, scale, None, 24)
+    with pytest.raises(RuntimeError, match="float32 rows are needed"):
+        torch.ops.mmllm.int8_linear(torch.randn(1, 32).double(), panels, scale, None, 24)
+
+
+@needs_compiler
+def test_the_operators_tell_torch_compile_their_shapes():
+    panels, scale = torch.ops.mmllm.int8_pack(torch.randn(37, 64))
+    x = torch.randn(2, 3, 64)
+    torch.library.opcheck(
+        torch.ops.mmllm.int8_linear.default, (x, panels, scale, None, 24), test_utils="test_faketensor"
+    )
+    panels = torch.ops.mmllm.bf16_pack(torch.randn(37, 64))
+    torch.library.opcheck(torch.ops.mmllm.bf16_linear.default, (x, panels, None, 37), test_utils="test_faketensor")
+
+
+def test_without_a_compiler_or_a_folder_to_write_to_the_reason_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(tmp_path / "nowhere"))
+    with pytest.raises(RunError, match="cannot be made"):
+        kernels.build()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RunError, match="no C\\+\\+ compiler; install g\\+\\+"):
+        kernels.build()
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'error: no such machine' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(RunError, match="cannot compile kernels.cpp: error: no such machine"):
+        kernels.build()
+    assert not list((tmp_path / "cache").rglob("*.so")), "nothing half made is left"
