@@ -25,9 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--features", choices=["patch", "pooled"], default="patch", help="(default: %(default)s)")
     parser.add_argument("--system", metavar="TEXT", help="the system text that is saved with the model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: every tensor as its file has it)")
-    parser.add_argument(
-        "--int8", action="store_true", help="int8 language model, bfloat16 tower: to answer, not to train"
-    )
+    parser.add_argument("--int8", action="store_true", help="int8 weights: to answer, not to train")
     parser.add_argument("--seed", type=int, default=0, help="of the new projector (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="refuse weights that are not finite (reads all of them)")
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")

@@ -7,9 +7,9 @@ The network's files know nothing of this: layers are replaced on the built model
 
     float32        nothing is rounded
     bfloat16       on a CPU the weights alone, where our kernels run (kernels.py); on a GPU everything
-    int8           the language model's weights, one scale a row; the vision tower's as in bfloat16
+    int8           the weights of both towers' linear layers, one scale a row, and of embedding and head
     int8-dynamic   the language model's activations too: faster with many rows, and 4 to 11 times the divergence
-    int4           experimental: the language model's weights, a scale for 32; its head as in int8
+    int4           experimental: the language model's layers with a scale for 32 weights; the rest as in int8
 
 T tokens, D hidden size. Next: pipeline.py.
 """
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmllm import kernels
 from mmllm.config import PRECISIONS
@@ -34,8 +34,9 @@ from mmllm.packed import (
     pack_,
     replace_linear_,
     settle_,
+    side_by_side,
 )
-from mmllm.qwen import Qwen2, RMSNorm
+from mmllm.qwen import Qwen2, Qwen2MLP, RMSNorm
 
 
 def load_model(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "float32") -> MultimodalLLM:
@@ -52,20 +53,18 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
         raise UserError(f"{source}: its weights are int8, not {precision}; use dtype int8 or int8-dynamic")
     fold_where_possible_(model)
     if not is_float:
-        pack_language_model_(model, precision)
-        make_rest_ready_(model)
-        shorten_(model.language_model)
+        pack_towers_(model, precision)
+        convert_rest_(model)
+        if device.type == "cpu" and kernels.native():
+            shorten_(model.language_model)
     model.precision = precision
     return model
 
 
 def make_int8_(model: MultimodalLLM) -> None:
-    """Makes a model that `save_pretrained` writes for answering: int8 language model, the vision tower's matrices in bfloat16."""
+    """Makes a model int8 that `save_pretrained` shall write, for answering."""
     fold_where_possible_(model)
-    pack_language_model_(model, "int8")
-    for layer in model.vision_tower.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.data = layer.weight.data.bfloat16()
+    pack_towers_(model, "int8")
 
 
 def fold_where_possible_(model: MultimodalLLM) -> None:
@@ -84,27 +83,30 @@ def refuse_impossible(precision: str, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def pack_language_model_(model: MultimodalLLM, precision: str) -> None:
+def pack_towers_(model: MultimodalLLM, precision: str) -> None:
+    """Packs the linear layers of both towers; the vision tower is int8 where the language model is int8 or int4."""
     if model.is_packed:
+        settle_(model, BITS["int8"])
         settle_(model.language_model, BITS[precision])
     elif precision == "bfloat16":
+        make = Bf16Packed if kernels.native() else Bf16Prepacked
+        replace_linear_(model.vision_tower, make)
         if kernels.native():
-            pack_(model.language_model, Bf16Packed, Bf16Packed)
+            pack_(model.language_model, make, make)
         else:
-            replace_linear_(model.language_model, Bf16Prepacked)
+            replace_linear_(model.language_model, make)
     else:
         int8 = partial(Int8Packed.of, bits=BITS.get(precision, BITS["int8"]))
         pack_(model.language_model, Int4Packed.of if precision == "int4" else int8, int8)
+        replace_linear_(model.vision_tower, Int8Packed.of)
         model.is_packed = precision != "int4"
     model.is_int8 = False
 
 
 @torch.no_grad()
-def make_rest_ready_(model: MultimodalLLM) -> None:
-    """The vision tower's products in bfloat16; what has no packed layer in float32, on a GPU in bfloat16."""
+def convert_rest_(model: MultimodalLLM) -> None:
+    """The rest in float32, on a GPU in bfloat16."""
     is_cpu = model.device.type == "cpu"
-    if is_cpu:
-        replace_linear_(model.vision_tower, Bf16Packed if kernels.native() else Bf16Prepacked)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if is_cpu else torch.bfloat16)
 
@@ -113,11 +115,17 @@ def make_rest_ready_(model: MultimodalLLM) -> None:
 
 
 def shorten_(language_model: Qwen2) -> None:
-    """Replaces the forward pass of the norms by one operation, where our kernels run."""
+    """Replaces the forward passes of norms and MLPs by fewer operations, where our kernels run."""
     for module in language_model.modules():
-        if isinstance(module, RMSNorm) and module.weight.device.type == "cpu" and kernels.native():
+        if isinstance(module, RMSNorm):
             module.forward = partial(short_norm, module)
+        elif isinstance(module, Qwen2MLP) and module.down_proj.in_features % 16 == 0:
+            module.forward = partial(short_mlp, module)
 
 
 def short_norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return torch.ops.mmllm.rms_norm(x, norm.weight, norm.eps)
+
+
+def short_mlp(mlp: Qwen2MLP, x_BTD: Tensor) -> Tensor:
+    return mlp.down_proj(torch.ops.mmllm.swiglu(side_by_side((mlp.gate_proj, mlp.up_proj), x_BTD)))

@@ -14,6 +14,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,13 +100,20 @@ NAMES = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2"}
 def register_shapes() -> None:
     """What torch.compile has to know of the operators."""
 
-    @torch.library.register_fake("mmllm::int8_linear")
-    def _(x, panels, scale, bias, bits):
-        return x.new_empty(*x.shape[:-1], scale.numel())
+    for name, shape in {
+        "int8_linear": lambda x, panels, scale, bias, bits: scale.numel(),
+        "int8_linears": lambda x, panels, scales, biases, bits: sum(scale.numel() for scale in scales),
+        "int4_linear": lambda x, panels, scale, bias, out_features: out_features,
+        "bf16_linear": lambda x, panels, bias, out_features: out_features,
+        "swiglu": lambda x: x.shape[-1] // 2,
+        "rms_norm": lambda x, weight, eps: x.shape[-1],
+        "attend_rows": lambda q, keys, values, slots, ends: q.shape[-1],
+    }.items():
+        torch.library.register_fake(f"mmllm::{name}", partial(_last_becomes, shape))
 
-    @torch.library.register_fake("mmllm::bf16_linear")
-    def _(x, panels, bias, out_features):
-        return x.new_empty(*x.shape[:-1], out_features)
+
+def _last_becomes(shape: Callable[..., int], x: Tensor, *others: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape(x, *others))
 
 
 def prove() -> None:

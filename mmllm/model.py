@@ -123,7 +123,7 @@ class MultimodalLLM(nn.Module):
         self.processor: ChatProcessor | None = None
         self.lora: LoraConfig | None = None  # set where the language model has adapters
         self.is_int8 = False  # whether its linear layers are int8
-        self.is_packed = False  # whether the language model is int8 for inference only (packed.py)
+        self.is_packed = False  # whether both towers are int8 for answering only (packed.py)
         self.precision: str | None = None  # set where load_model (fast.py) made it ready to answer, and nothing else
 
     @property
@@ -209,18 +209,22 @@ class MultimodalLLM(nn.Module):
         processor = ChatProcessor.load(folder, config.num_image_tokens, system)
         model = cls._empty(config)
         if "packed" in surgery:
-            blank_(model.language_model)
-        exact = "language_model." if {"int8", "packed"} & set(surgery) else None  # not rounded to `dtype` before int8
+            blank_(model)
+        exact = {"int8": "language_model.", "packed": ""}.get(
+            surgery[0] if surgery else None
+        )  # not rounded before int8
         tensors = {
-            name: value.to(device, None if exact and name.startswith(exact) else dtype)
+            name: value.to(device, None if exact is not None and name.startswith(exact) else dtype)
             for name, value in read_tensors(folder).items()
         }
         if config.text.tie_word_embeddings and "packed" not in surgery:
             tensors.setdefault("language_model.lm_head.weight", tensors.get(EMBEDDING, torch.empty(0)))
         load_strict_(model, tensors, folder)
         if "packed" in surgery:
-            settle_(model.language_model)
+            settle_(model)
             model.is_packed = True
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(device, dtype)
         else:
             model.language_model.tie_weights()
         if "int8" in surgery:

@@ -8,7 +8,7 @@ weights; the head stays int8. bfloat16: only the weights are rounded. Activation
 The formulas are in quant.py, which has the layers to train under. Next: fast.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,14 @@ class Int8Packed(Packed):
         if self.q is None:
             return torch.ops.mmllm.int8_linear(x, self.panels, self.scale, self.bias, self.bits)
         return kernels.int_mm_linear(x, self.q, self.scale, self.bias, self.bits)
+
+
+def side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """What several layers make of the same x, one after the other in the last dimension; int8 panels in one call."""
+    if all(isinstance(layer, Int8Packed) and layer.q is None and "forward" not in vars(layer) for layer in layers):
+        panels, scales, biases = ([getattr(layer, name) for layer in layers] for name in ("panels", "scale", "bias"))
+        return torch.ops.mmllm.int8_linears(x, panels, scales, biases, layers[0].bits)
+    return torch.cat([layer(x) for layer in layers], dim=-1)
 
 
 class Int4Packed(Packed):
@@ -197,13 +205,14 @@ def as_linear(embedding: nn.Embedding) -> nn.Linear:
     return layer
 
 
-def blank_(language_model: nn.Module) -> None:
-    """The shapes of an int8 language model, to load its file into."""
-    pack_(language_model, Int8Packed.blank, Int8Packed.blank)
+def blank_(model: nn.Module) -> None:
+    """The shapes of an int8 model, to load its file into."""
+    pack_(model.language_model, Int8Packed.blank, Int8Packed.blank)
+    replace_linear_(model.vision_tower, Int8Packed.blank)
 
 
-def settle_(language_model: nn.Module, bits: int = BITS["int8"]) -> None:
-    """An int8 language model that was loaded, in the layout of its device and with activations of `bits`."""
-    for layer in language_model.modules():
+def settle_(module: nn.Module, bits: int = BITS["int8"]) -> None:
+    """int8 layers that were loaded, in the layout of their device and with activations of `bits`."""
+    for layer in module.modules():
         if isinstance(layer, Int8Packed):
             layer.settled().bits = bits

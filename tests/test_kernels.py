@@ -146,7 +146,23 @@ def test_packing_in_cpp_gives_the_numbers_of_the_formulas(dtype):
 
 
 @needs_compiler
-def test_the_norm_and_the_attention_of_a_step_are_torchs():
+def test_matrices_side_by_side_give_what_each_gives():
+    x, first, bias = a_case(9, 37, 64)
+    packed = [torch.ops.mmllm.int8_pack(w) for w in (first, first[:20].neg())]
+    wanted = torch.cat(
+        [torch.ops.mmllm.int8_linear(x, *p, b, 24) for p, b in zip(packed, (bias, None), strict=True)], -1
+    )
+    panels, scales = zip(*packed, strict=True)
+    assert torch.equal(torch.ops.mmllm.int8_linears(x, panels, scales, [bias, None], 24), wanted)
+
+
+@needs_compiler
+def test_the_norm_the_gate_and_the_attention_of_a_step_are_torchs():
+    x = torch.cat([torch.randn(5, 64) * 5, torch.linspace(-120, 120, 320).view(5, 64)], -1)
+    wanted = torch.nn.functional.silu(x[:, :64].double()) * x[:, 64:].double()
+    assert (torch.ops.mmllm.swiglu(x) / wanted - 1).abs().max() < 1e-6
+    wanted = torch.nn.functional.silu(x[:, 64:].double()) * x[:, :64].double()
+    assert (torch.ops.mmllm.swiglu(x.roll(64, -1)) - wanted).abs().max() < 1e-4
     x, weight = torch.randn(5, 896), torch.randn(896)
     wanted = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
     assert (torch.ops.mmllm.rms_norm(x, weight, 1e-6) - wanted).abs().max() < 1e-5
