@@ -52,10 +52,8 @@ def main() -> int:
 
 def dry_run(config: ExperimentConfig) -> int:
     from mmllm.dryrun import describe
-    from mmllm.trainer import refuse_unbuilt
 
     print("\n".join(describe(config)))
-    refuse_unbuilt(config)
     return 0
 
 

@@ -202,10 +202,11 @@ class ExperimentConfig(Section):
                     "a frozen one; take it out of there, or unset these"
                 )
         trains = any("language_model" in stage.train and stage.epochs for stage in self.stages())
-        if self.model.load_in_8bit and trains and not self.model.use_lora:
-            raise ConfigError(
-                "model.load_in_8bit holds the language model frozen: set model.use_lora=true, or let no stage train it"
-            )
+        for name in ("load_in_8bit", "load_in_4bit"):
+            if self.get(f"model.{name}") and trains and not self.model.use_lora:
+                raise ConfigError(
+                    f"model.{name} holds the language model frozen: set model.use_lora=true, or let no stage train it"
+                )
 
     def get(self, dotted: str) -> object:
         """The value of a setting by its full name."""

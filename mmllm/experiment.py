@@ -28,7 +28,7 @@ from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_ch
 from mmllm.saving import CheckpointWriter
 from mmllm.shard import is_wanted, shard_
 from mmllm.stop import StopSignal
-from mmllm.trainer import Position, Run, prepare, refuse_unbuilt, run_stage, steps_per_epoch
+from mmllm.trainer import Position, Run, prepare, run_stage, steps_per_epoch
 
 
 def train(
@@ -43,7 +43,6 @@ def train(
 
     `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
     """
-    refuse_unbuilt(config)
     with World.start(config.device, config.training.timeout_s) as world:
         return train_in(world, config, origins or {}, resume, overwrite, allow_data_change)
 

@@ -69,7 +69,7 @@ def make_int8_(model: MultimodalLLM) -> None:
 
 def fold_where_possible_(model: MultimodalLLM) -> None:
     """Adds adapters to float weights; beside int8 ones they stay, as the rounding would swallow them."""
-    if model.lora and not model.is_int8 and not model.is_packed:
+    if model.lora and not model.rounding and not model.is_packed:
         fold_lora_(model.language_model)
         model.lora = None
 
@@ -100,7 +100,7 @@ def pack_towers_(model: MultimodalLLM, precision: str) -> None:
         pack_(model.language_model, Int4Packed.of if precision == "int4" else int8, int8)
         replace_linear_(model.vision_tower, Int8Packed.of)
         model.is_packed = precision != "int4"
-    model.is_int8 = False
+    model.rounding = None
 
 
 @torch.no_grad()

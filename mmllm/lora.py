@@ -73,7 +73,7 @@ def merge_(layer: nn.Module, sign: int = 1) -> None:
     if layer.lora.is_merged == (sign == 1):
         raise ValueError(f"the adapter is {'already' if layer.lora.is_merged else 'not'} merged")
     if not isinstance(layer, nn.Linear):
-        raise ConfigError("adapters cannot be added to int8 weights; load the model with model.load_in_8bit=false")
+        raise ConfigError("adapters cannot be added to int8 or int4 weights; train beside a float base")
     layer.weight += (sign * layer.lora.scaling * layer.lora_B.float() @ layer.lora_A.float()).to(layer.weight.dtype)
     layer.lora.is_merged = sign == 1
 

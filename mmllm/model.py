@@ -30,7 +30,7 @@ from mmllm.image import ImageProcessor
 from mmllm.lora import CONFIG_FILE, TENSOR_FILE, adapter_tensors, adapters, load_adapter_, write_adapter_config
 from mmllm.packed import blank_, settle_
 from mmllm.projector import Projector
-from mmllm.quant import quantize_
+from mmllm.quant import ROUNDINGS, quantize_
 from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.surgery import WithoutValues
 from mmllm.tokenizer import Tokenizer
@@ -122,7 +122,7 @@ class MultimodalLLM(nn.Module):
         self.language_model = Qwen2(config.text)
         self.processor: ChatProcessor | None = None
         self.lora: LoraConfig | None = None  # set where the language model has adapters
-        self.is_int8 = False  # whether its linear layers are int8
+        self.rounding: str | None = None  # "int8" or "int4" where the linear layers under its adapters are (quant.py)
         self.is_packed = False  # whether both towers are int8 for answering only (packed.py)
         self.precision: str | None = None  # set where load_model (fast.py) made it ready to answer, and nothing else
 
@@ -210,9 +210,8 @@ class MultimodalLLM(nn.Module):
         model = cls._empty(config)
         if "packed" in surgery:
             blank_(model)
-        exact = {"int8": "language_model.", "packed": ""}.get(
-            surgery[0] if surgery else None
-        )  # not rounded before int8
+        rounding = next((kind for kind in surgery if kind in ROUNDINGS), None)
+        exact = "language_model." if rounding else "" if "packed" in surgery else None  # rounded once, to integers
         tensors = {
             name: value.to(device, None if exact is not None and name.startswith(exact) else dtype)
             for name, value in read_tensors(folder).items()
@@ -227,9 +226,9 @@ class MultimodalLLM(nn.Module):
                 parameter.data = parameter.data.to(device, dtype)
         else:
             model.language_model.tie_weights()
-        if "int8" in surgery:
-            quantize_(model.language_model)
-            model.is_int8 = True
+        if rounding:
+            quantize_(model.language_model, rounding)
+            model.rounding = rounding
             for parameter in model.language_model.parameters():
                 parameter.data = parameter.data.to(device, dtype or torch.float32)
         if "lora" in surgery:
@@ -317,7 +316,7 @@ class MultimodalLLM(nn.Module):
             "format_version": 1,
             "features": self.config.features,
             "system_prompt": self.processor.system,
-            "surgery": ["packed"] * self.is_packed + ["int8"] * self.is_int8 + ["lora"] * (self.lora is not None),
+            "surgery": [*filter(None, ("packed" * self.is_packed, self.rounding, "lora" * (self.lora is not None)))],
         }
         for name, content in (("config.json", self.config.to_dict()), ("mmllm.json", ours)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -337,9 +336,9 @@ def read_config(folder: str | Path) -> tuple[MultimodalConfig, str]:
 
 
 def read_surgery(folder: Path) -> list[str]:
-    """What was done to the model of a directory, in order: "packed" or "int8", "lora"."""
+    """What was done to the model of a directory, in order: "packed" or one of ROUNDINGS, "lora"."""
     surgery = read_json(folder / "mmllm.json").get("surgery") or []
-    if not set(surgery) <= {"int8", "packed", "lora"}:
+    if not set(surgery) <= {*ROUNDINGS, "packed", "lora"}:
         raise CheckpointError(f"{folder / 'mmllm.json'}: written by a newer mmllm; update this one")
     if ("lora" in surgery) != (folder / CONFIG_FILE).exists():
         raise CheckpointError(f"{folder}: mmllm.json and {CONFIG_FILE} disagree on whether there are adapters")

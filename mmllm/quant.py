@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.errors import ConfigError
+
 MANTISSA_BITS = 16  # of a scale: 7 bits of q and these fit the 24 of float32
 LARGEST = 127
 GROUP = 32  # weights that share an int4 scale
@@ -108,6 +110,8 @@ class Int4Linear(FrozenLinear):
 
     def __init__(self, base: nn.Linear):
         super().__init__(base)
+        if base.in_features % GROUP:
+            raise ConfigError(f"int4 needs rows of a multiple of {GROUP} weights, this model has {base.in_features}")
         q, scale = quantize_int4(base.weight.detach())
         low, high = (q + 8).view(torch.uint8).chunk(2, dim=1)
         self.register_buffer("weight", low | high << 4, persistent=False)
@@ -125,10 +129,13 @@ def int4_matrix(pairs: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (q.unflatten(1, (-1, GROUP)) * scale[..., None].float()).flatten(1).to(dtype)
 
 
-def quantize_(language_model: nn.Module, kind: type[FrozenLinear] = Int8Linear) -> None:
-    """Makes every linear layer but the head of `kind`. The embedding and its tied head stay: they hold the first and last
+ROUNDINGS = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def quantize_(language_model: nn.Module, rounding: str = "int8") -> None:
+    """Makes every linear layer but the head int8 or int4. The embedding and its tied head stay: they hold the first and last
     word."""
     for name, layer in list(language_model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
             parent, _, last = name.rpartition(".")
-            setattr(language_model.get_submodule(parent), last, kind(layer))
+            setattr(language_model.get_submodule(parent), last, ROUNDINGS[rounding](layer))

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from mmllm.errors import ConfigError
+from mmllm.quant import FrozenLinear
 
 
 class WithoutValues(TorchFunctionMode):
@@ -93,8 +94,9 @@ def hold_(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
 
 
 def count_weights(module: nn.Module) -> int:
-    """Number of parameters, those that are held as int8 included."""
-    return count_parameters(module) + sum(buffer.numel() for buffer in module.buffers() if buffer.dtype == torch.int8)
+    """Number of parameters, those that are held as int8 or int4 included."""
+    frozen = (layer for layer in module.modules() if isinstance(layer, FrozenLinear))
+    return count_parameters(module) + sum(layer.in_features * layer.out_features for layer in frozen)
 
 
 def count_parameters(module: nn.Module, only_trainable: bool = False) -> int:

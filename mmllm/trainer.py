@@ -453,26 +453,13 @@ def forgive(run: Run, error: RunError, is_last: bool) -> None:
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def refuse_unbuilt(config: ExperimentConfig) -> None:
-    """ConfigError for what the configuration may ask for and this version has not: never train something else instead."""
-    missing = {
-        "load_in_4bit": "the int4 language model",
-    }
-    asked = [name for name in missing if config.get(f"model.{name}")]
-    if asked:
-        switches = " ".join(f"model.{name}=false" for name in asked)
-        what = " and ".join(f"{name} is not built yet ({missing[name]})" for name in asked)
-        raise ConfigError(f"{what}; train all weights with {switches}")
-
-
 def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """The surgery on a loaded model, in the only order that works:
 
     quantize_ -> add_lora_ -> train_only_ -> checkpoint_blocks_ -> compile_blocks_ -> shard_.
     Each stage narrows `train_only_` to its own. The last is experiment.py's, who knows the processes.
     """
-    refuse_unbuilt(config)
-    apply_int8_(model, config)
+    apply_rounding_(model, config)
     apply_lora_(model, config)
     train_only_(model, {part for stage in config.stages() for part in trained_parts(stage)})
     if config.training.gradient_checkpointing:
@@ -483,18 +470,19 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
         compile_blocks_(model.language_model.model.layers)
 
 
-def apply_int8_(model: MultimodalLLM, config: ExperimentConfig) -> None:
-    """Make the language model int8 where the configuration asks for it."""
-    wanted = config.model.load_in_8bit
+def apply_rounding_(model: MultimodalLLM, config: ExperimentConfig) -> None:
+    """Make the language model int8 or int4 where the configuration asks for it."""
     if model.is_packed:
         raise ConfigError("model.pretrained holds int8 weights for answering alone; train from what it was made of")
-    if model.is_int8 and not wanted:
-        raise ConfigError("the model came with an int8 base; set model.load_in_8bit=true")
-    if wanted and not model.is_int8:
+    settings = {"int8": "model.load_in_8bit", "int4": "model.load_in_4bit"}
+    wanted = next((kind for kind, name in settings.items() if config.get(name)), None)
+    if model.rounding and model.rounding != wanted:
+        raise ConfigError(f"the model came with an {model.rounding} base; set {settings[model.rounding]}=true")
+    if wanted and not model.rounding:
         if model.lora:
-            raise ConfigError("the model came with adapters beside a float base; set model.load_in_8bit=false")
-        quantize_(model.language_model)
-        model.is_int8 = True
+            raise ConfigError(f"the model came with adapters beside a float base; set {settings[wanted]}=false")
+        quantize_(model.language_model, wanted)
+        model.rounding = wanted
 
 
 def apply_lora_(model: MultimodalLLM, config: ExperimentConfig) -> None:

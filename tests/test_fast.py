@@ -173,7 +173,7 @@ def with_adapters(folder, out, is_int8: bool):
     model = MultimodalLLM.from_pretrained(folder)
     if is_int8:
         quantize_(model.language_model)
-        model.is_int8 = True
+        model.rounding = "int8"
     model.lora = LoraConfig(r=2)
     add_lora_(model.language_model, model.lora)
     for layer in adapters(model.language_model).values():

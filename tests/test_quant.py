@@ -1,4 +1,4 @@
-"""The int8 base against the matrix it stands for: products, gradients, files, and a run with adapters."""
+"""The int8 and int4 bases against the matrices they stand for: products, gradients, files, and a run with adapters."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train
 from mmllm.lora import add_lora_, merge_lora_
 from mmllm.model import MultimodalLLM
-from mmllm.quant import Int8Linear, quantize, quantize_
+from mmllm.quant import Int4Linear, Int8Linear, quantize, quantize_, quantize_int4
 from mmllm.surgery import count_weights, train_only_
 from mmllm.trainer import accumulate_gradients
 from official import write_model
@@ -49,13 +49,34 @@ def test_quantising_what_was_quantised_changes_no_bit():
     assert torch.equal(again, q) and torch.equal(same[rows], scale[rows])
 
 
+def test_int4_is_off_by_half_a_scale_or_by_one_where_it_ends_at_7():
+    weight = some_weight()[:, :32] + 0.01
+    q, scale = quantize_int4(weight)
+    assert scale.shape == (50, 1) and scale.dtype == torch.bfloat16 and (q.amin(), q.amax()) == (-8, 7)
+    off = (q * scale.float() - weight).abs() / scale.float().abs()
+    assert (off <= torch.where(q == 7, 1.05, 0.5 + 1e-5) + 0.04 * (q == -8)).all(), "a bfloat16 scale is off by 0.4 %"
+
+
+def test_quantising_int4_again_changes_no_bit():
+    weight = torch.randn(50, 96)
+    weight[3, :32] = 0
+    q, scale = quantize_int4(weight)
+    again, same = quantize_int4((q.unflatten(1, (-1, 32)) * scale[..., None].float()).flatten(1))
+    assert torch.equal(again, q) and torch.equal(same, scale)
+    layer = nn.Linear(96, 50)
+    layer.weight.data = weight
+    assert torch.equal(
+        Int4Linear(layer).dequantized(), (q.unflatten(1, (-1, 32)) * scale[..., None].float()).flatten(1)
+    )
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_and_gradients_are_those_of_the_rounded_matrix(bias):
-    layer = nn.Linear(33, 50, bias=bias)
-    layer.weight.data = some_weight() / some_weight().std()
-    int8 = Int8Linear(layer)
-    rounded = int8.weight * int8.scale
-    x = torch.randn(4, 6, 33, requires_grad=True)
+def test_products_and_gradients_are_those_of_the_rounded_matrix(bias, kind):
+    layer = nn.Linear(64, 50, bias=bias)
+    int8 = kind(layer)
+    rounded = int8.dequantized()
+    x = torch.randn(4, 6, 64, requires_grad=True)
     wanted, got = F.linear(x, rounded, layer.bias), int8(x)
     pull = torch.randn_like(wanted)
     (want_gradient,), (gradient,) = (torch.autograd.grad(y, x, pull) for y in (wanted, got))
@@ -72,12 +93,13 @@ def test_under_autocast_it_computes_in_bfloat16():
     assert (got - wanted).float().abs().max() < 0.05
 
 
-def test_what_is_kept_for_the_backward_pass_is_a_quarter():
-    layer = nn.Linear(400, 300, bias=False).requires_grad_(False)
-    int8, kept = Int8Linear(layer), []
+@pytest.mark.parametrize("kind, bits", [(Int8Linear, 8), (Int4Linear, 4.5)])
+def test_what_is_kept_for_the_backward_pass_is_the_rounded_weight(kind, bits):
+    layer = nn.Linear(416, 300, bias=False).requires_grad_(False)
+    int8, kept = kind(layer), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        int8(torch.randn(2, 400, requires_grad=True))
-    assert sum(kept) <= 300 * 400 + 4 * 300
+        int8(torch.randn(2, 416, requires_grad=True))
+    assert sum(kept) <= 300 * 416 * bits / 8 + 4 * 300
 
 
 @pytest.fixture
@@ -91,18 +113,19 @@ def some_logits(model) -> torch.Tensor:
         return model.logits(ids, torch.zeros(0, 3, 32, 32))
 
 
+@pytest.mark.parametrize("rounding", ["int8", "int4"])
 @pytest.mark.parametrize("with_lora", [False, True])
-def test_a_saved_int8_model_comes_back_bit_for_bit_and_transformers_reads_it(model, tmp_path, with_lora):
+def test_a_saved_model_comes_back_bit_for_bit_and_transformers_reads_it(model, tmp_path, with_lora, rounding):
     weights = count_weights(model)
-    quantize_(model.language_model)
-    model.is_int8 = True
+    quantize_(model.language_model, rounding)
+    model.rounding = rounding
     assert count_weights(model) == weights
     if with_lora:
         model.lora = LoraConfig(r=2)
         add_lora_(model.language_model, model.lora)
     model.save_pretrained(tmp_path / "saved")
     again = MultimodalLLM.from_pretrained(tmp_path / "saved")
-    assert again.is_int8 and torch.equal(some_logits(again), some_logits(model))
+    assert again.rounding == rounding and torch.equal(some_logits(again), some_logits(model))
     if not with_lora:
         theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float32)
         ids = torch.randint(0, 280, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -120,7 +143,7 @@ def test_the_head_and_the_embedding_stay_one_float_matrix(model):
 def test_adapters_are_not_merged_into_int8(model):
     quantize_(model.language_model)
     add_lora_(model.language_model, LoraConfig(r=2))
-    with pytest.raises(ConfigError, match="cannot be added to int8 weights"):
+    with pytest.raises(ConfigError, match="cannot be added to int8 or int4 weights"):
         merge_lora_(model.language_model)
 
 
@@ -132,10 +155,11 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def small_config(world, folder, **training) -> ExperimentConfig:
+def small_config(world, folder, rounding: str = "int8", **training) -> ExperimentConfig:
     """The settings of configs/small.py on the tiny run."""
     config = world.config(folder, **training)
-    config.model.use_lora = config.model.load_in_8bit = True
+    config.model.use_lora = True
+    config.model.load_in_8bit, config.model.load_in_4bit = rounding == "int8", rounding == "int4"
     config.model.lora_config.r = 4
     return config
 
@@ -166,10 +190,11 @@ def test_any_split_gives_the_same_gradient_of_adapters_beside_int8(world):
     assert max((split[name] - whole[name]).norm() / whole[name].norm() for name in whole) <= 1e-12
 
 
-def test_a_run_with_adapters_on_int8_is_resumed_bit_for_bit(world, tmp_path):
-    whole = small_config(world, tmp_path / "whole", save_steps=1, keep_checkpoints=100)
+@pytest.mark.parametrize("rounding", ["int8", "int4"])
+def test_a_run_with_adapters_on_integers_is_resumed_bit_for_bit(world, tmp_path, rounding):
+    whole = small_config(world, tmp_path / "whole", rounding, save_steps=1, keep_checkpoints=100)
     assert train(whole) == 0
-    config = small_config(world, tmp_path / "again", save_steps=1, keep_checkpoints=100)
+    config = small_config(world, tmp_path / "again", rounding, save_steps=1, keep_checkpoints=100)
     shutil.copytree(run_directory(whole), run_directory(config), symlinks=True)
     for checkpoint in disk.checkpoints(run_directory(config))[8:]:
         shutil.rmtree(checkpoint)
@@ -190,8 +215,9 @@ def test_the_loss_stays_near_that_of_a_float_base(world, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_an_int8_base_cannot_be_trained_itself(world):
-    config = small_config(world, world.folder)
+@pytest.mark.parametrize("rounding", ["int8", "int4"])
+def test_an_integer_base_cannot_be_trained_itself(world, rounding):
+    config = small_config(world, world.folder, rounding)
     config.model.use_lora = False
     with pytest.raises(ConfigError, match="holds the language model frozen: set model.use_lora=true"):
         config.validate()

@@ -402,20 +402,6 @@ def test_too_few_samples_for_a_step_are_refused(world, tmp_path):
         train(config)
 
 
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("model.load_in_4bit", "load_in_4bit is not built yet"),
-    ],
-)
-def test_what_is_not_built_yet_is_named(world, tmp_path, name, words):
-    config = world.config(tmp_path)
-    config.set_text(name, "true")
-    with pytest.raises(ConfigError, match=words):
-        train(config)
-    assert not directory_of(config).exists()
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_missing_data_file_is_named_before_anything_is_made(world, tmp_path, split):
     config = world.config(tmp_path)
