@@ -25,7 +25,8 @@ from mmllm.cache import EachRow, KVCache
 from mmllm.errors import GenerationError, RunError, UserError
 from mmllm.fixed import FixedStep
 from mmllm.model import MultimodalLLM
-from mmllm.quant import Int8Linear
+from mmllm.packed import Packed
+from mmllm.quant import FrozenLinear
 from mmllm.request import Generated, Handle, Hypothesis, Prefix, Prompt
 from mmllm.sampling import GenerationConfig, Row, choose, not_finite
 from mmllm.streaming import AnswerText, whole_text
@@ -299,4 +300,8 @@ class Engine:
 
 def has_plain_products(module: nn.Module) -> bool:
     """Whether some layer is one of torch's matrix products, whose last bits depend on the number of rows."""
-    return any(isinstance(layer, nn.Linear | Int8Linear) for layer in module.modules())
+    return any(
+        isinstance(layer, nn.Linear | FrozenLinear)
+        or (isinstance(layer, Packed) and (layer.mixes_rows or hasattr(layer, "lora_A")))
+        for layer in module.modules()
+    )

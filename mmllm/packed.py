@@ -23,7 +23,9 @@ BITS = {"int8": 24, "int8-dynamic": 8}  # of an activation as a whole number: 24
 
 
 class Packed(nn.Module):
-    """A linear layer for inference: its sizes, and its bias in float32."""
+    """A linear layer for inference: its sizes, its bias in float32, and whether a row's bits depend on other rows."""
+
+    mixes_rows = False
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -94,6 +96,10 @@ def side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 class Int4Packed(Packed):
     """int4 with a scale for 32 weights; without our kernels each product makes the matrix again."""
 
+    @property
+    def mixes_rows(self) -> bool:
+        return not is_native(self.panels)
+
     def __init__(self, layer: nn.Module, panels: Tensor, scale: Tensor):
         super().__init__(layer)
         self.register_buffer("panels", panels)
@@ -131,6 +137,8 @@ class Bf16Packed(Packed):
 
 class Bf16Prepacked(Packed):
     """The same by torch's oneDNN, which rounds the activations to bfloat16 too; packed where the processor allows it."""
+
+    mixes_rows = True
 
     def __init__(self, layer: nn.Module):
         super().__init__(layer)
