@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mmllm import kernels
+from mmllm.cache import EachRow
 from mmllm.config import PRECISIONS
 from mmllm.errors import UserError
 from mmllm.lora import fold_lora_
@@ -36,7 +37,7 @@ from mmllm.packed import (
     settle_,
     side_by_side,
 )
-from mmllm.qwen import Qwen2, Qwen2MLP, RMSNorm
+from mmllm.qwen import Cache, Qwen2, Qwen2Attention, Qwen2MLP, RMSNorm
 
 
 def load_model(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "float32") -> MultimodalLLM:
@@ -115,12 +116,14 @@ def convert_rest_(model: MultimodalLLM) -> None:
 
 
 def shorten_(language_model: Qwen2) -> None:
-    """Replaces the forward passes of norms and MLPs by fewer operations, where our kernels run."""
+    """Replaces the forward passes of norms, MLPs and attentions by fewer operations, where our kernels run."""
     for module in language_model.modules():
         if isinstance(module, RMSNorm):
             module.forward = partial(short_norm, module)
         elif isinstance(module, Qwen2MLP) and module.down_proj.in_features % 16 == 0:
             module.forward = partial(short_mlp, module)
+        elif isinstance(module, Qwen2Attention) and module.head_dim % 16 == 0 and module.head_dim <= 256:
+            module.forward = partial(short_attention, module)
 
 
 def short_norm(norm: RMSNorm, x: Tensor) -> Tensor:
@@ -129,3 +132,20 @@ def short_norm(norm: RMSNorm, x: Tensor) -> Tensor:
 
 def short_mlp(mlp: Qwen2MLP, x_BTD: Tensor) -> Tensor:
     return mlp.down_proj(torch.ops.mmllm.swiglu(side_by_side((mlp.gate_proj, mlp.up_proj), x_BTD)))
+
+
+def short_attention(
+    attention: Qwen2Attention,
+    x_BTD: Tensor,
+    rope: tuple[Tensor, Tensor],
+    attend_B1TS: Tensor | None,
+    cache: Cache | None,
+) -> Tensor:
+    """One token a row, as in decoding: projections in one call; turning, caching and attending in another."""
+    if x_BTD.shape[1] > 1 or not isinstance(cache, EachRow):
+        return Qwen2Attention.forward(attention, x_BTD, rope, attend_B1TS, cache)
+    qkv_B1N = side_by_side((attention.q_proj, attention.k_proj, attention.v_proj), x_BTD)
+    slots, starts = zip(*cache.places, strict=True)
+    keys_SGCK, values_SGCK = cache.cache.keys[attention.layer], cache.cache.values[attention.layer]
+    y_BD = torch.ops.mmllm.attend_token(qkv_B1N, *rope, keys_SGCK, values_SGCK, slots, starts)
+    return attention.o_proj(y_BD[:, None])

@@ -425,45 +425,64 @@ static Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
   return y;
 }
 
-// What one query a head sees of its row's past: q (B, H, K); row b looks at the first ends[b] positions of slot slots[b] in
-// keys and values (S, G, C, K), which may be slices. (B, H, K). No row's numbers depend on another's.
-static Tensor attend_rows(const Tensor& q_any, const Tensor& keys, const Tensor& values, at::IntArrayRef slots,
-                   at::IntArrayRef ends) {
-  const Tensor q = q_any.contiguous();
-  const int64_t B = q.size(0), H = q.size(1), K = q.size(2), G = keys.size(1), share = H / G;
-  TORCH_CHECK(q.scalar_type() == at::kFloat && keys.scalar_type() == at::kFloat && K % LANES == 0 && K <= 256 &&
-                  keys.stride(3) == 1 && values.stride(3) == 1 && keys.strides() == values.strides(),
+// x[k] cos[k] + x[k + K/2 mod K] sin[k]: the turn by a position's angle, with the signs in `sin` (rotate in qwen.py).
+static void turn(const float* x, const float* cos, const float* sin, float* out, int64_t K) {
+  for (int64_t k = 0; k < K; k++) out[k] = x[k] * cos[k] + x[(k + K / 2) % K] * sin[k];
+}
+
+// Attention for one new token a row: qkv (B, (H + 2 G) K) are its queries, keys and values as projected; cos and sin
+// (B, K). Row b goes to position starts[b] of slot slots[b] in keys and values (S, G, C, K), and its queries see that slot
+// up to there. (B, H K). No row's numbers depend on another's.
+static Tensor attend_token(const Tensor& qkv_any, const Tensor& cos_any, const Tensor& sin_any, const Tensor& keys,
+                           const Tensor& values, at::IntArrayRef slots, at::IntArrayRef starts) {
+  const Tensor qkv = qkv_any.contiguous(), cos = cos_any.contiguous(), sin = sin_any.contiguous();
+  const int64_t B = slots.size(), G = keys.size(1), K = keys.size(3), H = qkv.numel() / B / K - 2 * G, share = H / G;
+  TORCH_CHECK(qkv.scalar_type() == at::kFloat && cos.scalar_type() == at::kFloat && keys.scalar_type() == at::kFloat &&
+                  values.scalar_type() == at::kFloat && K % LANES == 0 && K <= 256 && cos.numel() == B * K &&
+                  keys.stride(3) == 1 && values.strides() == keys.strides() && H > 0,
               "float32 heads of a multiple of 16 numbers are needed, at most 256");
-  for (int64_t b = 0; b < B; b++) TORCH_CHECK(ends[b] <= keys.size(2) && slots[b] < keys.size(0), "row ", b, " has no such past");
-  Tensor y = at::empty_like(q);
+  Tensor y = at::empty({B, H * K}, qkv.options());
+  std::vector<float> queries(B * H * K);
+  float *all_keys = keys.mutable_data_ptr<float>(), *all_values = values.mutable_data_ptr<float>();
+  const int64_t slot_step = keys.stride(0), head_step = keys.stride(1), step = keys.stride(2);
+  for (int64_t b = 0; b < B; b++) {
+    TORCH_CHECK(starts[b] < keys.size(2) && slots[b] < keys.size(0), "row ", b, " has no such place");
+    const float *row = qkv.const_data_ptr<float>() + b * (H + 2 * G) * K, *c = cos.const_data_ptr<float>() + b * K,
+                *s = sin.const_data_ptr<float>() + b * K;
+    const int64_t place = slots[b] * slot_step + starts[b] * step;
+    for (int64_t h = 0; h < H; h++) turn(row + h * K, c, s, &queries[(b * H + h) * K], K);
+    for (int64_t g = 0; g < G; g++) {
+      turn(row + (H + g) * K, c, s, all_keys + place + g * head_step, K);
+      memcpy(all_values + place + g * head_step, row + (H + G + g) * K, K * sizeof(float));
+    }
+  }
   const float factor = float(1 / std::sqrt(double(K)));
+  float* out = y.mutable_data_ptr<float>();
   at::parallel_for(0, B * H, 1, [&](int64_t from, int64_t to) {
     std::vector<float> scores;
     for (int64_t i = from; i < to; i++) {
-      const int64_t b = i / H, start = slots[b] * keys.stride(0) + i % H / share * keys.stride(1), step = keys.stride(2);
-      const float *query = q.const_data_ptr<float>() + i * K, *key = keys.const_data_ptr<float>() + start,
-                  *value = values.const_data_ptr<float>() + start;
-      scores.assign((ends[b] + LANES - 1) / LANES * LANES, -INFINITY);
+      const int64_t b = i / H, end = starts[b] + 1, first = slots[b] * slot_step + i % H / share * head_step;
+      const float *query = &queries[i * K], *key = all_keys + first, *value = all_values + first;
+      scores.assign((end + LANES - 1) / LANES * LANES, -INFINITY);
       float most = -INFINITY, total = 0;
-      for (int64_t s = 0; s < ends[b]; s++) {
+      for (int64_t t = 0; t < end; t++) {
         Floats products = {};
-        for (int64_t k = 0; k < K; k += LANES) products += load<Floats>(query + k) * load<Floats>(key + s * step + k);
+        for (int64_t k = 0; k < K; k += LANES) products += load<Floats>(query + k) * load<Floats>(key + t * step + k);
         float score = 0;
         for (int r = 0; r < LANES; r++) score += products[r];
-        scores[s] = score * factor;
-        most = std::max(most, scores[s]);
+        scores[t] = score * factor;
+        most = std::max(most, scores[t]);
       }
-      for (size_t s = 0; s < scores.size(); s += LANES) {
-        const Floats weights = exp_of(load<Floats>(&scores[s]) - most);
-        memcpy(&scores[s], &weights, sizeof(weights));
+      for (size_t t = 0; t < scores.size(); t += LANES) {
+        const Floats weights = exp_of(load<Floats>(&scores[t]) - most);
+        memcpy(&scores[t], &weights, sizeof(weights));
       }
       Floats sums[16] = {};
-      for (int64_t s = 0; s < ends[b]; s++) {
-        const float weight = scores[s];
-        total += weight;
-        for (int64_t k = 0; k < K; k += LANES) sums[k / LANES] += load<Floats>(value + s * step + k) * weight;
+      for (int64_t t = 0; t < end; t++) {
+        total += scores[t];
+        for (int64_t k = 0; k < K; k += LANES) sums[k / LANES] += load<Floats>(value + t * step + k) * scores[t];
       }
-      for (int64_t k = 0; k < K; k++) y.mutable_data_ptr<float>()[i * K + k] = sums[k / LANES][k % LANES] / total;
+      for (int64_t k = 0; k < K; k++) out[i * K + k] = sums[k / LANES][k % LANES] / total;
     }
   });
   return y;
@@ -479,7 +498,8 @@ TORCH_LIBRARY(mmllm, m) {
   m.def("bf16_pack(Tensor weight) -> Tensor");
   m.def("swiglu(Tensor x) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("attend_rows(Tensor q, Tensor keys, Tensor values, int[] slots, int[] ends) -> Tensor");
+  m.def("attend_token(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int[] slots, int[] starts)"
+        " -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mmllm, CPU, m) {
@@ -492,5 +512,5 @@ TORCH_LIBRARY_IMPL(mmllm, CPU, m) {
   m.impl("bf16_pack", bf16_pack);
   m.impl("swiglu", swiglu);
   m.impl("rms_norm", rms_norm);
-  m.impl("attend_rows", attend_rows);
+  m.impl("attend_token", attend_token);
 }

@@ -107,7 +107,6 @@ def register_shapes() -> None:
         "bf16_linear": lambda x, panels, bias, out_features: out_features,
         "swiglu": lambda x: x.shape[-1] // 2,
         "rms_norm": lambda x, weight, eps: x.shape[-1],
-        "attend_rows": lambda q, keys, values, slots, ends: q.shape[-1],
     }.items():
         torch.library.register_fake(f"mmllm::{name}", partial(_last_becomes, shape))
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import convert_weights
 from mmllm import kernels
+from mmllm.cache import EachRow, KVCache
 from mmllm.config import PRECISIONS, ExperimentConfig, LoraConfig
 from mmllm.errors import CheckpointError, ConfigError, UserError
 from mmllm.fast import load_model
@@ -88,6 +89,21 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(folder, precision):
     x_BD = torch.randn(9, 64)
     layer = model.language_model.model.layers[1].mlp.gate_proj
     assert torch.equal(layer(x_BD), torch.cat([layer(x_BD[i : i + 1]) for i in range(9)]))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
+def test_token_by_token_gives_what_the_whole_text_gives(folder, precision):
+    model = load_model(folder, precision=precision)
+    language_model, slots = model.language_model, [2, 0]
+    ids_BT = torch.randint(0, 280, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        cache = KVCache(model.config.text, 3, 16, device=model.device, dtype=model.dtype)
+        x_BTD = language_model.embed(ids_BT)
+        wanted = language_model(x_BTD)
+        for t in range(12):
+            positions = torch.full((2, 1), t)
+            got = language_model(x_BTD[:, t : t + 1], positions, cache=EachRow(cache, slots, [t, t]))
+            assert (got[:, 0] - wanted[:, t]).abs().max() < 1e-3, "float32, and digits that fall to either side"
 
 
 def test_int8_needs_no_compiler_for_the_same_bits(folder, int8_folder, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from mmllm import kernels
 from mmllm.errors import RunError
 from mmllm.quant import quantize, quantize_int4
+from mmllm.qwen import rotate
 
 SHAPES = [(16, 32), (37, 64), (200, 896), (1152, 160)]
 needs_compiler = pytest.mark.usefixtures("compiler")
@@ -81,8 +82,8 @@ def test_the_int4_kernel_is_exact_up_to_the_rounding_of_the_weights(outputs, inp
 def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
     x, weight, bias = a_case(21, 200, 896)
     ops = torch.ops.mmllm
-    keys, values = torch.randn(2, 21, 2, 30, 64)
-    ends = [1 + row for row in range(21)]
+    keys, values = torch.randn(2, 21, 1, 30, 64)  # a slot a row
+    turns = torch.randn(2, 21, 64)
 
     def product(first: int, last: int) -> torch.Tensor:
         rows = x[first:last]
@@ -93,7 +94,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
         if kind == "norm":
             return ops.rms_norm(rows, torch.ones(896), 1e-6)
         if kind == "attention":
-            return ops.attend_rows(rows.view(-1, 14, 64), keys, values, range(first, last), ends[first:last])
+            places = list(range(first, last))
+            return ops.attend_token(rows, *turns[:, first:last], keys, values, places, places)
         return ops.int8_linear(rows, *ops.int8_pack(weight), bias, 24 if kind == "int8" else 8)
 
     together = product(0, 21)
@@ -166,12 +168,21 @@ def test_the_norm_the_gate_and_the_attention_of_a_step_are_torchs():
     x, weight = torch.randn(5, 896), torch.randn(896)
     wanted = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
     assert (torch.ops.mmllm.rms_norm(x, weight, 1e-6) - wanted).abs().max() < 1e-5
-    q, keys, values = torch.randn(2, 14, 64), *torch.randn(2, 3, 2, 40, 64)
-    got = torch.ops.mmllm.attend_rows(q, keys, values, [2, 0], [17, 40])
-    for row, slot, end in ((0, 2, 17), (1, 0, 40)):
-        k, v = (t[slot, :, :end].repeat_interleave(7, dim=0) for t in (keys, values))
-        wanted = torch.nn.functional.scaled_dot_product_attention(q[row, :, None], k, v)[:, 0]
-        assert (got[row] - wanted).abs().max() < 1e-5
+    keys, values = torch.randn(2, 3, 2, 40, 64)
+    before = keys.clone(), values.clone()
+    qkv, angles = torch.randn(2, 18, 64), torch.rand(2, 1, 1, 32)
+    cos, sin = (
+        torch.cat([angles.cos(), angles.cos()], -1),
+        torch.cat([-angles.sin(), angles.sin()], -1),
+    )
+    turned = rotate(qkv[:, :16, None], cos, sin)[:, :, 0]
+    got = torch.ops.mmllm.attend_token(qkv.flatten(1), cos, sin, keys, values, [2, 0], [16, 39])
+    for row, slot, start in ((0, 2, 16), (1, 0, 39)):
+        before[0][slot, :, start], before[1][slot, :, start] = turned[row, 14:], qkv[row, 16:]
+        k, v = (t[slot, :, : start + 1].repeat_interleave(7, dim=0) for t in before)
+        wanted = torch.nn.functional.scaled_dot_product_attention(turned[row, :14, None], k, v)[:, 0]
+        assert (got[row].view(14, 64) - wanted).abs().max() < 1e-5
+    assert (keys - before[0]).abs().max() < 1e-6 and torch.equal(values, before[1]), "nothing else was written"
 
 
 @needs_compiler
