@@ -1,0 +1,25 @@
+"""Captions from true CLIP embeddings, on two cores: a small language model, five folds of a few hundred pictures.
+
+    python -m mmllm.crossval --features clip_embeddings.npz --captions captions.jsonl
+
+Few pictures: the projector learns nearly all of it, the language model moves only a little.
+"""
+
+from mmllm.config import ExperimentConfig
+
+config = ExperimentConfig()
+config.model.features = "pooled"
+config.model.system_prompt = ""  # fewer tokens in front of every caption
+config.data.batch_size = 16  # pictures, with all their captions
+config.data.num_workers = 0
+config.training.bf16 = False
+config.training.weight_decay = 0.1
+config.training.adam_beta2 = 0.98
+config.training.warmup_ratio = 0.05
+config.training.log_steps = 50
+config.training.num_sample_captions = 2
+config.training.keep_checkpoints = 1
+config.training.stage1.epochs = 5
+config.training.stage1.learning_rate = 2e-3
+config.training.stage2.epochs = 2
+config.training.stage2.learning_rate = 2e-4

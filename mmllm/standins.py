@@ -1,0 +1,76 @@
+"""Embeddings made of captions, to stand for pictures that nobody has seen.
+
+A language model learns most of captioning without pictures: half of a picture's captions become an embedding, with some
+noise, and the others are to be said from it. Later a new projector translates the embeddings of a real vision tower.
+
+The surprising fact: counting words is enough. This is the embedding of 1990 (latent semantic analysis: tf-idf of the words,
+turned onto its main axes). With it, and the language model still frozen, 640 photographs brought the validation loss to
+2.77 nats a token; after plain text to 2.99.
+
+Latent semantic analysis: https://en.wikipedia.org/wiki/Latent_semantic_analysis; captions in the place of pictures, with
+noise: CapDec, https://arxiv.org/abs/2211.00575. N pictures, W words, F numbers of an embedding. Next: crossval.py.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmllm.errors import DataError
+from mmllm.ptb import words
+
+RARE = 5  # a word in fewer pictures than this says too little
+NOISE = 0.5
+
+
+class CaptionSpace:
+    """Calls as `space(captions) -> Tensor` (F,). Fitted to the captions of each of many pictures; numbers of variance 1
+    in the mean."""
+
+    def __init__(self, captions: Sequence[Sequence[str]], num_features: int):
+        counts = [self._words(texts) for texts in captions]
+        pictures_with = Counter(word for count in counts for word in count)
+        known = sorted(word for word, pictures in pictures_with.items() if pictures >= RARE)
+        if min(len(known), len(captions) - 1) < num_features:
+            raise DataError(
+                f"{len(captions)} pictures with {len(known)} words that {RARE} of them share make no embedding of "
+                f"{num_features} numbers; bring more captions or ask for fewer numbers"
+            )
+        self.row = {word: i for i, word in enumerate(known)}
+        self.rarity_W = np.array([math.log(len(captions) / pictures_with[word]) for word in known])
+        x_NW = np.stack([self._tf_idf(count) for count in counts])
+        self.mean_W = x_NW.mean(0)
+        spread_WW = (x_NW - self.mean_W).T @ (x_NW - self.mean_W) / len(captions)
+        variances_W, axes_WW = np.linalg.eigh(spread_WW)  # ascending
+        variances_F = variances_W[::-1][:num_features]
+        self.axes_WF = axes_WW[:, ::-1][:, :num_features] / math.sqrt(variances_F.mean())
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        x_F = (self._tf_idf(self._words(captions)) - self.mean_W) @ self.axes_WF
+        return torch.from_numpy(x_F).float()
+
+    @staticmethod
+    def _words(captions: Sequence[str]) -> Counter:
+        return Counter(word for text in captions for word in words(text).split())
+
+    def _tf_idf(self, count: Counter) -> np.ndarray:
+        x_W = np.zeros(len(self.row))
+        for word, times in count.items():
+            if word in self.row:
+                x_W[self.row[word]] = (1 + math.log(times)) * self.rarity_W[self.row[word]]
+        return x_W / max(np.linalg.norm(x_W), 1e-9)
+
+
+def noisy(embedding_F: Tensor, seed: int) -> Tensor:
+    """The embedding with noise of a quarter of its variance: what a projector will make of a picture is not exact."""
+    chance = torch.Generator().manual_seed(seed)
+    return embedding_F + NOISE * torch.randn(embedding_F.shape, generator=chance)
+
+
+def halves(captions: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """Which captions describe and which are to be said, both ways round: every caption is said once."""
+    even, odd = list(captions[::2]), list(captions[1::2])
+    return [(even, odd), (odd, even)] if odd else []
