@@ -34,7 +34,7 @@ from mmllm.quant import ROUNDINGS, quantize_
 from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.surgery import WithoutValues
 from mmllm.tokenizer import Tokenizer
-from mmllm.weights import atomic_directory, load_strict_, locate, read_json, read_tensors
+from mmllm.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_integers
 
 LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 MiB in float32
 
@@ -208,13 +208,16 @@ class MultimodalLLM(nn.Module):
         surgery = read_surgery(folder)
         processor = ChatProcessor.load(folder, config.num_image_tokens, system)
         model = cls._empty(config)
+        found = read_tensors(folder)
         if "packed" in surgery:
             blank_(model)
+        else:
+            refuse_integers(found, folder)
         rounding = next((kind for kind in surgery if kind in ROUNDINGS), None)
         exact = "language_model." if rounding else "" if "packed" in surgery else None  # rounded once, to integers
         tensors = {
             name: value.to(device, None if exact is not None and name.startswith(exact) else dtype)
-            for name, value in read_tensors(folder).items()
+            for name, value in found.items()
         }
         if config.text.tie_word_embeddings and "packed" not in surgery:
             tensors.setdefault("language_model.lm_head.weight", tensors.get(EMBEDDING, torch.empty(0)))
@@ -386,4 +389,5 @@ def load_tower_(
     device: str | torch.device,
     dtype: torch.dtype | None,
 ) -> None:
+    refuse_integers(tensors, where)
     load_strict_(tower, {name: value.to(device, dtype) for name, value in tensors.items()}, where)

@@ -143,6 +143,17 @@ def load_strict_(module: nn.Module, tensors: dict[str, Tensor], where: str | Pat
     module.load_state_dict(tensors, assign=True)
 
 
+def refuse_integers(tensors: dict[str, Tensor], where: str | Path) -> None:
+    """CheckpointError naming the first tensor that is not of plain floating-point numbers: quantised weights mean nothing
+    without their scales."""
+    for name, value in tensors.items():
+        if value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{where}: {name} is {kind}; use the model with plain weights (float16, bfloat16, ...)"
+            )
+
+
 def refuse_not_finite(tensors: dict[str, Tensor], where: str | Path) -> None:
     """CheckpointError naming the first tensor with a NaN or an infinity in it."""
     for name, value in tensors.items():

@@ -111,6 +111,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(sources, tmp_path, monk
         convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", tmp_path / "out", "--check")
 
 
+def test_weights_that_are_no_plain_numbers_are_refused_by_name(sources, tmp_path, monkeypatch):
+    clip, qwen = sources
+    tensors = load_file(clip / "model.safetensors")
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, clip / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} is int8; use the model with plain weights"):
+        convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", tmp_path / "out")
+
+
 def test_a_missing_source_is_one_line_and_code_2(tmp_path):
     command = [
         sys.executable,

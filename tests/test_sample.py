@@ -119,6 +119,20 @@ def test_a_conversation_reads_lines_until_an_empty_one(call, folder, picture, mo
     assert code == 0 and out.count("\n") >= 2
 
 
+def test_ctrl_c_in_the_middle_of_an_answer_ends_its_line_and_leaves_with_130(call, folder, picture, monkeypatch):
+    pieces = []
+
+    def interrupt(piece):
+        pieces.append(piece)
+        print(piece, end="")
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "write", interrupt)
+    code, out, err = call("--model", folder, "--image", picture, "--device", "cpu")
+    assert (code, out, err) == (130, "".join(pieces) + "\n", "") and len(pieces) == 2
+
+
 def test_ctrl_c_ends_the_line_and_leaves_with_130(call, folder, monkeypatch):
     def interrupt(prompt):
         raise KeyboardInterrupt
