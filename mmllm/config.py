@@ -117,7 +117,7 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     compile: bool = False  # the language model's blocks, by torch.compile: pays after some hundred steps
     sharding: str = (
-        "auto"  # of weights over processes: "full", "none", "auto" (full where the language model is trained)
+        "auto"  # or "full", "none": weights spread over processes; auto: where the language model is trained
     )
     reshard_after_forward: bool = False  # for models that would not fit otherwise: gather weights twice a step
     timeout_s: int = 600  # a process that says nothing for so long is lost

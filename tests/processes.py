@@ -38,7 +38,7 @@ from mmllm.shard import is_sharded, shard_
 from mmllm.surgery import checkpoint_blocks_, train_only_
 from mmllm.trainer import accumulate_gradients, step_counts
 
-FORGOTTEN_S = 100  # a group that is not done by then is killed, and its codes say so
+FORGOTTEN_S = 300  # a group that is not done by then is killed, and its codes say so
 
 # The gradient of one step ---------------------------------------------------------------------------------------------
 
