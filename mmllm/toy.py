@@ -264,7 +264,6 @@ def make_backbones(out: Path) -> None:
 # The demo -------------------------------------------------------------------------------------------------------------
 
 TRAIN_PICTURES, NEW_PICTURES, SHEET_PICTURES = 2400, 200, 12
-RECORDS_A_PICTURE = 2  # conversations about each training picture
 
 
 def write_data(out: Path) -> None:
@@ -281,8 +280,8 @@ def write_data(out: Path) -> None:
         for i in range(TRAIN_PICTURES):
             scene = any_scene(chance)
             image = picture(f"train{i:04}", scene)
-            for _ in range(RECORDS_A_PICTURE):
-                train.append(record(len(train), image, conversation(scene, chance)))
+            for turn in [(CAPTION_PROMPT, caption(scene)), *((q.text, q.answer) for q in questions(scene))]:
+                train.append(record(len(train), image, [turn]))  # those of a picture share its row
         write_json(folder / "train.json", train)
         for name, held_out in (("val", False), ("held_out", True)):
             records = []
@@ -339,7 +338,7 @@ def demo(out: Path, run_directory: Path) -> None:
         one, two = (by_number(answers, things) for things in ("one", "two"))
         say(f"{name:34}{one:>12.1%}{two:>12.1%}{answers['accuracy']:>12.1%}")
     say(f"look at {sheet}; all of it took {duration(time.perf_counter() - start)}")
-    say("next: two shapes need longer: python train.py configs/demo.py --overwrite stage2.epochs=8; or talk to it:")
+    say("next: talk to it:")
     say(f"  python sample.py --image {pictures[0]} --chat")
     say("  python serve.py")
     say("then your own pictures, with the published models:")

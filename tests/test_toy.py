@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, CLIPVisionModelWithProjection, Qwen2ForCausalLM
 
 from mmllm import toy
-from mmllm.data import load_samples
+from mmllm.data import load_samples, share_images
 from mmllm.evaluate import tasks_of
 from mmllm.model import MultimodalLLM
 
@@ -71,7 +71,9 @@ def test_the_data_can_be_trained_on_and_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "TRAIN_PICTURES", 5)
     monkeypatch.setattr(toy, "NEW_PICTURES", 4)
     toy.write_data(tmp_path / "data")
-    assert len(load_samples(tmp_path / "data" / "train.json", None)) == 5 * toy.RECORDS_A_PICTURE
+    samples = share_images(load_samples(tmp_path / "data" / "train.json", None))
+    assert len(samples) == 5
+    assert all(len(sample.shared) >= 4 for sample in samples)  # the caption, and every question with one answer
     for name in ("val", "held_out"):
         tasks = tasks_of(load_samples(tmp_path / "data" / f"{name}.json", None))
         assert sum(task.is_caption for task in tasks) == 4
