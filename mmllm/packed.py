@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm import kernels
+from mmllm import gpu, kernels
 from mmllm.errors import UserError
 from mmllm.lora import hand_over_
 from mmllm.quant import GROUP, FrozenLinear, quantize, quantize_int4
@@ -82,6 +82,8 @@ class Int8Packed(Packed):
     def forward(self, x: Tensor) -> Tensor:
         if self.q is None:
             return torch.ops.mmllm.int8_linear(x, self.panels, self.scale, self.bias, self.bits)
+        if x.is_cuda:
+            return gpu.int8_linear(x, self.q, self.scale, self.bias)
         return kernels.int_mm_linear(x, self.q, self.scale, self.bias, self.bits)
 
 

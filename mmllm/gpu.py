@@ -1,0 +1,71 @@
+"""int8 products on a GPU: a few rows by a Triton kernel that widens the weights in registers, many by torch.
+
+The surprising fact: torch has no product of bfloat16 rows with int8 weights that reads only the int8. Widening first
+writes twice what it saves; so the kernel multiplies what it has just read, and the scale comes last.
+
+Checked in Triton's interpreter; not measured on a GPU yet. M rows, O outputs, K inputs. Next: packed.py.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOST_ROWS = 16  # more rows share a matrix product well enough to pay for widened weights
+BLOCK_O = 16
+
+
+def int8_linear(x: Tensor, q_OK: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x (..., K) times the int8 rows, scaled: (..., O), in the kind of x."""
+    x_MK = x.reshape(-1, x.shape[-1])
+    if len(x_MK) <= MOST_ROWS and importlib.util.find_spec("triton"):
+        y_MO = few_rows(x_MK.contiguous(), q_OK, scale_O)
+    else:
+        y_MO = F.linear(x_MK, q_OK.to(x.dtype)).float() * scale_O
+    y_MO = y_MO if bias_O is None else y_MO + bias_O
+    return y_MO.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def few_rows(x_MK: Tensor, q_OK: Tensor, scale_O: Tensor) -> Tensor:
+    """The product in float32; a program makes 16 outputs of all rows, so that every weight is read once."""
+    rows, outputs = len(x_MK), len(q_OK)
+    y_MO = torch.empty(rows, outputs, device=x_MK.device)
+    block_m = 1 << (rows - 1).bit_length()
+    grid = ((outputs + BLOCK_O - 1) // BLOCK_O,)
+    block_k = max(32, 512 // block_m)  # what a program holds in registers stays the same
+    kernel()[grid](x_MK, q_OK, scale_O, y_MO, rows, outputs, x_MK.shape[1], block_m, BLOCK_O, block_k)
+    return y_MO
+
+
+@functools.cache
+def kernel() -> Callable:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def product(
+        x, q, scale, y, rows_m, rows_o, width, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr
+    ):
+        m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+        o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+        sums = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+        for first in range(0, width, BLOCK_K):
+            inside = first + k < width
+            weights = tl.load(
+                q + o[:, None].to(tl.int64) * width + first + k[None, :],
+                mask=(o[:, None] < rows_o) & inside[None, :],
+                other=0,
+            )
+            xs = tl.load(
+                x + m[:, None] * width + first + k[None, :], mask=(m[:, None] < rows_m) & inside[None, :], other=0.0
+            )
+            products = weights.to(tl.float32)[None, :, :] * xs.to(tl.float32)[:, None, :]
+            sums += tl.sum(products, axis=2)
+        scales = tl.load(scale + o, mask=o < rows_o, other=0.0)
+        is_there = (m[:, None] < rows_m) & (o[None, :] < rows_o)
+        tl.store(y + m[:, None] * rows_o + o[None, :], sums * scales[None, :], mask=is_there)
+
+    return product

@@ -1,0 +1,28 @@
+"""int8 products in bfloat16 against their formula: on a GPU by the Triton kernel, anywhere by torch."""
+
+import pytest
+import torch
+
+from mmllm.gpu import int8_linear
+
+
+def relative_error(rows: int, device: str) -> float:
+    chance = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 300, generator=chance).bfloat16()
+    q = torch.randint(-127, 128, (37, 300), generator=chance, dtype=torch.int8)
+    scale, bias = torch.rand(37, generator=chance), torch.randn(37, generator=chance)
+    wanted = x.double() @ (q * scale[:, None]).double().T + bias
+    got = int8_linear(*(tensor.to(device) for tensor in (x, q, scale, bias)))
+    assert got.dtype == torch.bfloat16
+    return float((got.cpu() - wanted).norm() / wanted.norm())
+
+
+def test_many_rows_meet_widened_weights_of_which_the_scale_is_kept_apart():
+    assert relative_error(20, "cpu") < 0.005, "the result is rounded to bfloat16, and the integers are exact there"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
+def test_few_rows_meet_weights_widened_in_registers(rows):
+    assert relative_error(rows, "cuda") < 0.005
