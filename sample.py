@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=PRECISIONS, help="(default: bfloat16 on CUDA, else float32; see the README)")
+    parser.add_argument("--compile", action="store_true", help="compile the step; pays in long conversations only")
     options = parser.parse_args(arguments)
     if not options.image and not options.chat:
         parser.error("name a picture with --image FILE, or talk without one with --chat")
@@ -67,7 +68,7 @@ def main() -> int:
         stop=tuple(options.stop),
         seed=options.seed,
     )
-    pipeline = load_pipeline(options.model, device=options.device, dtype=options.dtype)
+    pipeline = load_pipeline(options.model, device=options.device, dtype=options.dtype, is_compiled=options.compile)
     return chat(pipeline, options, config) if options.chat else answer_each(pipeline, options, config)
 
 

@@ -6,7 +6,7 @@
 
     curl -X POST "http://localhost:8000/caption" -F "image=@image.jpg" -F "prompt=Describe this image"
 
-Every limit has an environment variable: see Settings in mmllm/server.py.
+Every limit has an environment variable: see mmllm/settings.py.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def __getattr__(name: str):
 def settings_for(flags: dict[str, object]):
     """The server's Settings: a flag wins over the environment, and the model is one that is there."""
     from mmllm.pipeline import default_model
-    from mmllm.server import Settings
+    from mmllm.settings import Settings
 
     settings = replace(Settings.from_environment(os.environ), **flags)
     return replace(settings, model=settings.model or str(default_model()))

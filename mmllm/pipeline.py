@@ -40,15 +40,16 @@ class MultimodalInferencePipeline:
         [pipeline.answer_question(cat, question) for question in ("What is it?", "What color is it?")]
 
     Every method raises ImageError for a picture that cannot be used and UserError for settings out of range. One thread
-    at a time may use a pipeline.
+    at a time may use a pipeline. `is_compiled` compiles the decoding step: the first answer takes minutes, the others less.
     """
 
-    def __init__(self, model: MultimodalLLM):
+    def __init__(self, model: MultimodalLLM, *, is_compiled: bool = False):
         if model.processor is None:
             raise UserError("the model has no processor; load it with MultimodalLLM.from_pretrained")
         self.model = model.eval()
         self.processor = model.processor
-        self.engine = Engine(model, slots=1)
+        self.is_compiled = is_compiled
+        self.engine = Engine(model, 1, is_compiled=is_compiled)
         self.reset()
 
     def caption_image(
@@ -105,7 +106,7 @@ class MultimodalInferencePipeline:
         """The answer; `on_text` hears it piece by piece, each of whole characters, `cancelled` may end it early."""
         config = config or GenerationConfig()
         if self.engine.slots < config.num_beams:
-            self.engine = Engine(self.model, config.num_beams)
+            self.engine = Engine(self.model, config.num_beams, is_compiled=self.is_compiled)
         handle = self.engine.submit(prompt, config, on_text=on_text)
         try:
             drive(self.engine, [handle], cancelled)
@@ -129,7 +130,7 @@ def default_model(outputs: str | Path = "outputs") -> Path:
 
 
 def load_pipeline(
-    source: str | Path | None = None, *, device: str = "auto", dtype: str | None = None
+    source: str | Path | None = None, *, device: str = "auto", dtype: str | None = None, is_compiled: bool = False
 ) -> MultimodalInferencePipeline:
     """A pipeline for `source` (directory or hub name; None: the newest trained model), on the device by name.
 
@@ -140,4 +141,5 @@ def load_pipeline(
     if dtype is None:
         others = "bfloat16" if place.type == "cuda" else "float32"
         dtype = "int8" if "packed" in read_surgery(source) else others
-    return MultimodalInferencePipeline(load_model(source, device=place, precision=dtype))
+    model = load_model(source, device=place, precision=dtype)
+    return MultimodalInferencePipeline(model, is_compiled=is_compiled)

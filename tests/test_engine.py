@@ -2,12 +2,14 @@
 
 import math
 import random
+import shutil
 
 import pytest
 import torch
 
 from mmllm.engine import Engine
 from mmllm.errors import GenerationError, UserError
+from mmllm.fast import load_model
 from mmllm.generate import generate_each
 from mmllm.model import MultimodalLLM
 from mmllm.quant import quantize_
@@ -62,11 +64,22 @@ def ragged_requests(model: MultimodalLLM) -> list[tuple[Prompt, GenerationConfig
     return requests
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_64_ragged_requests_together_are_answered_as_one_by_one(folder, kind):
+def loaded(folder, kind: str) -> MultimodalLLM:
+    """A model with torch's products in two precisions, with int8 ones to train under, or made fast in one of ours."""
+    if kind.startswith("fast "):
+        return load_model(folder, precision=kind.removeprefix("fast "))
     model = MultimodalLLM.from_pretrained(folder, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
     if kind == "int8":
         quantize_(model.language_model)
+    return model
+
+
+KINDS = ("float32", "bfloat16", "int8", "fast bfloat16", "fast int8", "fast int8-dynamic", "fast int4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_64_ragged_requests_together_are_answered_as_one_by_one(folder, kind):
+    model = loaded(folder, kind)
     requests = ragged_requests(model)
     engine = Engine(model, 16, prefills_per_step=3)
     together = run(engine, *[engine.submit(*request) for request in requests])
@@ -243,6 +256,18 @@ def test_a_step_of_fixed_shape_gives_the_same_answers(model):
     engine.fixed = FixedStep(model.language_model, engine.cache, 4, is_compiled=False)
     together = run(engine, *[engine.submit(*request) for request in requests])
     assert [answer.ids for answer in together] == [alone(model, *request).ids for request in requests]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
+def test_a_compiled_step_gives_the_same_answers(tmp_path):
+    model = load_model(write_model(tmp_path / "model", num_hidden_layers=1), precision="int8")
+    requests = [(text_prompt(5, 6), SHORT), (text_prompt(*[9] * 30), SHORT), (picture_prompt(model, 0, 7), SHORT)]
+    engine = Engine(model, 2, is_compiled=True)
+    together = run(engine, *[engine.submit(*request) for request in requests])
+    assert together == [alone(model, *request) for request in requests]
 
 
 @pytest.mark.gpu

@@ -25,7 +25,8 @@ from mmllm.chat import user
 from mmllm.errors import CheckpointError, UserError, run
 from mmllm.pipeline import load_pipeline
 from mmllm.sampling import GenerationConfig
-from mmllm.server import Settings, create_app
+from mmllm.server import create_app
+from mmllm.settings import Settings
 from official import write_model
 
 FOREVER = 30_000  # tokens: more than a minute of work for the small model

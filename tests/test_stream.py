@@ -15,7 +15,8 @@ from test_server import BASE64, FOREVER, Real, answer, app, ask, fault, head, re
 
 from mmllm.http import HttpError
 from mmllm.pipeline import load_pipeline
-from mmllm.server import Server, Settings, create_app
+from mmllm.server import Server, create_app
+from mmllm.settings import Settings
 from mmllm.sse import MOST_UNSENT, EventStream, Pieces
 from official import write_model
 
