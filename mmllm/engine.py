@@ -31,8 +31,12 @@ from mmllm.request import Generated, Handle, Hypothesis, Prefix, Prompt
 from mmllm.sampling import GenerationConfig, Row, choose, not_finite
 from mmllm.streaming import AnswerText, whole_text
 
-GROWTH = 256  # tokens by which the cache grows
+GROWTH = 256  # tokens by which the cache grows; GPUs want masks of a multiple of 8
 SLOTS = {"cpu": 4, "cuda": 64, "mps": 4}  # requests side by side where nobody says how many
+
+
+def rounded(length: int) -> int:
+    return -(-length // GROWTH) * GROWTH
 
 
 @dataclass(eq=False)
@@ -70,7 +74,9 @@ class Engine:
         self.prefills_per_step = prefills_per_step
         self.rows_take_turns = is_exact and model.device.type == "cpu" and has_plain_products(model.language_model)
         with torch.inference_mode():
-            self.cache = KVCache(model.config.text, self.slots, max_length, device=model.device, dtype=model.dtype)
+            self.cache = KVCache(
+                model.config.text, self.slots, rounded(max_length), device=model.device, dtype=model.dtype
+            )
         is_fixed = is_compiled or (model.device.type == "cuda" if is_fixed is None else is_fixed)
         self.fixed = FixedStep(model.language_model, self.cache, self.slots, is_compiled) if is_fixed else None
         self.waiting: deque[Handle] = deque()
@@ -180,7 +186,7 @@ class Engine:
         """Reads a prompt into a slot; the logits of its first new token, (1, V)."""
         needed = len(prompt.ids) + config.max_new_tokens
         if needed > self.cache.length:
-            self.cache.grow_(-(-needed // GROWTH) * GROWTH)
+            self.cache.grow_(rounded(needed))
         prefix, start, pixels_N3SS = prompt.prefix, 0, prompt.pixels
         if prefix is not None and prefix.begins(prompt.ids):
             self.cache.write(slot, prefix.keys_LGTK, prefix.values_LGTK)
