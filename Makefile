@@ -45,7 +45,7 @@ serve: $(STAMP)  ## serve the newest trained model on http://127.0.0.1:8000
 
 bench: $(STAMP)  ## measure training, answers and memory beside other programs (15 minutes on 2 quiet cores)
 	$(PYTHON) -m mmllm.bench train --rounds 2 $(ARGS)
-	$(PYTHON) -m mmllm.bench generate --rounds 2 $(ARGS)
+	$(PYTHON) -m mmllm.bench generate --rounds 2 --compiled $(ARGS)
 	$(PYTHON) -m mmllm.bench memory --bf16-only $(ARGS)
 	$(PYTHON) -m mmllm.bench show
 

@@ -11,6 +11,7 @@ prompt has as many tokens, and no picture to encode. Next: peers.py, bench.py.
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,14 @@ from mmllm import llama, peers
 from mmllm.bench_rows import Goal
 from mmllm.contestant import Work, compete, speeds
 from mmllm.device import choose_device, peak_memory
+from mmllm.engine import Engine
 from mmllm.errors import RunError
-from mmllm.generate import GenerationConfig, Prompt, generate
+from mmllm.generate import drive
 from mmllm.log import say
 from mmllm.pipeline import load_pipeline
 from mmllm.random_model import picture, prompt_ids, sizes, write_model
+from mmllm.request import Prompt
+from mmllm.sampling import GenerationConfig
 
 CAPTION_TOKENS = 20
 PRECISIONS = ("float32", "bfloat16")
@@ -82,9 +86,10 @@ def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, 
     specs = [spec | {"contestant": READ, "kind": "read", "turns": [{"case": READ}]}]
     for precision in precisions:
         caption = {"case": CAPTION, "rows": 1, "new_tokens": CAPTION_TOKENS}
-        specs.append(
-            spec | {"contestant": ours(precision), "kind": "ours", "precision": precision, "turns": [*turns, caption]}
-        )
+        mine = spec | {"contestant": ours(precision), "kind": "ours", "precision": precision, "compiled": False}
+        specs.append(mine | {"turns": [*turns, caption]})
+        if spec["compiled_own"] and precision in ("int8", "bfloat16"):
+            specs.append(mine | {"contestant": f"{ours(precision)} compiled", "compiled": True, "turns": turns})
     specs += peer_specs(spec, turns)
     rows = compete(specs, rounds)
     for precision in precisions:
@@ -160,15 +165,26 @@ def own_answers(spec: dict) -> tuple[dict, Work]:
     begin = time.perf_counter()
     pipeline = load_pipeline(spec["model"], device=spec["device"], dtype=spec["precision"])
     load_s = time.perf_counter() - begin
-    model, peaks = pipeline.model, {}
+    model, peaks, engines = pipeline.model, {}, {}
 
     def turn(asked: dict) -> dict:
         prompts = [Prompt(tuple(prompt_ids(spec, row)), picture(spec, row)) for row in range(asked["rows"])]
         config = GenerationConfig(max_new_tokens=asked["new_tokens"])
-        heard: list[tuple[int, float]] = []
+        rows, longest = asked["rows"], len(prompts[0].ids) + asked["new_tokens"]
+        if asked["case"] not in engines:  # kept: it may have compiled something
+            engines[asked["case"]] = Engine(
+                model, rows, max_length=longest, is_exact=False, is_compiled=spec["compiled"]
+            )
+        engine, heard = engines[asked["case"]], []
+
+        def hear(row: int, token: int) -> None:
+            heard.append((row, time.perf_counter()))
+
         begin = time.perf_counter()
-        answers = generate(model, prompts, config, on_token=lambda row, token: heard.append((row, time.perf_counter())))
+        handles = [engine.submit(prompt, config, on_token=partial(hear, row)) for row, prompt in enumerate(prompts)]
+        drive(engine, handles)
         total = time.perf_counter() - begin
+        answers = [handle.result() for handle in handles]
         if any(len(answer.ids) != asked["new_tokens"] for answer in answers):
             raise RunError(
                 f"an answer ended before its {asked['new_tokens']} tokens; measure with other random weights"
