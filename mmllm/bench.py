@@ -119,7 +119,7 @@ def generate(options: argparse.Namespace) -> int:
         "compiled_peer": options.compiled_peer or device.type == "cuda",
         "compiled_own": options.compiled or device.type == "cuda",
     }
-    precisions = options.precision or list(bench_generate.PRECISIONS)
+    precisions = options.precision or list(bench_generate.PRECISIONS_OF[device.type])
     batches = sorted(options.batch or bench_generate.BATCHES[device.type])
     rows = bench_generate.measure(spec, precisions, batches, options.rounds, options.models)
     return finish("generate", rows, options)

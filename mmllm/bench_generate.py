@@ -19,19 +19,22 @@ from PIL import Image
 
 from mmllm import llama, peers
 from mmllm.bench_rows import Goal
+from mmllm.config import PRECISIONS
 from mmllm.contestant import Work, compete, speeds
 from mmllm.device import choose_device, peak_memory
 from mmllm.engine import Engine
 from mmllm.errors import RunError
+from mmllm.fast import make_int8_
 from mmllm.generate import drive
 from mmllm.log import say
+from mmllm.model import MultimodalLLM
 from mmllm.pipeline import load_pipeline
 from mmllm.random_model import picture, prompt_ids, sizes, write_model
 from mmllm.request import Prompt
 from mmllm.sampling import GenerationConfig
 
 CAPTION_TOKENS = 20
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS_OF = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8")}
 BATCHES = {"cpu": (1, 4, 8, 16), "cuda": (1, 4, 16, 64)}
 READ = "memory read"
 SAMPLE = Path(__file__).parent.parent / "sample.py"
@@ -84,9 +87,11 @@ def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, 
     spec = spec | {"bench": "generate", "model": str(write_model(folder / name / "model", config))}
     turns = [{"case": batch(rows), "rows": rows, "new_tokens": spec["new_tokens"]} for rows in batches]
     specs = [spec | {"contestant": READ, "kind": "read", "turns": [{"case": READ}]}]
+    packed = {} if not {"int8", "int8-dynamic"} & set(precisions) else {"model": str(packed_model(Path(spec["model"])))}
     for precision in precisions:
         caption = {"case": CAPTION, "rows": 1, "new_tokens": CAPTION_TOKENS}
         mine = spec | {"contestant": ours(precision), "kind": "ours", "precision": precision, "compiled": False}
+        mine |= packed if precision.startswith("int8") else {}
         specs.append(mine | {"turns": [*turns, caption]})
         if spec["compiled_own"] and precision in ("int8", "bfloat16"):
             specs.append(mine | {"contestant": f"{ours(precision)} compiled", "compiled": True, "turns": turns})
@@ -94,13 +99,23 @@ def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, 
     rows = compete(specs, rounds)
     for precision in precisions:
         cold = {"contestant": ours(precision), "kind": "cold", "precision": precision, "turns": [{"case": COLD}]}
-        rows += compete([spec | cold], 1)
+        rows += compete([spec | cold | (packed if precision.startswith("int8") else {})], 1)
     (bandwidth,) = [row["bytes_per_s"] for row in rows if row["contestant"] == READ]
     for row in rows:
         if "steps_per_s" in row:
             row["bandwidth_share"] = row["steps_per_s"] * row["weight_bytes"] / bandwidth
         say("  " + told(row))
     return rows
+
+
+def packed_model(source: Path) -> Path:
+    """The model with int8 weights on disk, as `convert_weights.py --int8` writes it; kept when it is there already."""
+    folder = source.with_name(f"{source.name}-int8")
+    if not folder.is_dir():
+        model = MultimodalLLM.from_pretrained(source, dtype=None)
+        make_int8_(model)
+        model.save_pretrained(folder)
+    return folder
 
 
 def peer_specs(spec: dict, turns: list[dict]) -> list[dict]:
