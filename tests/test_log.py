@@ -220,3 +220,20 @@ def test_wandb_without_an_account_asks_for_nothing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(None))
     assert log.start_wandb("mmllm", "tiny", {}) is None
     assert "wandb is not logged in" in capsys.readouterr().out
+
+
+def test_wandb_offline_needs_no_account(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb = FakeWandb(None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert log.start_wandb("mmllm", "tiny", {}) is wandb
+
+
+def test_a_run_goes_on_when_wandb_cannot_start(monkeypatch, capsys):
+    class Unreachable(FakeWandb):
+        def init(self, **settings):
+            raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", Unreachable("key"))
+    assert log.start_wandb("mmllm", "tiny", {}) is None
+    assert capsys.readouterr().out == "wandb did not start (no network); the run goes on without it\n"
