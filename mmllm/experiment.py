@@ -150,10 +150,10 @@ def settle_precision(config: ExperimentConfig, device: torch.device) -> None:
 def conclude(run: Run) -> int:
     """The last lines of a run, and its exit code."""
     write_report(run.directory)
-    if run.stop:
-        cause = signal.Signals(run.stop.number).name
+    if run.stopping:
+        cause = signal.Signals(run.stopping).name
         say(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")
-        return 128 + run.stop.number
+        return 128 + run.stopping
     model = run.directory / disk.BEST
     which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.writer.last_saved
     images = [path for sample in [*run.val_samples, *run.train_samples] for path in sample.images[:1]]

@@ -296,7 +296,11 @@ def _subject(directory: Path) -> str:
     settings = json.loads(path.read_text(encoding="utf-8"))
     model, data, training = settings["model"], settings["data"], settings["training"]
     source = f"`{model['pretrained']}`" if model["pretrained"] else f"`{model['clip']}` and `{model['qwen']}`"
-    how = " with adapters" * model["use_lora"] + " on int8 weights" * model["load_in_8bit"]
+    how = (
+        " with adapters" * model["use_lora"]
+        + " on int8 weights" * model["load_in_8bit"]
+        + " on int4 weights" * model["load_in_4bit"]
+    )
     stages = "; ".join(
         f"stage {number} trains {', '.join(stage['train'])} for {stage['epochs']} epochs"
         for number, stage in ((1, training["stage1"]), (2, training["stage2"]))

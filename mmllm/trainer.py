@@ -90,7 +90,7 @@ class Run:
     train_samples: list[Sample]
     val_samples: list[Sample]
     log: RunLog
-    stop: StopSignal
+    stop: StopSignal  # what this process has heard; all act on `stopping`
     world: World
     writer: CheckpointWriter
     data_sha256: dict[str, str]
@@ -102,6 +102,7 @@ class Run:
     skipped: int = 0  # steps in a row
     broken: set[int] = field(default_factory=set)  # samples whose picture proved broken when it was used
     flops: float | None = None
+    stopping: int = 0  # the signal that all processes know of, which ends the run
     read_image: ReadImage | None = None  # None: its pixels
 
 
@@ -119,7 +120,7 @@ class Position:
 
 
 def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Position) -> bool:
-    """Train one stage from step `position.done` to its end, or until `run.stop`; validate and save when due.
+    """Train one stage from step `position.done` to its end, or until a signal; validate and save when due.
 
     Returns whether it was stopped.
     """
@@ -143,13 +144,13 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         """What is due after step `done`: validation, a checkpoint."""
         scores = None
         validates = run.val_samples and is_due(done, settings.eval_steps, per_epoch, total)
-        saves = run.stop or is_due(done, settings.save_steps, per_epoch, total)
+        saves = run.stopping or is_due(done, settings.save_steps, per_epoch, total)
         if not (validates or saves):
             return
         hold_(held, torch.float32)
         if validates:
             scores = validate(model, stage, run, position.steps_before + done, position.stage)
-        if run.stop or saves:
+        if run.stopping or saves:
             epoch = position.epochs_before + (done - 1) // per_epoch + 1
             save(model, optimizer, run, position, done, epoch, scores)
         hold_(held, torch.bfloat16)
@@ -202,10 +203,9 @@ def is_stopped(run: Run) -> bool:
     With the same question they hear how the checkpoint on its way stands.
     """
     number, furthest = run.world.largest([run.stop.number, run.writer.state()])
-    if number:
-        run.stop.number = number
+    run.stopping = run.stopping or number
     settle(run, furthest)
-    return bool(number)
+    return bool(run.stopping)
 
 
 def update_(
@@ -368,9 +368,9 @@ def validate(model: MultimodalLLM, stage: StageConfig, run: Run, step: int, numb
     shown = run.val_samples[: run.config.training.num_sample_captions]
     read_image = run.read_image if run.config.data.features_path else None  # no pictures are there: only their features
     with gathered(model):
-        captions = sample_captions(model, [] if run.stop else shown, lambda: is_stopped(run), read_image)
+        captions = sample_captions(model, [] if run.stopping else shown, lambda: is_stopped(run), read_image)
     train_only_(model, trained_parts(stage))
-    if run.stop:
+    if run.stopping:
         return None
     row = {"stage": number, "step": step, **scores, "captions": captions}
     run.log.write(row)
@@ -405,7 +405,7 @@ def save(
         "stage_step": done,
         "step": step,
         "epoch": epoch,
-        "is_pending": bool(run.stop) and scores is None,
+        "is_pending": bool(run.stopping) and scores is None,
         "best": best,
         "num_samples": len(run.train_samples),
         "processes": run.world.size,
@@ -422,7 +422,7 @@ def save(
         disk.prune(run.directory, run.config.training.keep_checkpoints, best_name)
         say(f"saved {run.directory / name} in {duration(time.perf_counter() - begin)}")
 
-    is_last = bool(run.stop) or step == run.total_steps
+    is_last = bool(run.stopping) or step == run.total_steps
     run.saved_step = step
     try:
         run.writer.begin(run.directory / name, model, optimizer, state, whole)
