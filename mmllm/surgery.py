@@ -84,7 +84,12 @@ def exact_in_bfloat16(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
     would lose something stay as they are, and so do shards.
     """
     frozen = {id(p): p for layer in layers if type(p := layer.weight) is nn.Parameter and not p.requires_grad}
-    return [p for p in frozen.values() if p.dtype == torch.float32 and torch.equal(p.bfloat16().float(), p)]
+    return [p for p in frozen.values() if p.dtype == torch.float32 and _is_exact_in_bfloat16(p)]
+
+
+def _is_exact_in_bfloat16(p: Tensor) -> bool:
+    """In pieces: copies of a whole embedding would be the peak of a stage's memory."""
+    return all(torch.equal(rows.bfloat16().float(), rows) for rows in p.split(4096))
 
 
 def hold_(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
