@@ -65,11 +65,12 @@ def test_what_is_frozen_recomputed_or_int8_takes_less():
     stage_1, full, lora = predicted(stage=1), predicted(), predicted("model.use_lora=true")
     recomputed = predicted("training.gradient_checkpointing=true", rows=16)
     int8 = predicted("model.use_lora=true", "model.load_in_8bit=true")
-    assert full.weights == stage_1.weights == 4 * sum(p.numel() for p in MultimodalLLM(sizes("tiny")).parameters())
+    assert full.weights == 4 * sum(p.numel() for p in MultimodalLLM(sizes("tiny")).parameters())
+    assert stage_1.weights < full.weights, "frozen weights are held in bfloat16"
     assert full.moments > 5 * lora.moments > 0
     assert stage_1.moments == pytest.approx(8 * (64 * 64 + 64) * 2)
     assert recomputed.step < 0.7 * predicted(rows=16).step
-    assert int8.weights < 0.8 * lora.weights
+    assert int8.weights < lora.weights < full.weights
 
 
 def test_further_micro_batches_hold_the_gradients_of_the_first():
@@ -84,8 +85,8 @@ def full_gradients():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", bench_memory.CASES)
 def test_the_predicted_peak_is_within_15_percent_of_a_real_process(case):
-    spec = {"device": "cpu", "size": "full", "layers": 2, "rows": 4}
-    for row in bench_memory.measure([case], spec):
+    spec = {"device": "cpu", "size": "full", "layers": 6, "rows": 4}
+    for row in bench_memory.measure([case], spec, variants=((True, False),)):
         assert abs(row["error"]) < 0.15, row
 
 
