@@ -130,6 +130,7 @@ def peer_specs(spec: dict, turns: list[dict]) -> list[dict]:
             specs.append(theirs | {"contestant": f"{HF} compiled", "compiled": True})
     if llama.is_installed():
         for kind in llama.KINDS:
+            llama.write_gguf(Path(spec["model"]), kind)  # here, so that it counts to nobody's peak
             specs.append(
                 spec | {"kind": "llama.cpp", "contestant": f"llama.cpp {kind}", "precision": kind, "turns": alone}
             )
