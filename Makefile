@@ -33,7 +33,7 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 demo: $(STAMP)  ## draw a small world, train both stages on it, measure and caption (under 6 minutes on 2 cores)
 	$(PYTHON) -m mmllm.toy demo $(ARGS)
 
-test: $(STAMP)  ## run the tests (under 5 minutes on 2 cores)
+test: $(STAMP)  ## run the tests (under 8 minutes on 2 cores)
 	$(PYTHON) -m pytest $(ARGS)
 
 lint: $(STAMP)  ## check the style

@@ -44,7 +44,7 @@ def train_table(rows: list[dict]) -> str:
 def generate_table(rows: list[dict]) -> str:
     """One line a contestant: what loading took, the first token, and the rate at each batch."""
     found = {(row["contestant"], row["case"]): row for row in rows}
-    batches = sorted({row["rows"] for row in rows if row["case"].startswith("batch")})
+    batches = sorted({int(row["rows"]) for row in rows if row["case"].startswith("batch")})
     contestants = list(dict.fromkeys(row["contestant"] for row in rows if row["case"].startswith("batch")))
     head = (
         "by",
