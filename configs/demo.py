@@ -21,5 +21,5 @@ config.training.log_steps = 25
 config.training.stage1.epochs = 1
 config.training.stage1.batch_size = 16
 config.training.stage1.learning_rate = 3e-3
-config.training.stage2.epochs = 3
+config.training.stage2.epochs = 4
 config.training.stage2.learning_rate = 1.5e-3
