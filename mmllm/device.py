@@ -36,11 +36,17 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were in use so far: on the GPU, or of the whole process."""
+    """Most bytes that were in use so far: on the GPU, or of the whole process.
+
+    Linux's `ru_maxrss` starts at the peak of the process that started this one; VmHWM is this program's own.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return _bytes(status, "VmHWM")
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most  # kilobytes everywhere but on a Mac
+    return most if sys.platform == "darwin" else 1024 * most  # bytes on a Mac, else kilobytes
 
 
 def free_memory() -> int:
@@ -48,11 +54,16 @@ def free_memory() -> int:
     machine, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if not machine.exists():
         return 0
-    lines = dict(line.split(":") for line in machine.read_text().splitlines())
-    free = 1024 * int(lines["MemAvailable"].split()[0])
+    free = _bytes(machine, "MemAvailable")
     limit = container / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":
         counts = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())
         used = int((container / "memory.current").read_text()) - int(counts["inactive_file"])
         free = min(free, int(limit.read_text()) - used)
     return free
+
+
+def _bytes(path: Path, name: str) -> int:
+    """The line `name: 123 kB` of one of Linux's tables."""
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
