@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmllm.branches import attention_of, positions_of, sources_of
 from mmllm.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
@@ -28,6 +26,7 @@ from mmllm.config import LoraConfig
 from mmllm.errors import CheckpointError
 from mmllm.image import ImageProcessor
 from mmllm.lora import CONFIG_FILE, TENSOR_FILE, adapter_tensors, adapters, load_adapter_, write_adapter_config
+from mmllm.loss import cross_entropy_sum
 from mmllm.packed import blank_, settle_
 from mmllm.projector import Projector
 from mmllm.quant import ROUNDINGS, quantize_
@@ -180,15 +179,9 @@ class MultimodalLLM(nn.Module):
         return self.loss_sum(x_MD, labels_BT[:, 1:][is_target]), is_target.sum()
 
     def loss_sum(self, x_MD: Tensor, targets_M: Tensor) -> Tensor:
-        """Summed cross-entropy. When it takes several pieces of logits, the backward pass makes each again."""
+        """Summed cross-entropy of what follows `x_MD`."""
         rows = max(1, LOGITS_AT_ONCE // self.config.text.vocab_size)
-        if len(x_MD) <= rows:
-            return self._cross_entropy(x_MD, targets_M)
-        pieces = zip(x_MD.split(rows), targets_M.split(rows), strict=True)
-        return sum(checkpoint(self._cross_entropy, x, targets, use_reentrant=False) for x, targets in pieces)
-
-    def _cross_entropy(self, x_MD: Tensor, targets_M: Tensor) -> Tensor:
-        return F.cross_entropy(self.language_model.logits(x_MD), targets_M, reduction="sum")
+        return cross_entropy_sum(x_MD, self.language_model.lm_head.weight, targets_M, rows)
 
     def logits(self, ids_BT: Tensor, pixels_N3SS: Tensor) -> Tensor:
         """Logits of every position, (B, T, V) float32, for rows padded on the right."""

@@ -45,6 +45,7 @@ def shard_(model: MultimodalLLM, world: World, *, reshard_after_forward: bool = 
     """
     whole = dict(model.named_parameters()) | dict(model.named_buffers())
     _forget_(model)
+    model.language_model.model.embed_tokens.sparse = False  # what is exchanged is whole
     tower = model.vision_tower
     is_whole = not any(p.requires_grad for p in tower.parameters())
     blocks = [*model.language_model.model.layers, *([] if is_whole else tower.vision_model.encoder.layers)]

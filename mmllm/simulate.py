@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
         made = function(*arguments, **(options or {}))
         for tensor in tree_iter(made):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:  # a sparse one is made of such
                 self._hear_of(tensor.untyped_storage())
         return made
 

@@ -461,6 +461,9 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """
     apply_rounding_(model, config)
     apply_lora_(model, config)
+    # few rows, which autograd adds to the whole gradient of the head; on a GPU their order would be left to chance
+    tied, text = model.config.text.tie_word_embeddings, model.language_model.model.embed_tokens
+    text.sparse = tied and model.device.type == "cpu"
     train_only_(model, {part for stage in config.stages() for part in trained_parts(stage)})
     if config.training.gradient_checkpointing:
         checkpoint_blocks_(model.language_model.model.layers)

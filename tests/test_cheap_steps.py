@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import write_world
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from mmllm import checkpoint as disk
@@ -20,6 +21,7 @@ from mmllm.data import Sample, load_samples
 from mmllm.errors import ConfigError
 from mmllm.experiment import train
 from mmllm.lora import add_lora_
+from mmllm.loss import cross_entropy_sum
 from mmllm.model import MultimodalLLM
 from mmllm.surgery import compile_blocks_, hold_, train_only_
 from mmllm.trainer import accumulate_gradients, frozen_weights
@@ -189,6 +191,38 @@ def test_the_loss_in_pieces_is_the_formula(model, monkeypatch):
     for rows in (1, 3, 20, 100):
         monkeypatch.setattr("mmllm.model.LOGITS_AT_ONCE", rows * 512)
         assert model.loss_sum(x_MD, targets_M).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 20])
+def test_the_gradient_made_with_the_loss_is_that_of_autograd(rows):
+    chance = torch.Generator().manual_seed(0)
+    x_MD, weight_VD = (torch.randn(n, 8, generator=chance, dtype=torch.float64, requires_grad=True) for n in (20, 50))
+    targets_M = torch.arange(20) * 2
+    wanted = torch.autograd.grad(3 * cross_entropy(x_MD @ weight_VD.T, targets_M, reduction="sum"), [x_MD, weight_VD])
+    got = torch.autograd.grad(3 * cross_entropy_sum(x_MD, weight_VD, targets_M, rows), [x_MD, weight_VD])
+    assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_made_with_the_loss_is_that_of_autograd_in_bfloat16():
+    chance = torch.Generator().manual_seed(0)
+    x_MD, weight_VD = (torch.randn(n, 64, generator=chance, requires_grad=True) for n in (20, 50))
+    targets_M = torch.arange(20) * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = cross_entropy((x_MD @ weight_VD.T).float(), targets_M, reduction="sum")
+        ours = cross_entropy_sum(x_MD, weight_VD, targets_M, 7)
+    assert_close(ours, plain)
+    wanted, got = (torch.autograd.grad(loss, [x_MD, weight_VD]) for loss in (plain, ours))
+    assert_close(got, wanted, rtol=0.01, atol=0.02)
+
+
+def test_few_rows_added_to_a_tied_gradient_make_the_whole_one(world, model):
+    batches = batches_of(world, model)
+    embedding = model.language_model.model.embed_tokens
+    (_, whole), is_sparse = gradients(model, batches), embedding.sparse
+    embedding.sparse = True
+    _, added = gradients(model, batches)
+    assert not is_sparse and embedding.weight.grad.layout == torch.strided
+    assert_close(added, whole)
 
 
 # Compiled blocks

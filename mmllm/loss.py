@@ -1,0 +1,58 @@
+"""The cross-entropy of a language model's head, and its gradient in the same pass.
+
+The surprising fact: the logits are the largest thing in a small model's step, 152,000 numbers a token, and nobody needs
+them. The gradient of a sum of cross-entropies is softmax minus one-hot, times the weights: it is known as soon as the
+logits are, so each piece of them makes its gradient at once and is forgotten. Autograd alone keeps three copies of all.
+
+The idea in Triton: Liger-Kernel, https://arxiv.org/abs/2410.10989. M labelled positions, D hidden size, V vocabulary.
+Next: model.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmllm.qwen import at_least_float32
+
+
+def cross_entropy_sum(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int) -> Tensor:
+    """Sum of the cross-entropies of the logits x W^T, float32, made `rows` at a time; in autocast's precision."""
+    if torch.is_autocast_enabled(x_MD.device.type):
+        x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type))
+    if not torch.is_grad_enabled():
+        x_MD, weight_VD = x_MD.detach(), weight_VD.detach()
+    return HeadCrossEntropy.apply(x_MD, weight_VD, targets_M, rows)
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        rounded_VD = weight_VD.to(x_MD.dtype)
+        of_x_MD = torch.empty_like(x_MD) if needs_x else None
+        of_weight_VD = None
+        loss = at_least_float32(x_MD).new_zeros(())
+        for start in range(0, len(x_MD), rows):
+            x, targets = x_MD[start : start + rows], targets_M[start : start + rows, None]
+            log_p = at_least_float32(F.linear(x, rounded_VD)).log_softmax(-1)
+            loss -= log_p.gather(1, targets).sum()
+            if not (needs_x or needs_weight):
+                continue
+            p = log_p.exp_()
+            p.scatter_add_(1, targets, p.new_full(targets.shape, -1.0))
+            p = p.to(x.dtype)
+            if needs_x:
+                torch.mm(p, rounded_VD, out=of_x_MD[start : start + rows])
+            if needs_weight:
+                piece = (p.T @ x).to(weight_VD.dtype)
+                of_weight_VD = piece if of_weight_VD is None else of_weight_VD.add_(piece)
+        if needs_weight and of_weight_VD is None:
+            of_weight_VD = torch.zeros_like(weight_VD)
+        ctx.gradients = of_x_MD, of_weight_VD
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if g is None else g.mul_(of_loss) for g in gradients), None, None
