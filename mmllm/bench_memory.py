@@ -8,7 +8,7 @@ import torch
 
 from mmllm.bench_train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_step
 from mmllm.contestant import Work, compete
-from mmllm.device import choose_device, peak_memory
+from mmllm.device import choose_device, forget_peak, peak_memory
 from mmllm.dryrun import stage_memory
 from mmllm.log import say
 from mmllm.random_model import sizes
@@ -51,6 +51,7 @@ def predicted_bytes(spec: dict) -> float:
 
 def build(spec: dict) -> tuple[dict, Work]:
     step, device = own_step(spec), choose_device(spec["device"])
+    forget_peak(device)  # of loading
 
     def turn(asked: dict) -> dict:
         step()

@@ -22,7 +22,7 @@ from mmllm.branches import join
 from mmllm.chat import IGNORED, Encoded
 from mmllm.config import ExperimentConfig, StageConfig
 from mmllm.contestant import Work, compete
-from mmllm.device import choose_device, peak_memory, synchronize
+from mmllm.device import choose_device, forget_peak, keep_freed_memory, peak_memory, synchronize
 from mmllm.distributed import World
 from mmllm.log import say
 from mmllm.model import MultimodalLLM
@@ -105,6 +105,7 @@ def build(spec: dict) -> tuple[dict, Work]:
     step = peer_step(spec) if spec["contestant"] == PEER else own_step(spec)
     device = choose_device(spec["device"])
     counts = step_counts([batch_of(spec)])
+    forget_peak(device)  # of loading
 
     def turn(asked: dict) -> dict:
         begin = time.perf_counter()
@@ -188,6 +189,7 @@ def own_step(spec: dict) -> Callable[[], float]:
 def own_model(spec: dict, config: ExperimentConfig) -> tuple[MultimodalLLM, StageConfig]:
     """The model of random weights, ready for the stage of the case."""
     stage = config.stages()[BY_NAME[spec["case"]].stage - 1]
+    keep_freed_memory(choose_device(spec["device"]))
     model = random_model(sizes(spec["size"], spec["layers"]), choose_device(spec["device"]))
     prepare(model, config)
     train_only_(model, trained_parts(stage))

@@ -18,6 +18,7 @@ from mmllm.batches import encode_shared, sample_order
 from mmllm.chat import marked
 from mmllm.config import ExperimentConfig, explain
 from mmllm.data import Sample, checked_samples
+from mmllm.device import keep_freed_memory
 from mmllm.distributed import World
 from mmllm.errors import ConfigError
 from mmllm.features import FeatureCache, FeatureTable
@@ -66,6 +67,7 @@ def train_in(
     for line in explain(config, origins):
         say(f"  {line}")
     settle_precision(config, device)
+    keep_freed_memory(device)
     is_spread = is_wanted(config, world.size)
     model = load_model(config, origins, checkpoint, None if is_spread else device)
     prepare(model, config)
