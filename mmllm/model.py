@@ -35,7 +35,8 @@ from mmllm.surgery import WithoutValues
 from mmllm.tokenizer import Tokenizer
 from mmllm.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_integers
 
-LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 MiB in float32
+LOGITS_AT_ONCE = 2**24  # numbers in one piece of logits: 64 MiB in float32
+ROOM_BESIDE_A_GRADIENT = 4  # times as many where the head is trained: each piece makes a gradient of the whole head
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,9 @@ class MultimodalLLM(nn.Module):
 
     def loss_sum(self, x_MD: Tensor, targets_M: Tensor) -> Tensor:
         """Summed cross-entropy of what follows `x_MD`."""
-        rows = max(1, LOGITS_AT_ONCE // self.config.text.vocab_size)
-        return cross_entropy_sum(x_MD, self.language_model.lm_head.weight, targets_M, rows)
+        weight_VD = self.language_model.lm_head.weight
+        numbers = LOGITS_AT_ONCE * (ROOM_BESIDE_A_GRADIENT if weight_VD.requires_grad else 1)
+        return cross_entropy_sum(x_MD, weight_VD, targets_M, max(1, numbers // self.config.text.vocab_size))
 
     def logits(self, ids_BT: Tensor, pixels_N3SS: Tensor) -> Tensor:
         """Logits of every position, (B, T, V) float32, for rows padded on the right."""

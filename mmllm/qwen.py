@@ -149,6 +149,21 @@ class Qwen2Attention(nn.Module):
         return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps the two for the backward pass and not silu(gate): a tenth of what a block keeps."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_y: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(of_y * up, gate), of_y * F.silu(gate)
+
+
 class Qwen2MLP(nn.Module):
     """SwiGLU: one half of the width decides how much of the other passes."""
 
@@ -159,7 +174,7 @@ class Qwen2MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
 class Qwen2Layer(nn.Module):

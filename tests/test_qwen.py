@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Qwen2ForCausalLM
 
 from mmllm.errors import CheckpointError
 from mmllm.model import language_tensors
-from mmllm.qwen import Qwen2, Qwen2Config
+from mmllm.qwen import Qwen2, Qwen2Config, SwiGLU
 from mmllm.weights import load_strict_, read_json
 from official import write_qwen
 
@@ -95,3 +96,14 @@ def test_what_would_change_the_numbers_is_refused(changes, named):
     config = {name: value for name, value in config.items() if value is not None}
     with pytest.raises(CheckpointError, match=named):
         Qwen2Config.from_dict(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_without_keeping_the_gate_gives_the_bits_of_autograd(dtype):
+    gate, up, of_y = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gate.requires_grad_()
+    up = up.clone().requires_grad_()
+    plain, ours = F.silu(gate) * up, SwiGLU.apply(gate, up)
+    assert torch.equal(ours, plain)
+    wanted, got = (torch.autograd.grad(y, [gate, up], of_y) for y in (plain, ours))
+    assert all(map(torch.equal, got, wanted))
