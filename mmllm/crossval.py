@@ -50,7 +50,7 @@ from mmllm.pretrain import build_tokenizer, initialise_, write_clip, write_qwen
 from mmllm.ptb import words
 from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
-from mmllm.standins import CaptionSpace, halves, noisy
+from mmllm.standins import CaptionSpace, each_by_the_others, noisy
 
 Captions = dict[str, tuple[str, ...]]  # by picture name
 
@@ -192,13 +192,18 @@ def trained(config: ExperimentConfig) -> Path:
 
 
 def make_language_model(out: Path, captions: Captions, config: ExperimentConfig, options: argparse.Namespace) -> Path:
-    """Trains a small Qwen2 on `captions` alone, embeddings of some standing for the picture of the others."""
+    """Trains a small Qwen2 on `captions` alone, an embedding of the others standing for the picture of each.
+
+    One epoch over as many copies as `--text-epochs` says: so the noise is another each time.
+    """
     space = CaptionSpace(list(captions.values()), options.standin_numbers)
     features, said = {}, {}
     for name, texts in captions.items():
-        for number, (describing, others) in enumerate(halves(texts)):
-            features[f"{name}#{number}"] = noisy(space(describing), len(said))
-            said[f"{name}#{number}"] = tuple(others)
+        for number, (others, text) in enumerate(each_by_the_others(texts)):
+            embedding_F = space(others)
+            for copy in range(options.text_epochs):
+                features[f"{name}#{number}.{copy}"] = noisy(embedding_F, len(said))
+                said[f"{name}#{number}.{copy}"] = (text,)
     if not said:
         raise DataError(f"{options.captions}: no picture has two captions, of which one could stand for it")
     texts = [text for of_one in captions.values() for text in of_one]
@@ -222,15 +227,17 @@ def make_language_model(out: Path, captions: Captions, config: ExperimentConfig,
     validation = sorted(said)[:: max(10, len(said) // 200)]
     config = write_run(out, said, features, validation, config)
     config.model.qwen = str(out / "qwen")
+    config.data.batch_size *= TEXTS_PER_PICTURE
     config.training = replace(
         config.training,
         stage1=replace(config.training.stage1, epochs=0),
-        stage2=replace(config.training.stage2, epochs=options.text_epochs, learning_rate=options.text_rate),
+        stage2=replace(config.training.stage2, epochs=1, learning_rate=options.text_rate),
     )
     write_qwen(out / "qwen", MultimodalLLM.from_pretrained(trained(config)).language_model, tokenizer)
     return out / "qwen"
 
 
+TEXTS_PER_PICTURE = 4  # captions in a step of the language model, for each picture in one of the folds
 RARELY_CUT = (
     1000  # times the words of the chat template are shown to the tokenizer, which then makes few tokens of them
 )
@@ -342,11 +349,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-beams", type=at_least_one, default=5, metavar="N", help=shown)
     parser.add_argument("--max-new-tokens", type=at_least_one, default=30, metavar="N", help=shown)
     parser.add_argument("--qwen", metavar="DIR", help="a language model, in place of the one made from captions")
-    parser.add_argument("--width", type=int, default=128, metavar="N", help=f"of the language model {shown}")
+    parser.add_argument("--width", type=int, default=192, metavar="N", help=f"of the language model {shown}")
     parser.add_argument("--layers", type=at_least_one, default=3, metavar="N", help=shown)
     parser.add_argument("--vocab-size", type=at_least_one, default=2000, metavar="N", help=shown)
     parser.add_argument("--standin-numbers", type=at_least_one, default=128, metavar="N", help=shown)
-    parser.add_argument("--text-epochs", type=at_least_one, default=3, metavar="N", help=shown)
+    parser.add_argument("--text-epochs", type=at_least_one, default=4, metavar="N", help=shown)
     parser.add_argument("--text-rate", type=float, default=3e-3, metavar="RATE", help=shown)
     return parser.parse_intermixed_args(arguments)  # settings may stand anywhere
 

@@ -1,7 +1,7 @@
 """Embeddings made of captions, to stand for pictures that nobody has seen.
 
-A language model learns most of captioning without pictures: half of a picture's captions become an embedding, with some
-noise, and the others are to be said from it. Later a new projector translates the embeddings of a real vision tower.
+A language model learns most of captioning without pictures: all of a picture's captions but one become an embedding, with
+some noise, and that one is to be said from it. Later a new projector translates the embeddings of a real vision tower.
 
 The surprising fact: counting words is enough. This is the embedding of 1990 (latent semantic analysis: tf-idf of the words,
 turned onto its main axes).
@@ -69,7 +69,7 @@ def noisy(embedding_F: Tensor, seed: int) -> Tensor:
     return embedding_F + NOISE * torch.randn(embedding_F.shape, generator=chance)
 
 
-def halves(captions: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-    """Which captions describe and which are to be said, both ways round: every caption is said once."""
-    even, odd = list(captions[::2]), list(captions[1::2])
-    return [(even, odd), (odd, even)] if odd else []
+def each_by_the_others(captions: Sequence[str]) -> list[tuple[list[str], str]]:
+    """Each of a picture's captions, to be said, and before it the others, which describe."""
+    others = [[*captions[:i], *captions[i + 1 :]] for i in range(len(captions))]
+    return list(zip(others, captions, strict=True)) if len(captions) > 1 else []

@@ -11,7 +11,7 @@ from mmllm import crossval
 from mmllm.crossval import consensus, deal, nearest, read_captions, read_features, standardised
 from mmllm.errors import DataError, UserError
 from mmllm.scoring import ngrams, weighted
-from mmllm.standins import CaptionSpace, halves, noisy
+from mmllm.standins import CaptionSpace, each_by_the_others, noisy
 from official import write_qwen
 
 THINGS, PLACES = ("dog", "boat", "bird"), ("grass", "sand", "water")
@@ -40,7 +40,7 @@ def world(tmp_path):
 
 QUICK = ["num_sample_captions=0", "eval_steps=1000", "save_steps=1000", "log_steps=1000", "data.batch_size=8"]
 QUICK += ["stage1.epochs=6", "stage1.learning_rate=1e-2", "stage2.epochs=1", "stage2.learning_rate=2e-3"]
-QUICK += ["--width=64", "--layers=1", "--vocab-size=320", "--standin-numbers=4", "--text-epochs=12"]
+QUICK += ["--width=64", "--layers=1", "--vocab-size=320", "--standin-numbers=4", "--text-epochs=40"]
 QUICK += ["--max-new-tokens=10"]
 
 
@@ -155,9 +155,9 @@ def test_captions_are_the_words_that_scores_count(tmp_path):
     assert read_captions(tmp_path / "x.jsonl") == {"1.jpg": ("two dogs run", "a dog 's ball")}
 
 
-def test_half_of_the_captions_describe_and_the_others_are_said_both_ways_round():
-    assert halves(("a", "b", "c")) == [(["a", "c"], ["b"]), (["b"], ["a", "c"])]
-    assert halves(("a",)) == []
+def test_every_caption_is_said_once_and_described_by_the_others():
+    assert each_by_the_others(("a", "b", "c")) == [(["b", "c"], "a"), (["a", "c"], "b"), (["a", "b"], "c")]
+    assert each_by_the_others(("a",)) == []
 
 
 def test_the_embedding_of_captions_is_that_of_a_singular_value_decomposition():
