@@ -138,6 +138,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         f"stage {position.stage}: {total} steps of {stage.batch_size} x {stage.gradient_accumulation_steps}"
         f"{f' x {run.world.size} processes' if run.world.size > 1 else ''} samples, "
         f"training {', '.join(stage.train)}: {count_parameters(model, True):,} of {count_weights(model):,} parameters"
+        f"{'' if position.done else ', with a new optimiser'}"
     )
 
     def finish(done: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from PIL.GifImagePlugin import GifImageFile
 from transformers import CLIPImageProcessorPil
 
 from mmllm import image as module
@@ -134,6 +135,14 @@ def test_an_animation_gives_its_first_frame(kind):
     assert decode(data).getpixel((4, 4)) == (255, 0, 0)
 
 
+def test_of_ten_thousand_frames_one_is_read(monkeypatch):
+    frames = [Image.new("P", (8, 8), i % 2) for i in range(10_000)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], optimize=False)
+    monkeypatch.setattr(GifImageFile, "seek", lambda self, frame: pytest.fail(f"frame {frame} was asked for"))
+    assert data.count(b",") == 10_000  # what every frame begins with
+    assert decode(data).size == (8, 8)
+
+
 def pointless_png(width: int, height: int) -> bytes:
     """A PNG whose header promises far more than it holds."""
 
@@ -152,6 +161,10 @@ def with_long_text() -> bytes:
     return encoded(Image.new("RGB", (4, 4)), pnginfo=info)
 
 
+def with_large_profile() -> bytes:
+    return encoded(Image.new("RGB", (4, 4)), icc_profile=bytes(70_000_000))
+
+
 BAD = {
     "empty": (b"", "empty_image"),
     "text": (b"hello, I am not a picture", "unsupported_image"),
@@ -168,6 +181,7 @@ BAD = {
     "huge bomb": (pointless_png(60_000, 60_000), "image_too_large"),
     "one pixel wide": (pointless_png(1, 40_000), "image_aspect"),
     "70 MB of comment": (with_long_text(), "corrupt_image"),
+    "70 MB of profile": (with_large_profile(), "corrupt_image"),
 }
 
 

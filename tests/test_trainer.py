@@ -24,6 +24,7 @@ from mmllm.errors import CheckpointError, ConfigError, DataError, RunError, User
 from mmllm.experiment import train
 from mmllm.log import read_metrics
 from mmllm.model import MultimodalLLM
+from mmllm.optim import learning_rate_at
 from mmllm.surgery import checkpoint_blocks_, train_only_
 from mmllm.validation import sample_captions, validation_losses
 
@@ -220,6 +221,17 @@ def test_more_and_smaller_micro_batches_resume_the_same_run(world, whole_run, tm
     mine, theirs = ([row["loss"] for row in numbers(c) if "loss" in row] for c in (config, whole_run))
     assert mine == pytest.approx(theirs[3:], abs=1e-4)
     assert "changed: data.batch_size: 2 at the checkpoint, 1 now" in capsys.readouterr().out
+
+
+def test_another_learning_rate_is_told_and_holds_from_there_on(world, whole_run, tmp_path, capsys):
+    config = world.config(tmp_path)
+    config.training.stage2.learning_rate = 7e-4
+    assert train(config, resume=str(directory_of(whole_run) / "checkpoint-epoch-1-step-5")) == 0
+    printed = capsys.readouterr().out
+    assert "changed: training.stage2.learning_rate: None at the checkpoint, 0.0007 now" in printed
+    assert "stage 2: 5 steps" in printed and "parameters, with a new optimiser" in printed
+    wanted = [learning_rate_at(step, 7e-4, round(config.training.warmup_ratio * 5), 5) for step in range(5)]
+    assert [row["learning_rate"] for row in numbers(config) if "loss" in row] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
