@@ -24,6 +24,8 @@ typedef uint8_t Bytes __attribute__((vector_size(64)));    // 16 rows of 4 weigh
 typedef int32_t Ints __attribute__((vector_size(64)));     // one sum of 16 rows
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int64_t Longs __attribute__((vector_size(128)));
+typedef int8_t Chars __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 16, GROUP = 32;
@@ -84,6 +86,13 @@ static inline Ints dot4(Ints sum, Bytes w, int32_t x) {
 }
 #endif
 
+// To the nearest whole number, of two the even one, as rintf does; |x| < 2^23.
+static inline Ints rounded(Floats x) {
+  const Floats size = (Floats)((Ints)x & 0x7fffffff);
+  const Ints whole = __builtin_convertvector((size + 0x1p23f) - 0x1p23f, Ints);
+  return x < 0 ? -whole : whole;
+}
+
 // Rows of x as whole numbers X = x / unit, each cut into D signed digits of BITS bits, the lowest first: [M][D][K].
 template <int D, int BITS> struct Digits {
   std::vector<int8_t> bytes;
@@ -91,26 +100,36 @@ template <int D, int BITS> struct Digits {
   std::vector<int64_t> sum;
 
   Digits(const float* x, int64_t M, int64_t K, int32_t largest) : bytes(M * D * K), unit(M), sum(M) {
+    constexpr int32_t HALF = 1 << (BITS - 1), MASK = (1 << BITS) - 1;
+    int32_t halves = 0;  // with a half added to every digit none is negative, and each lies in bits of its own
+    for (int d = 0; d < D; d++) halves += HALF << (BITS * d);
     at::parallel_for(0, M, 16, [&](int64_t from, int64_t to) {
       for (int64_t m = from; m < to; m++) {
         const float* row = x + m * K;
         const float peak = peak_of(row, K);
-        const bool is_finite = std::isfinite(peak);
-        const double step = double(peak) / largest;
-        const float scale = !is_finite || step == 0 ? 0.f : float(std::min(1 / step, 3e38));
-        unit[m] = !is_finite ? NAN : scale == 0 ? 0 : 1 / double(scale);
-        int64_t total = 0;
-        int8_t* out = bytes.data() + m * D * K;
-        for (int64_t k = 0; k < K; k++) {
-          int32_t X = is_finite ? int32_t(__builtin_rintf(row[k] * scale)) : 0;
-          total += X;
-          for (int d = 0; d < D; d++) {
-            const int32_t digit = ((X + (1 << (BITS - 1))) & ((1 << BITS) - 1)) - (1 << (BITS - 1));
-            out[d * K + k] = int8_t(digit);
-            X = (X - digit) >> BITS;
-          }
+        if (!std::isfinite(peak)) {
+          unit[m] = NAN;
+          continue;
         }
-        sum[m] = total;
+        const double step = double(peak) / largest;
+        const float scale = step == 0 ? 0.f : float(std::min(1 / step, 3e38));
+        unit[m] = scale == 0 ? 0 : 1 / double(scale);
+        Longs total = {};
+        int8_t* out = bytes.data() + m * D * K;
+        const auto cut = [&](int64_t k, int64_t n) {
+          Floats some = {};
+          memcpy(&some, row + k, n * sizeof(float));
+          const Ints X = rounded(some * scale);
+          total += __builtin_convertvector(X, Longs);
+          for (int d = 0; d < D; d++) {
+            const Chars digit = __builtin_convertvector(((X + halves) >> (BITS * d) & MASK) - HALF, Chars);
+            memcpy(out + d * K + k, &digit, n);
+          }
+        };
+        int64_t k = 0;
+        for (; k + LANES <= K; k += LANES) cut(k, LANES);
+        if (k < K) cut(k, K - k);
+        for (int64_t r = 0; r < LANES; r++) sum[m] += total[r];
       }
     });
   }
