@@ -35,8 +35,8 @@ from mmllm.surgery import WithoutValues
 from mmllm.tokenizer import Tokenizer
 from mmllm.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_integers
 
-LOGITS_AT_ONCE = 2**24  # numbers in one piece of logits: 64 MiB in float32
-ROOM_BESIDE_A_GRADIENT = 4  # times as many where the head is trained: each piece makes a gradient of the whole head
+LOGITS_AT_ONCE = 2**23  # numbers in one piece of logits: 32 MiB in float32
+ROOM_BESIDE_A_GRADIENT = 8  # times as many where the head is trained: each piece makes a gradient of the whole head
 
 
 @dataclass(frozen=True)
