@@ -189,12 +189,12 @@ def own_step(spec: dict) -> Callable[[], float]:
 def own_model(spec: dict, config: ExperimentConfig) -> tuple[MultimodalLLM, StageConfig]:
     """The model of random weights, ready for the stage of the case."""
     stage = config.stages()[BY_NAME[spec["case"]].stage - 1]
-    keep_freed_memory(choose_device(spec["device"]))
     model = random_model(sizes(spec["size"], spec["layers"]), choose_device(spec["device"]))
     prepare(model, config)
     train_only_(model, trained_parts(stage))
     if config.training.bf16:
         hold_(frozen_weights(model), torch.bfloat16)
+    keep_freed_memory(model.device)
     return model, stage
 
 

@@ -52,7 +52,7 @@ def _refuse_missing(name: str, source: str) -> None:
 
 # What a process takes beside its tensors: Python, torch, what they load at the first step, scratch of the kernels, and on
 # a CPU the gaps between what it keeps.
-PROCESS_BYTES = {"cpu": 650_000_000, "cuda": 70_000_000, "mps": 0}
+PROCESS_BYTES = {"cpu": 430_000_000, "cuda": 70_000_000, "mps": 0}
 
 
 @dataclass(frozen=True)

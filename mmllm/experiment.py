@@ -67,12 +67,12 @@ def train_in(
     for line in explain(config, origins):
         say(f"  {line}")
     settle_precision(config, device)
-    keep_freed_memory(device)
     is_spread = is_wanted(config, world.size)
     model = load_model(config, origins, checkpoint, None if is_spread else device)
     prepare(model, config)
     if is_spread:
         shard_(model, world, reshard_after_forward=config.training.reshard_after_forward)
+    keep_freed_memory(device)  # not what loading needed
     table = feature_table(config, model)
     train_samples, val_samples = load_data(config, model, directory if world.is_first else None, table)
     if state and not allow_data_change:
