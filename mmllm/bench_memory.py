@@ -1,17 +1,19 @@
 """Predicted and measured peak memory of a training step, side by side: what `--dry-run` says is held to what happens.
 
 The surprising fact: memory, unlike time, can be measured on a busy machine. Each case is a process of its own that takes
-three steps on random weights. Next: dryrun.py, bench.py.
+three steps on random weights, its frozen weights as a validation holds them in between. Next: dryrun.py, bench.py.
 """
 
 import torch
 
-from mmllm.bench_train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_step
+from mmllm.bench_train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_model, steps_of
 from mmllm.contestant import Work, compete
 from mmllm.device import choose_device, forget_peak, peak_memory
 from mmllm.dryrun import stage_memory
 from mmllm.log import say
 from mmllm.random_model import sizes
+from mmllm.surgery import hold_
+from mmllm.trainer import frozen_weights
 
 CASES = ("stage 1", "stage 2, full", "stage 2, LoRA", "stage 2, LoRA on int8")
 VARIANTS = tuple((bf16, checkpointing) for bf16 in (True, False) for checkpointing in (False, True))
@@ -50,11 +52,15 @@ def predicted_bytes(spec: dict) -> float:
 
 
 def build(spec: dict) -> tuple[dict, Work]:
-    step, device = own_step(spec), choose_device(spec["device"])
+    config, device = configuration(spec), choose_device(spec["device"])
+    model, stage = own_model(spec, config)
+    step, held = steps_of(spec, config, model, stage), frozen_weights(model) if spec["bf16"] else []
     forget_peak(device)  # of loading
 
     def turn(asked: dict) -> dict:
         step()
+        for dtype in (torch.float32, torch.bfloat16):  # as before and after a validation
+            hold_(held, dtype)
         return {"peak_bytes": peak_memory(device)}
 
     return {"rows": spec["rows"]}, turn
