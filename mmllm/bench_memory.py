@@ -11,9 +11,9 @@ from mmllm.contestant import Work, compete
 from mmllm.device import choose_device, forget_peak, peak_memory
 from mmllm.dryrun import stage_memory
 from mmllm.log import say
+from mmllm.prepare import frozen_weights
 from mmllm.random_model import sizes
 from mmllm.surgery import hold_
-from mmllm.trainer import frozen_weights
 
 CASES = ("stage 1", "stage 2, full", "stage 2, LoRA", "stage 2, LoRA on int8")
 VARIANTS = tuple((bf16, checkpointing) for bf16 in (True, False) for checkpointing in (False, True))

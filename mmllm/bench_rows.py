@@ -123,11 +123,14 @@ def amount(value: float | None, form: str, scale: float = 1.0) -> str:
 
 
 def origin(rows: list[dict]) -> str:
-    """One sentence: where, when and by which command the newest of the rows was measured."""
-    row = max(rows, key=lambda row: row["date"])
-    where = row["machine"]
-    device = where.get("gpu") or f"{where['threads']} threads of {where['cpu']}"
-    return f"{device}, torch {where['torch']}, {row['date']}, commit {row['commit']}: `{row['command']}`"
+    """Where, when and by which command the rows were measured, the newest command first."""
+
+    def told(row: dict) -> str:
+        where = row["machine"]
+        device = where.get("gpu") or f"{where['threads']} threads of {where['cpu']}"
+        return f"{device}, torch {where['torch']}, {row['date']}, commit {row['commit']}: `{row['command']}`"
+
+    return "; ".join(dict.fromkeys(told(row) for row in sorted(rows, key=lambda row: row["date"], reverse=True)))
 
 
 BEGIN, END = "<!-- benchmarks: python -m mmllm.bench table -->", "<!-- end of benchmarks -->"

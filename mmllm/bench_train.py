@@ -28,9 +28,10 @@ from mmllm.log import say
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw
 from mmllm.plan import peak_flops, step_flops, trained_parts
+from mmllm.prepare import frozen_weights, prepare
 from mmllm.random_model import random_model, sizes
 from mmllm.surgery import hold_, train_only_
-from mmllm.trainer import frozen_weights, prepare, stage_groups, step_counts, update_
+from mmllm.trainer import stage_groups, step_counts, update_
 
 TOKENS, LEARNT = 128, 40
 RATE = 1e-5

@@ -18,10 +18,10 @@ from mmllm.device import choose_device
 from mmllm.errors import ConfigError, DataError
 from mmllm.model import MultimodalConfig, MultimodalLLM, read_config
 from mmllm.plan import trained_parts
+from mmllm.prepare import prepare
 from mmllm.qwen import Qwen2Config
 from mmllm.simulate import step_peak
 from mmllm.surgery import count_parameters, count_weights, hold_, train_only_
-from mmllm.trainer import prepare
 from mmllm.weights import read_json
 
 PUBLISHED_CLIP = {"openai/clip-vit-base-patch32": CLIPVisionConfig()}

@@ -25,11 +25,12 @@ from mmllm.features import FeatureCache, FeatureTable
 from mmllm.log import OtherLog, RunLog, duration, record_start, say, start_wandb, write_report
 from mmllm.model import MultimodalLLM
 from mmllm.plan import peak_flops
+from mmllm.prepare import prepare
 from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
 from mmllm.saving import CheckpointWriter
 from mmllm.shard import is_wanted, shard_
 from mmllm.stop import StopSignal
-from mmllm.trainer import Position, Run, prepare, run_stage, steps_per_epoch
+from mmllm.trainer import Position, Run, run_stage, steps_per_epoch
 
 
 def train(

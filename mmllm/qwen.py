@@ -150,7 +150,7 @@ class Qwen2Attention(nn.Module):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps the two for the backward pass and not silu(gate): a tenth of what a block keeps."""
+    """silu(gate) * up, which keeps the two for the backward pass and makes silu(gate) again."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:

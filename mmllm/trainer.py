@@ -12,11 +12,11 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from mmllm import checkpoint as disk
@@ -26,22 +26,18 @@ from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig
 from mmllm.data import Sample
 from mmllm.device import autocast, peak_memory
 from mmllm.distributed import World, full
-from mmllm.errors import ConfigError, DataError, RunError
+from mmllm.errors import DataError, RunError
 from mmllm.log import RunLog, duration, progress_line, say, write_report
-from mmllm.lora import adapters, add_lora_, fold_lora_, target_layers
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
-from mmllm.plan import PART_OF, is_trained, named_out_of_memory, step_flops, trained_parts
-from mmllm.quant import quantize_
+from mmllm.plan import PART_OF, named_out_of_memory, step_flops, trained_parts
+from mmllm.prepare import frozen_weights
 from mmllm.saving import CheckpointWriter
 from mmllm.shard import gathered, is_sharded, reduce_after_
 from mmllm.stop import StopSignal
 from mmllm.surgery import (
-    checkpoint_blocks_,
-    compile_blocks_,
     count_parameters,
     count_weights,
-    exact_in_bfloat16,
     hold_,
     train_only_,
 )
@@ -189,13 +185,6 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
             break
     hold_(held, torch.float32)
     return stopped
-
-
-def frozen_weights(model: MultimodalLLM) -> list[nn.Parameter]:
-    """The matrices of the towers that this stage need not hold in more than bfloat16."""
-    linear = [layer for part in (model.vision_tower, model.language_model) for layer in part.modules()]
-    linear = [layer for layer in linear if isinstance(layer, nn.Linear)]
-    return exact_in_bfloat16([*linear, model.language_model.model.embed_tokens])
 
 
 def is_stopped(run: Run) -> bool:
@@ -449,57 +438,3 @@ def forgive(run: Run, error: RunError, is_last: bool) -> None:
     if is_last or run.writer.failures > 1:
         raise error
     say(f"warning: {error}; the run goes on and tries again at the next checkpoint")
-
-
-# Before the first step ------------------------------------------------------------------------------------------------
-
-
-def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
-    """The surgery on a loaded model, in the only order that works:
-
-    quantize_ -> add_lora_ -> train_only_ -> checkpoint_blocks_ -> compile_blocks_ -> shard_.
-    Each stage narrows `train_only_` to its own. The last is experiment.py's, who knows the processes.
-    """
-    apply_rounding_(model, config)
-    apply_lora_(model, config)
-    # few rows, which autograd adds to the whole gradient of the head; on a GPU their order would be left to chance
-    tied, text = model.config.text.tie_word_embeddings, model.language_model.model.embed_tokens
-    text.sparse = tied and model.device.type == "cpu"
-    train_only_(model, {part for stage in config.stages() for part in trained_parts(stage)})
-    if config.training.gradient_checkpointing:
-        checkpoint_blocks_(model.language_model.model.layers)
-        if is_trained(model.vision_tower):
-            checkpoint_blocks_(model.vision_tower.vision_model.encoder.layers)
-    if config.training.compile:
-        compile_blocks_(model.language_model.model.layers)
-
-
-def apply_rounding_(model: MultimodalLLM, config: ExperimentConfig) -> None:
-    """Make the language model int8 or int4 where the configuration asks for it."""
-    if model.is_packed:
-        raise ConfigError("model.pretrained holds int8 weights for answering alone; train from what it was made of")
-    settings = {"int8": "model.load_in_8bit", "int4": "model.load_in_4bit"}
-    wanted = next((kind for kind, name in settings.items() if config.get(name)), None)
-    if model.rounding and model.rounding != wanted:
-        raise ConfigError(f"the model came with an {model.rounding} base; set {settings[model.rounding]}=true")
-    if wanted and not model.rounding:
-        if model.lora:
-            raise ConfigError(f"the model came with adapters beside a float base; set {settings[wanted]}=false")
-        quantize_(model.language_model, wanted)
-        model.rounding = wanted
-
-
-def apply_lora_(model: MultimodalLLM, config: ExperimentConfig) -> None:
-    """Adapters as the configuration says: new ones, those that the model came with, or none."""
-    wanted = config.model.lora_config if config.model.use_lora else None
-    if model.lora and wanted:
-        same_layers = set(adapters(model.language_model)) == set(target_layers(model.language_model, wanted))
-        if not same_layers or replace(wanted, target_modules=()) != replace(model.lora, target_modules=()):
-            raise ConfigError(f"model.lora_config is {wanted}, but the model came with {model.lora}; use the same")
-    if model.lora and not wanted:
-        say("the model came with adapters and model.use_lora is false: they are added to its weights")
-        fold_lora_(model.language_model)
-        model.lora = None
-    elif wanted and not model.lora:
-        add_lora_(model.language_model, wanted, config.seed)
-        model.lora = wanted

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from mmllm.experiment import train
 from mmllm.lora import add_lora_
 from mmllm.loss import cross_entropy_sum
 from mmllm.model import MultimodalLLM
+from mmllm.prepare import frozen_weights
 from mmllm.surgery import compile_blocks_, hold_, train_only_
-from mmllm.trainer import accumulate_gradients, frozen_weights
+from mmllm.trainer import accumulate_gradients
 
 HAS_COMPILER = any(map(shutil.which, [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]))
 
@@ -161,7 +163,7 @@ def test_batches_by_length_hold_the_samples_of_their_step_with_less_padding(mode
         assert [len(part) for part in mine] == [4] * 3 * world_size
     assert tokens < 0.92 * plain_tokens
     lengths = [[len(samples[i].messages[1].parts[0]) for i in part] for part in grouped[0]]
-    assert all(max(first) <= min(second) for first, second in zip(lengths, lengths[1:], strict=False))
+    assert all(max(first) <= min(second) for first, second in pairwise(lengths))
 
 
 def test_a_batch_is_no_longer_than_its_longest_row(world, model):

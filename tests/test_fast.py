@@ -16,8 +16,8 @@ from mmllm.lora import adapters, add_lora_
 from mmllm.model import MultimodalLLM
 from mmllm.packed import Int8Packed
 from mmllm.pipeline import load_pipeline
+from mmllm.prepare import prepare
 from mmllm.quant import quantize_
-from mmllm.trainer import prepare
 from official import write_model
 
 ERRORS = {"float32": 0, "bfloat16": 0.02, "int8": 0.04, "int8-dynamic": 0.1, "int4": 0.5}  # of logits, relative
