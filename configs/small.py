@@ -2,7 +2,7 @@
 
     python train.py configs/small.py data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
 
-Rates as in torchtune's recipes for Qwen2.5 with LoRA. Scores and memory: not measured.
+Rates as in torchtune's recipes for Qwen2.5 with LoRA. Scores, and memory on a card: not measured.
 """
 
 from mmllm.config import ExperimentConfig

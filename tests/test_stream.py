@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from serving import BASE64, FOREVER, Real, answer, app, ask, fault, head, ready, say, until
 from starlette.testclient import TestClient
-from test_server import BASE64, FOREVER, Real, answer, app, ask, fault, head, ready, say, until
 
 from mmllm.http import HttpError
 from mmllm.pipeline import load_pipeline
