@@ -52,8 +52,8 @@ def _refuse_missing(name: str, source: str) -> None:
 
 # What a process takes beside its tensors: Python, torch, what they load at the first step, scratch of the kernels. And of
 # a step, the gaps between what is kept of it (device.py).
-PROCESS_BYTES = {"cpu": 300_000_000, "cuda": 70_000_000, "mps": 0}
-GAPS = {"cpu": 1.25, "cuda": 1.0, "mps": 1.0}
+PROCESS_BYTES = {"cpu": 330_000_000, "cuda": 70_000_000, "mps": 0}
+GAPS = {"cpu": 1.55, "cuda": 1.0, "mps": 1.0}
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ def stage_memory(
         bf16=config.training.bf16,
         micro_batches=min(2, stage.gradient_accumulation_steps),
     )
-    step = max(step, held["whole"] - held["weights"])  # for validation and checkpoints all weights are float32 again
     kind = (device or choose_device(config.device)).type
-    return Memory(held["weights"], 2 * held["trained"], GAPS[kind] * step, PROCESS_BYTES[kind])
+    # for validation and checkpoints, when a step's tensors are gone, all weights are float32 again
+    step = max(GAPS[kind] * step, held["whole"] - held["weights"])
+    return Memory(held["weights"], 2 * held["trained"], step, PROCESS_BYTES[kind])
 
 
 def uncompiled(config: ExperimentConfig) -> ExperimentConfig:

@@ -6,7 +6,7 @@ from tiny_run import write_world
 
 from mmllm import bench_memory, experiment, trainer
 from mmllm.config import ExperimentConfig
-from mmllm.dryrun import stage_memory
+from mmllm.dryrun import GAPS, stage_memory
 from mmllm.errors import RunError
 from mmllm.model import MultimodalLLM
 from mmllm.plan import is_out_of_memory, named_out_of_memory, smaller
@@ -75,7 +75,7 @@ def test_what_is_frozen_recomputed_or_int8_takes_less():
 
 def test_further_micro_batches_hold_the_gradients_of_the_first():
     once, many = predicted(), predicted("training.gradient_accumulation_steps=4")
-    assert once.step < many.step < once.step + full_gradients()
+    assert 0 < (many.step - once.step) / GAPS["cpu"] < full_gradients()
 
 
 def full_gradients():
