@@ -25,6 +25,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));     // one sum of 16 rows
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int64_t Longs __attribute__((vector_size(128)));
+typedef double Doubles __attribute__((vector_size(128)));
 typedef int8_t Chars __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
@@ -40,6 +41,26 @@ template <typename T, typename P> static inline T load(const P* from) {
   T value;
   memcpy(&value, from, sizeof(T));
   return value;
+}
+
+// Asks for the weights that M rows will meet a while after these, into the second cache, where more requests may be under
+// way. One row reads so fast that the processor asks in time by itself.
+template <int M, typename P> static inline void fetch(const P* now) {
+  if constexpr (M > 1) __builtin_prefetch((const char*)now + 4096, 0, 2);
+}
+
+// The `width` numbers of a panel that are there, the others 0. (A fixed size is one instruction.)
+static inline Floats lanes(const float* from, int64_t width) {
+  if (from && width == LANES) return load<Floats>(from);
+  Floats value = {};
+  if (from) memcpy(&value, from, width * sizeof(float));
+  return value;
+}
+static inline void put(float* to, Floats value, int64_t width) {
+  if (width == LANES)
+    memcpy(to, &value, sizeof(value));
+  else
+    memcpy(to, &value, width * sizeof(float));
 }
 
 // The largest |x|; infinite or NaN where one of them is.
@@ -93,17 +114,35 @@ static inline Ints rounded(Floats x) {
   return x < 0 ? -whole : whole;
 }
 
-// Rows of x as whole numbers X = x / unit, each cut into D signed digits of BITS bits, the lowest first: [M][D][K].
+// The tile of rows that row m of M is computed in (in_tiles): its first row, and how many; a power of 2 up to `most`.
+struct Tile {
+  int64_t first = 0, rows;
+  Tile(int64_t m, int64_t M, int64_t most) : rows(most) {
+    for (; m >= first + (M - first) / rows * rows; rows /= 2) first += (M - first) / rows * rows;
+    first += (m - first) / rows * rows;
+  }
+};
+
+// Rows of x as whole numbers X = x / unit, each cut into D signed digits of BITS bits, the lowest first. The rows of a tile
+// are one stream, [K/4][rows][D][4]: 24 streams side by side keep a core waiting.
 template <int D, int BITS> struct Digits {
-  std::vector<int8_t> bytes;
+  const int64_t M, K, most;
+  const std::unique_ptr<int8_t[]> bytes;
   std::vector<double> unit;
   std::vector<int64_t> sum;
 
-  Digits(const float* x, int64_t M, int64_t K, int32_t largest) : bytes(M * D * K), unit(M), sum(M) {
+  // The digits d of the columns k to k + 3 of row m.
+  int8_t* four(int64_t m, int64_t d, int64_t k) {
+    const Tile tile(m, M, most);
+    return bytes.get() + (tile.first * K + k * tile.rows + (m - tile.first) * 4) * D + d * 4;
+  }
+
+  Digits(const float* x, int64_t M, int64_t K, int64_t most, int32_t largest)
+      : M(M), K(K), most(most), bytes(std::make_unique_for_overwrite<int8_t[]>(M * D * K)), unit(M), sum(M) {
     constexpr int32_t HALF = 1 << (BITS - 1), MASK = (1 << BITS) - 1;
     int32_t halves = 0;  // with a half added to every digit none is negative, and each lies in bits of its own
     for (int d = 0; d < D; d++) halves += HALF << (BITS * d);
-    at::parallel_for(0, M, 16, [&](int64_t from, int64_t to) {
+    at::parallel_for(0, M, 1 + 8192 / K, [&](int64_t from, int64_t to) {
       for (int64_t m = from; m < to; m++) {
         const float* row = x + m * K;
         const float peak = peak_of(row, K);
@@ -115,7 +154,8 @@ template <int D, int BITS> struct Digits {
         const float scale = step == 0 ? 0.f : float(std::min(1 / step, 3e38));
         unit[m] = scale == 0 ? 0 : 1 / double(scale);
         Longs total = {};
-        int8_t* out = bytes.data() + m * D * K;
+        int8_t* out = four(m, 0, 0);
+        const int64_t apart = four(m, 0, 4) - out;
         const auto cut = [&](int64_t k, int64_t n) {
           Floats some = {};
           memcpy(&some, row + k, n * sizeof(float));
@@ -123,7 +163,7 @@ template <int D, int BITS> struct Digits {
           total += __builtin_convertvector(X, Longs);
           for (int d = 0; d < D; d++) {
             const Chars digit = __builtin_convertvector(((X + halves) >> (BITS * d) & MASK) - HALF, Chars);
-            memcpy(out + d * K + k, &digit, n);
+            for (int64_t i = 0; i < n / 4; i++) memcpy(out + (k / 4 + i) * apart + d * 4, (char*)&digit + 4 * i, 4);
           }
         };
         int64_t k = 0;
@@ -141,17 +181,18 @@ static void int8_tile(const uint8_t* w, const int8_t* x, const double* unit, con
                       const float* bias, float* y, int64_t stride, int64_t width, int64_t K) {
   Ints sums[M][D] = {};
   for (int64_t k = 0; k < K; k += 4) {
-    __builtin_prefetch(w + k * LANES + 2048);
+    fetch<M>(w + k * LANES);
     const Bytes weights = load<Bytes>(w + k * LANES);
     for (int m = 0; m < M; m++)
-      for (int d = 0; d < D; d++) sums[m][d] = dot4(sums[m][d], weights, load<int32_t>(x + (m * D + d) * K + k));
+      for (int d = 0; d < D; d++) sums[m][d] = dot4(sums[m][d], weights, load<int32_t>(x + (k * M + m * 4) * D + d * 4));
   }
-  for (int m = 0; m < M; m++)
-    for (int64_t r = 0; r < width; r++) {
-      int64_t total = -128 * x_sum[m];
-      for (int d = 0; d < D; d++) total += int64_t(sums[m][d][r]) << (DIGIT * d);
-      y[m * stride + r] = float(double(total) * (unit[m] * scale[r])) + (bias ? bias[r] : 0.f);
-    }
+  const Doubles scales = __builtin_convertvector(lanes(scale, width), Doubles);
+  const Floats biases = lanes(bias, width);
+  for (int m = 0; m < M; m++) {
+    Doubles total = Doubles{} - 128.0 * double(x_sum[m]);  // whole numbers of less than 53 bits: exact
+    for (int d = 0; d < D; d++) total += __builtin_convertvector(sums[m][d], Doubles) * double(1 << (DIGIT * d));
+    put(y + m * stride, __builtin_convertvector(total * (unit[m] * scales), Floats) + biases, width);
+  }
 }
 
 // Calls tile(rows as a constant, first row) until all M rows are done.
@@ -164,7 +205,7 @@ template <int D>
 static void int8_product(const Tensor& x, at::TensorList panels, at::TensorList scales, const float* const* biases,
                          Tensor& y, int32_t largest) {
   const int64_t K = panels[0].size(1) * 4, O = y.size(-1), M = y.numel() / O;
-  const Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, largest);
+  const Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, MOST, largest);
   float* out = y.mutable_data_ptr<float>();
   int64_t all = 0;
   for (const Tensor& some : panels) all += some.size(0);
@@ -175,7 +216,7 @@ static void int8_product(const Tensor& x, at::TensorList panels, at::TensorList 
       const float *scale = scales[i].const_data_ptr<float>(), *bias = biases[i];
       for (int64_t p = std::max(from - first, int64_t(0)); p < std::min(to - first, panels[i].size(0)); p++)
         in_tiles<MOST>(M, 0, [&](auto rows, int64_t m) {
-          int8_tile<rows, D>(w + p * K * LANES, digits.bytes.data() + m * D * K, &digits.unit[m], &digits.sum[m],
+          int8_tile<rows, D>(w + p * K * LANES, digits.bytes.get() + m * D * K, &digits.unit[m], &digits.sum[m],
                              scale + p * LANES, bias ? bias + p * LANES : nullptr, out + m * O + column + p * LANES, O,
                              std::min(LANES, scales[i].numel() - p * LANES), K);
         });
@@ -232,16 +273,14 @@ static void bf16_tile(const uint16_t* w, const float* x, const float* bias, floa
                       int64_t K) {
   Floats sums[M][2] = {};
   for (int64_t k = 0; k < K; k += 2) {
-    __builtin_prefetch(w + k * LANES + 1024);
+    fetch<M>(w + k * LANES);
     for (int i = 0; i < 2; i++) {
       const Floats weights = widen(w + (k + i) * LANES);
       for (int m = 0; m < M; m++) sums[m][i] += weights * x[m * K + k + i];
     }
   }
-  for (int m = 0; m < M; m++) {
-    const Floats total = sums[m][0] + sums[m][1];
-    for (int64_t r = 0; r < width; r++) y[m * stride + r] = total[r] + (bias ? bias[r] : 0.f);
-  }
+  const Floats biases = lanes(bias, width);
+  for (int m = 0; m < M; m++) put(y + m * stride, sums[m][0] + sums[m][1] + biases, width);
 }
 
 static Tensor bf16_linear(const Tensor& x_any, const Tensor& panels, const optional<Tensor>& bias, int64_t O) {
@@ -272,12 +311,12 @@ static void int4_tile(const uint8_t* w, const uint16_t* scale, const int8_t* x, 
     for (int m = 0; m < M; m++)
       for (int d = 0; d < D; d++) sums[m][d] = Ints{} - 8 * x_sum[(m * D + d) * (K / GROUP) + g];
     for (int j = 0; j < 4; j++) {
-      __builtin_prefetch(w + (g * 4 + j) * 64 + 2048);
+      fetch<M>(w + (g * 4 + j) * 64);
       const Bytes both = load<Bytes>(w + (g * 4 + j) * 64), low = both & 15, high = both >> 4;
       for (int m = 0; m < M; m++)
         for (int d = 0; d < D; d++) {
-          const int8_t* four = x + (m * D + d) * K + g * GROUP + 8 * j;
-          sums[m][d] = dot4(dot4(sums[m][d], low, load<int32_t>(four)), high, load<int32_t>(four + 4));
+          const int8_t* four = x + ((g * GROUP + 8 * j) * M + m * 4) * D + d * 4;
+          sums[m][d] = dot4(dot4(sums[m][d], low, load<int32_t>(four)), high, load<int32_t>(four + 4 * M * D));
         }
     }
     const Floats scales = widen(scale + g * LANES);
@@ -287,8 +326,8 @@ static void int4_tile(const uint8_t* w, const uint16_t* scale, const int8_t* x, 
       totals[m] += sum * scales;
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int64_t r = 0; r < width; r++) y[m * stride + r] = totals[m][r] * float(unit[m]) + (bias ? bias[r] : 0.f);
+  const Floats biases = lanes(bias, width);
+  for (int m = 0; m < M; m++) put(y + m * stride, totals[m] * float(unit[m]) + biases, width);
 }
 
 static Tensor int4_linear(const Tensor& x_any, const Tensor& panels, const Tensor& scale, const optional<Tensor>& bias,
@@ -297,9 +336,14 @@ static Tensor int4_linear(const Tensor& x_any, const Tensor& panels, const Tenso
   const int64_t groups = panels.size(1), K = groups * GROUP, M = x_any.numel() / x_any.size(-1);
   const Tensor x = filled_up(x_any, K);
   Tensor y = output_for(x, O);
-  const Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, LARGEST_24);
+  Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, MOST / 2, LARGEST_24);
   std::vector<int32_t> sums(M * D * groups);
-  for (int64_t i = 0; i < M * D * K; i++) sums[i / GROUP] += digits.bytes[i];
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t d = 0; d < D; d++) {
+      const int8_t* in = digits.four(m, d, 0);
+      const int64_t apart = digits.four(m, d, 4) - in;
+      for (int64_t k = 0; k < K; k++) sums[(m * D + d) * groups + k / GROUP] += in[k / 4 * apart + k % 4];
+    }
   const uint8_t* w = panels.const_data_ptr<uint8_t>();
   const uint16_t* s = (const uint16_t*)scale.const_data_ptr();
   const float* b = data_or_null(bias);
@@ -307,7 +351,7 @@ static Tensor int4_linear(const Tensor& x_any, const Tensor& panels, const Tenso
   at::parallel_for(0, panels.size(0), 1, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; p++)
       in_tiles<MOST / 2>(M, 0, [&](auto rows, int64_t m) {
-        int4_tile<rows, D>(w + p * groups * 256, s + p * groups * LANES, digits.bytes.data() + m * D * K,
+        int4_tile<rows, D>(w + p * groups * 256, s + p * groups * LANES, digits.bytes.get() + m * D * K,
                            sums.data() + m * D * groups, &digits.unit[m], b ? b + p * LANES : nullptr,
                            out + m * O + p * LANES, O, std::min(LANES, O - p * LANES), K);
       });
@@ -446,7 +490,40 @@ static Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
 
 // x[k] cos[k] + x[k + K/2 mod K] sin[k]: the turn by a position's angle, with the signs in `sin` (rotate in qwen.py).
 static void turn(const float* x, const float* cos, const float* sin, float* out, int64_t K) {
-  for (int64_t k = 0; k < K; k++) out[k] = x[k] * cos[k] + x[(k + K / 2) % K] * sin[k];
+  for (int64_t k = 0; k < K / 2; k++) out[k] = x[k] * cos[k] + x[k + K / 2] * sin[k];
+  for (int64_t k = K / 2; k < K; k++) out[k] = x[k] * cos[k] + x[k - K / 2] * sin[k];
+}
+
+static inline float sum_of(Floats x) {
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  const Eight eight = load<Eight>(&x) + load<Eight>((float*)&x + 8);
+  const Four four = load<Four>(&eight) + load<Four>((float*)&eight + 4);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// What one head's query (K, a multiple of 16 and at most 256) sees at `end` places, `step` numbers apart: out (K).
+static inline __attribute__((always_inline)) void attend(const float* query, const float* keys, const float* values,
+                                                         float* out, int64_t end, int64_t step, int64_t K,
+                                                         std::vector<float>& scores) {
+  scores.assign((end + LANES - 1) / LANES * LANES, -INFINITY);
+  const float factor = float(1 / std::sqrt(double(K)));
+  float most = -INFINITY, total = 0;
+  for (int64_t t = 0; t < end; t++) {
+    Floats products = {};
+    for (int64_t k = 0; k < K; k += LANES) products += load<Floats>(query + k) * load<Floats>(keys + t * step + k);
+    scores[t] = sum_of(products) * factor;
+    most = std::max(most, scores[t]);
+  }
+  for (size_t t = 0; t < scores.size(); t += LANES) {
+    const Floats weights = exp_of(load<Floats>(&scores[t]) - most);
+    memcpy(&scores[t], &weights, sizeof(weights));
+    total += sum_of(weights);
+  }
+  Floats sums[16] = {};
+  for (int64_t t = 0; t < end; t++)
+    for (int64_t k = 0; k < K; k += LANES) sums[k / LANES] += load<Floats>(values + t * step + k) * scores[t];
+  for (int64_t k = 0; k < K; k += LANES) put(out + k, sums[k / LANES] / total, LANES);
 }
 
 // Attention for one new token a row: qkv (B, (H + 2 G) K) are its queries, keys and values as projected; cos and sin
@@ -475,33 +552,15 @@ static Tensor attend_token(const Tensor& qkv_any, const Tensor& cos_any, const T
       memcpy(all_values + place + g * head_step, row + (H + G + g) * K, K * sizeof(float));
     }
   }
-  const float factor = float(1 / std::sqrt(double(K)));
   float* out = y.mutable_data_ptr<float>();
   at::parallel_for(0, B * H, 1, [&](int64_t from, int64_t to) {
     std::vector<float> scores;
     for (int64_t i = from; i < to; i++) {
-      const int64_t b = i / H, end = starts[b] + 1, first = slots[b] * slot_step + i % H / share * head_step;
-      const float *query = &queries[i * K], *key = all_keys + first, *value = all_values + first;
-      scores.assign((end + LANES - 1) / LANES * LANES, -INFINITY);
-      float most = -INFINITY, total = 0;
-      for (int64_t t = 0; t < end; t++) {
-        Floats products = {};
-        for (int64_t k = 0; k < K; k += LANES) products += load<Floats>(query + k) * load<Floats>(key + t * step + k);
-        float score = 0;
-        for (int r = 0; r < LANES; r++) score += products[r];
-        scores[t] = score * factor;
-        most = std::max(most, scores[t]);
-      }
-      for (size_t t = 0; t < scores.size(); t += LANES) {
-        const Floats weights = exp_of(load<Floats>(&scores[t]) - most);
-        memcpy(&scores[t], &weights, sizeof(weights));
-      }
-      Floats sums[16] = {};
-      for (int64_t t = 0; t < end; t++) {
-        total += scores[t];
-        for (int64_t k = 0; k < K; k += LANES) sums[k / LANES] += load<Floats>(value + t * step + k) * scores[t];
-      }
-      for (int64_t k = 0; k < K; k++) out[i * K + k] = sums[k / LANES][k % LANES] / total;
+      const int64_t b = i / H, first = slots[b] * slot_step + i % H / share * head_step;
+      const auto head = [&](int64_t size) __attribute__((always_inline)) {
+        attend(&queries[i * K], all_keys + first, all_values + first, out + i * K, starts[b] + 1, step, size, scores);
+      };
+      K == 64 ? head(64) : head(K);  // a size that the compiler knows is twice as fast
     }
   });
   return y;
