@@ -11,9 +11,12 @@ Next: peers.py, bench.py.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mmllm import peers
 from mmllm.batches import Batch, collate
@@ -36,28 +39,39 @@ from mmllm.trainer import stage_groups, step_counts, update_
 TOKENS, LEARNT = 128, 40
 RATE = 1e-5
 PREFIX, CAPTION, CAPTIONS = 70, 12, 5  # of a picture with several captions: tokens before them, of each, and how many
-OURS, PEER, APART, UNCACHED = "mmllm", "transformers + peft", "mmllm, a row each", "mmllm, features made anew"
+SHORTEST, LONGEST, MICRO_BATCHES = (
+    112,
+    256,
+    4,
+)  # of rows of many lengths: tokens, and in how many pieces the step is made
+OURS, PEER = "mmllm", "transformers + peft"
+# ourselves without what makes a step cheaper, or with what is asked for
+APART, UNCACHED, UNSORTED = "mmllm, a row each", "mmllm, features made anew", "mmllm, as they come"
+ALL_LOGITS, LOOPED, COMPILED = "mmllm, logits of every token", "mmllm, AdamW in a loop", "mmllm, compiled blocks"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step: its stage, the settings that make it, and who else takes the same one."""
+    """A step: its stage, the settings that make it, and who else takes the same one, with which settings changed."""
 
     name: str
     stage: int
     settings: tuple[str, ...] = ()
-    others: tuple[str, ...] = (PEER,)
+    others: dict[str, tuple[str, ...]] = field(default_factory=lambda: {PEER: ()})
     is_large: bool = False  # two processes of it are too much for a small machine's memory
 
 
 FIVE, CACHED = "stage 1, five captions a picture", "stage 1, features from the cache"
+LENGTHS = f"stage 1, rows of {SHORTEST} to {LONGEST} tokens by length"
+FULL = {PEER: (), COMPILED: ("training.compile=true",), LOOPED: ()}
 CASES = (
-    Case("stage 1", 1),
-    Case("stage 2, full", 2, is_large=True),
+    Case("stage 1", 1, others={PEER: (), ALL_LOGITS: ()}),
+    Case("stage 2, full", 2, others=FULL, is_large=True),
     Case("stage 2, LoRA", 2, ("model.use_lora=true",)),
-    Case("stage 2, LoRA on int8", 2, ("model.use_lora=true", "model.load_in_8bit=true"), others=()),
-    Case(FIVE, 1, others=(APART,)),
-    Case(CACHED, 1, others=(UNCACHED,)),
+    Case("stage 2, LoRA on int8", 2, ("model.use_lora=true", "model.load_in_8bit=true"), others={}),
+    Case(FIVE, 1, others={APART: ("data.share_images=false",)}),
+    Case(CACHED, 1, ("data.cache_features=true",), {UNCACHED: ("data.cache_features=false",)}),
+    Case(LENGTHS, 1, ("data.group_by_length=true",), {UNSORTED: ("data.group_by_length=false",)}),
 )
 BY_NAME = {case.name: case for case in CASES}
 
@@ -84,12 +98,8 @@ def measure(names: list[str], spec: dict, rounds: int) -> list[dict]:
     rows = []
     for case in (BY_NAME[name] for name in names):
         say(f"{case.name}:")
-        contestants = [OURS, *(name for name in case.others if name != PEER or peers.has_transformers())]
         together = not case.is_large or spec["device"] != "cpu" or spec["size"] != "full"
-        turns = [{"case": case.name}]
-        specs = [
-            spec | {"bench": "train", "case": case.name, "contestant": name, "turns": turns} for name in contestants
-        ]
+        specs = [one | {"turns": [{"case": case.name}]} for one in contestants(case, spec)]
         found = compete(specs, rounds, together=together)
         for row in found:
             say(
@@ -100,12 +110,19 @@ def measure(names: list[str], spec: dict, rounds: int) -> list[dict]:
     return rows
 
 
+def contestants(case: Case, spec: dict) -> list[dict]:
+    """The specs of all that take the step of `case` and are installed here."""
+    names = [OURS, *(name for name in case.others if name != PEER or peers.has_transformers())]
+    spec = spec | {"bench": "train", "case": case.name}
+    return [spec | {"contestant": name, "settings": list(case.others.get(name, ()))} for name in names]
+
+
 def build(spec: dict) -> tuple[dict, Work]:
     """The contestant of `spec`, ready to take one step a turn."""
     begin = time.perf_counter()
     step = peer_step(spec) if spec["contestant"] == PEER else own_step(spec)
     device = choose_device(spec["device"])
-    counts = step_counts([batch_of(spec)])
+    counts = step_counts(batches_of(spec))
     forget_peak(device)  # of loading
 
     def turn(asked: dict) -> dict:
@@ -140,19 +157,22 @@ def configuration(spec: dict) -> ExperimentConfig:
     return config
 
 
-def batch_of(spec: dict) -> Batch:
-    """The step's rows as the contestant takes them."""
+def batches_of(spec: dict) -> list[Batch]:
+    """The step's micro-batches as the contestant takes them."""
+    data = configuration(spec).data
     if spec["case"] == FIVE:
-        return captions_batch(spec)
+        return [captions_batch(spec, data.share_images)]
+    if spec["case"] == LENGTHS:
+        return batches_of_lengths(spec, data.group_by_length)
     batch = synthetic_batch(spec)
-    if spec["case"] == CACHED and spec["contestant"] == OURS:
+    if data.cache_features:
         shape = sizes(spec["size"], spec["layers"])
         features = torch.zeros(len(batch.pixels_N3SS), shape.num_image_tokens, shape.vision.hidden_size)
-        return replace(batch, pixels_N3SS=features)
-    return batch
+        batch = replace(batch, pixels_N3SS=features)
+    return [batch]
 
 
-def captions_batch(spec: dict) -> Batch:
+def captions_batch(spec: dict, share_images: bool) -> Batch:
     """Half as many pictures, five captions each: in one row for a picture, or a row for a caption."""
     shape = sizes(spec["size"], spec["layers"])
     chance, places = torch.Generator().manual_seed(0), shape.num_image_tokens
@@ -163,18 +183,31 @@ def captions_batch(spec: dict) -> Batch:
         start = [*words[:4], *[shape.image_token_id] * places, *words[4 : PREFIX - places]]
         captions = [words[PREFIX + i * CAPTION :][:CAPTION] for i in range(CAPTIONS)]
         texts = [Encoded(start + caption, [IGNORED] * len(start) + caption, 1) for caption in captions]
-        mine = texts if spec["contestant"] == APART else join(texts, shape.image_token_id)
+        mine = join(texts, shape.image_token_id) if share_images else texts
         rows += mine
         pixels += [picture] * len(mine)
     return collate(rows, pixels, 0, shape.vision.image_size)
 
 
-def synthetic_batch(spec: dict) -> Batch:
+def batches_of_lengths(spec: dict, group_by_length: bool) -> list[Batch]:
+    """A step of MICRO_BATCHES micro-batches of rows of many lengths, each padded to its longest."""
+    whole = synthetic_batch(spec | {"rows": spec["rows"] * MICRO_BATCHES}, LONGEST)
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (len(whole.ids_BT),), generator=torch.Generator().manual_seed(1))
+    batches = []
+    for rows in (lengths.argsort() if group_by_length else torch.arange(len(lengths))).split(spec["rows"]):
+        ids_BT, places = whole.ids_BT[rows, : int(lengths[rows].max())], torch.arange(LONGEST)
+        after = places[: ids_BT.shape[1]] - lengths[rows, None]  # -1: the row's last token
+        labels_BT = ids_BT.masked_fill((after < -LEARNT) | (after >= 0), IGNORED)
+        batches.append(Batch(ids_BT, labels_BT, whole.pixels_N3SS[rows]))
+    return batches
+
+
+def synthetic_batch(spec: dict, length: int = TOKENS) -> Batch:
     """The rows of a step: a few words, the picture's places, a question, an answer that is learnt."""
     architecture = sizes(spec["size"], spec["layers"])
     chance = torch.Generator().manual_seed(0)
     rows, side, places = spec["rows"], architecture.vision.image_size, architecture.num_image_tokens
-    ids_BT = torch.randint(0, architecture.image_token_id - 12, (rows, TOKENS), generator=chance)
+    ids_BT = torch.randint(0, architecture.image_token_id - 12, (rows, length), generator=chance)
     ids_BT[:, 16 : 16 + places] = architecture.image_token_id
     labels_BT = torch.full_like(ids_BT, IGNORED)
     labels_BT[:, -LEARNT:] = ids_BT[:, -LEARNT:]
@@ -203,9 +236,21 @@ def steps_of(spec: dict, config: ExperimentConfig, model: MultimodalLLM, stage: 
     optimizer = adamw(stage_groups(model, stage, 0.0), 0.9, 0.95)
     for group in optimizer.param_groups:
         group["lr"] = spec.get("rate", RATE)
-    batch, world = batch_of(spec), World(choose_device(spec["device"]))
-    targets = step_counts([batch])[0]
-    return lambda: update_(model, optimizer, [batch], config.training, targets, world)[0]
+        group["fused"] = spec["contestant"] != LOOPED
+    if spec["contestant"] == ALL_LOGITS:
+        model.forward = partial(loss_of_all_logits, model)
+    batches, world = batches_of(spec), World(choose_device(spec["device"]))
+    targets = step_counts(batches)[0]
+    return lambda: update_(model, optimizer, batches, config.training, targets, world)[0]
+
+
+def loss_of_all_logits(
+    model: MultimodalLLM, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, branches_BT: None
+) -> tuple[Tensor, Tensor]:
+    """What `MultimodalLLM.forward` gives, by the textbook: logits of every token, of which a few are learnt."""
+    logits_MV, labels_M = model.logits(ids_BT, pixels_N3SS)[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+    loss = F.cross_entropy(logits_MV, labels_M, ignore_index=IGNORED, reduction="sum")
+    return loss, (labels_M != IGNORED).sum()
 
 
 def peer_step(spec: dict) -> Callable[[], float]:

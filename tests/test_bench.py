@@ -57,27 +57,37 @@ def test_both_sides_of_a_training_step_compute_the_same_loss(case):
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
-def test_five_captions_in_one_row_or_in_five_are_the_same_step():
-    losses, tokens = [], []
-    for contestant in (OURS, bench_train.APART):
-        spec = SPEC | {"case": bench_train.FIVE, "contestant": contestant}
-        losses.append(bench_train.own_step(spec)())
-        tokens.append(bench_train.batch_of(spec).ids_BT.numel())
-    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
-    assert tokens == [70 + 5 * 12, 5 * (70 + 12)]
+def contestants(case):
+    return bench_train.contestants(bench_train.BY_NAME[case], SPEC)
+
+
+@pytest.mark.parametrize("case", ["stage 1", "stage 2, full", bench_train.FIVE, bench_train.LENGTHS])
+def test_what_makes_a_step_cheaper_changes_no_loss(case):
+    specs = [spec for spec in contestants(case) if spec["contestant"] not in (PEER, bench_train.COMPILED)]
+    losses = [bench_train.own_step(spec)() for spec in specs]
+    assert len(losses) > 1
+    assert losses == pytest.approx([losses[0]] * len(losses), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "case, cheap, dear", [(bench_train.FIVE, 70 + 5 * 12, 5 * (70 + 12)), (bench_train.LENGTHS, 1654, 1838)]
+)
+def test_a_cheaper_step_has_fewer_tokens(case, cheap, dear):
+    tokens = [sum(batch.ids_BT.numel() for batch in bench_train.batches_of(spec)) for spec in contestants(case)]
+    assert tokens == [cheap, dear]
 
 
 def test_a_cached_step_runs_no_tower():
-    for contestant, shape in ((OURS, (2, 16, 64)), (bench_train.UNCACHED, (2, 3, 32, 32))):
-        spec = SPEC | {"case": bench_train.CACHED, "contestant": contestant}
-        assert bench_train.batch_of(spec).pixels_N3SS.shape == shape
+    for spec, shape in zip(contestants(bench_train.CACHED), ((2, 16, 64), (2, 3, 32, 32)), strict=True):
+        (batch,) = bench_train.batches_of(spec)
+        assert batch.pixels_N3SS.shape == shape
         assert bench_train.own_step(spec)() > 0
 
 
 def test_the_loss_curve_on_an_int8_base_is_within_2_percent_of_the_float_one():
     curves = []
     for case in ("stage 2, LoRA", "stage 2, LoRA on int8"):
-        step = bench_train.own_step(SPEC | {"case": case, "bf16": True, "rate": 3e-3})
+        step = bench_train.own_step(contestants(case)[0] | {"bf16": True, "rate": 3e-3})
         torch.manual_seed(0)  # the same dropout in both
         curves.append([step() for _ in range(30)])
     plain, int8 = curves
