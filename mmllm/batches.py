@@ -16,8 +16,10 @@ from torch import Tensor
 
 from mmllm.branches import PADDING, join
 from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Encoded
+from mmllm.config import DataConfig
 from mmllm.data import Sample
 from mmllm.errors import DataError, ImageError
+from mmllm.log import tell
 
 
 def sample_order(num_samples: int, seed: int, epoch: int) -> list[int]:
@@ -139,15 +141,30 @@ class BatchLoader:
         return make_batch(rows, self.processor)
 
     def _read(self, index: int) -> list[Row]:
-        """The rows of the sample at `index`, or of the first one after it that can be read."""
-        while True:
-            try:
-                return read_rows(self.samples[index], self.processor, self.max_length, self.read_image)
-            except ImageError as error:
-                self.broken[index] = str(error)
-                if len(self.broken) > min(self.max_broken, len(self.samples) - 1):
-                    raise DataError(f"sample {index} ({self.samples[index].id}): {error}") from error
-            index = (index + 1) % len(self.samples)
+        def read(sample: Sample) -> list[Row]:
+            return read_rows(sample, self.processor, self.max_length, self.read_image)
+
+        return first_readable(self.samples, index, read, self.broken, self.max_broken)
+
+
+def first_readable(
+    samples: list[Sample], index: int, read: Callable[[Sample], list[Row]], broken: dict[int, str], max_broken: int
+) -> list[Row]:
+    """What `read` makes of the sample at `index`, or of the first one after it whose pictures are whole. Those that are
+    not go into `broken`; DataError for one more than `max_broken`."""
+    while True:
+        try:
+            return read(samples[index])
+        except ImageError as error:
+            broken[index] = str(error)
+            if len(broken) > min(max_broken, len(samples) - 1):
+                raise DataError(f"sample {index} ({samples[index].id}): {error}") from error
+        index = (index + 1) % len(samples)
+
+
+def allowed_broken(settings: DataConfig, samples: list[Sample]) -> int:
+    """How many of the samples may prove broken when they are used."""
+    return int(settings.max_bad_fraction * len(samples)) if settings.bad_samples == "skip" else 0
 
 
 def rough_length(sample: Sample, processor: ChatProcessor) -> int:
@@ -165,12 +182,22 @@ def ordered_batches(
     max_length: int | None = None,
     num_workers: int = 2,
     read_image: ReadImage | None = None,
+    max_broken: int = 0,
 ) -> Iterator[Batch]:
-    """All samples in their order, the last batch as small as it is: for validation."""
+    """All samples in their order, the last batch as small as it is: for validation. One whose picture proves broken is
+    told of, and the next one counts twice."""
+    broken: dict[int, str] = {}
+
+    def read(sample: Sample) -> list[Row]:
+        return read_rows(sample, processor, max_length, read_image)
 
     def make(start: int) -> Batch:
-        part = samples[start : start + batch_size]
-        return make_batch([row for s in part for row in read_rows(s, processor, max_length, read_image)], processor)
+        rows, known = [], len(broken)
+        for index in range(start, min(start + batch_size, len(samples))):
+            rows += first_readable(samples, index, read, broken, max_broken)
+        for index in list(broken)[known:]:
+            tell(f"warning: sample {index} ({samples[index].id}) is replaced by the next one: {broken[index]}")
+        return make_batch(rows, processor)
 
     return prefetch(make, range(0, len(samples), batch_size), num_workers)
 

@@ -326,9 +326,9 @@ def load_python(path: Path) -> ExperimentConfig:
         config = runpy.run_path(str(path)).get("config")
     except SyntaxError as error:
         raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-    except (AttributeError, ImportError, LookupError, NameError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # it is a program, and may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        message = str(error)
+        message = str(error) or type(error).__name__
         if isinstance(error, AttributeError) and isinstance(error.obj, Section):
             message = (
                 f"unknown setting {error.name!r}{did_you_mean(error.name, typing.get_type_hints(type(error.obj)))}"

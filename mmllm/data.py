@@ -101,7 +101,9 @@ def json_records(text: str, path: Path, split: str | None) -> list[dict]:
     if isinstance(content, dict):
         try:
             return dataset_records(content, path, split)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(
                 f"{path}: looks like a file of COCO, Karpathy or VQAv2, but is not whole: {error!r}"
             ) from error
@@ -162,11 +164,21 @@ def karpathy_records(content: dict, path: Path, split: str | None) -> list[dict]
     return parts[split]
 
 
+def answers_beside(questions: str | Path) -> Path | None:
+    """The file of VQAv2's answers beside a file of its questions, where there is one."""
+    path = Path(questions)
+    answers = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    return answers if answers != path and answers.exists() else None
+
+
 def vqa_records(content: dict, path: Path) -> list[dict]:
     """VQAv2's questions, with the answers of the annotations file beside it (v2_mscoco_train2014_annotations.json for
     v2_OpenEnded_mscoco_train2014_questions.json); without one they have no answers."""
-    answers_path = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
-    annotations = json.loads(read_text(answers_path))["annotations"] if answers_path.exists() else []
+    beside = answers_beside(path)
+    try:
+        annotations = json.loads(read_text(beside))["annotations"] if beside else []
+    except json.JSONDecodeError as error:
+        raise DataError(f"{beside}: line {error.lineno}: {error.msg}; is the file whole?") from error
     annotation_of = {annotation["question_id"]: annotation for annotation in annotations}
     subtype = content["data_subtype"].replace("test-dev", "test")  # the questions of test-dev are about images of test
     records = []
@@ -389,6 +401,8 @@ def keep_good(
     """The samples without the bad ones under policy "skip"; DataError under "error", or when more than `max_fraction`
     are bad. All bad ones are listed in `report`."""
     if not bad:
+        if report.is_file():
+            report.unlink()  # it is of another time
         return samples
     report.parent.mkdir(parents=True, exist_ok=True)
     with report.open("w", encoding="utf-8") as file:

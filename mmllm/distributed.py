@@ -48,10 +48,9 @@ class World:
             return cls(choose_device(device))
         local, place = int(os.environ["LOCAL_RANK"]), choose_device(device)
         if place.type == "cuda":
-            if local >= torch.cuda.device_count():
-                raise UserError(
-                    f"torchrun started process {local + 1} for {torch.cuda.device_count()} GPUs; lower --nproc_per_node"
-                )
+            here, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            if here > cards:  # in all of them: else those that have one wait for the others
+                raise UserError(f"torchrun started {here} processes for {cards} GPUs; lower --nproc_per_node")
             place = torch.device("cuda", local)
             torch.cuda.set_device(place)
         patience = datetime.timedelta(seconds=timeout_s)

@@ -22,15 +22,16 @@ from mmllm.device import keep_freed_memory
 from mmllm.distributed import World
 from mmllm.errors import ConfigError
 from mmllm.features import FeatureCache, FeatureTable
-from mmllm.log import OtherLog, RunLog, duration, record_start, say, start_wandb, write_report
+from mmllm.log import OtherLog, RunLog, duration, record_start, say, start_wandb, warned_of_disk, write_report
 from mmllm.model import MultimodalLLM
-from mmllm.plan import peak_flops
+from mmllm.plan import named_out_of_memory, peak_flops
 from mmllm.prepare import prepare
 from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
 from mmllm.saving import CheckpointWriter
 from mmllm.shard import is_wanted, shard_
 from mmllm.stop import StopSignal
 from mmllm.trainer import Position, Run, run_stage, steps_per_epoch
+from mmllm.weights import reported
 
 
 def train(
@@ -102,12 +103,14 @@ def train_in(
             data_sha256=sha256,
             total_steps=total_steps,
             best=best_of(directory, state, sha256),
+            tokens=state.get("tokens", 0) if state else 0,
             flops=(peak_flops(device) or 0) * world.size or None,
             read_image=read_image,
         )
         for position in positions:
-            if run_stage(model, config.stages()[position.stage - 1], run, position):
-                break
+            with named_out_of_memory(config, position.stage, device, lambda: run.place):
+                if run_stage(model, config.stages()[position.stage - 1], run, position):
+                    break
     return world.by_first(lambda: conclude(run))
 
 
@@ -129,11 +132,14 @@ def begin(
         disk.set_aside_later(directory, state["step"])
     else:
         disk.remove_all(directory)
+        for name in ("metrics.jsonl", "run.json"):  # another run's
+            (directory / name).unlink(missing_ok=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    record_start(directory, device=name, origins=origins, resumed_from=checkpoint and str(checkpoint))
-    config.save(directory / "experiment.json")
     wandb_run = start_wandb("mmllm", config.experiment_name, config.to_dict()) if config.use_wandb else None
-    return RunLog(directory, state["step"] if state else 0, wandb_run)
+    with reported(directory):
+        record_start(directory, device=name, origins=origins, resumed_from=checkpoint and str(checkpoint))
+        config.save(directory / "experiment.json")
+        return RunLog(directory, state["step"] if state else 0, wandb_run)
 
 
 def best_of(directory: Path, state: dict | None, sha256: dict[str, str]) -> dict | None:
@@ -152,7 +158,8 @@ def settle_precision(config: ExperimentConfig, device: torch.device) -> None:
 
 def conclude(run: Run) -> int:
     """The last lines of a run, and its exit code."""
-    write_report(run.directory)
+    with warned_of_disk(run.directory / "report.md"):
+        write_report(run.directory)
     if run.stopping:
         cause = signal.Signals(run.stopping).name
         say(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")

@@ -15,6 +15,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +40,21 @@ def note(text: str) -> None:
         sys.stderr.flush()
 
 
+def tell(text: str) -> None:
+    """One line of whichever process has something to say."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def warned_of_disk(path: Path) -> Iterator[Path]:
+    """What cannot be written to `path` is told, and stops no training: the weights are worth more than the notes."""
+    try:
+        yield path
+    except OSError as error:
+        tell(f"warning: {path}: cannot be written ({error.strerror}); the run goes on")
+
+
 class RunLog:
     """Rows of metrics.jsonl, and their copy in wandb. `last_step` is where the run goes on: later rows are dropped."""
 
@@ -47,20 +64,34 @@ class RunLog:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         temporary.replace(path)
-        self.file = path.open("a", buffering=1, encoding="utf-8")
+        self.path, self.file, self.unwritten = path, path.open("ab", buffering=0), bytearray()
         self.wandb_run = wandb_run
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Rows for which there is no room stay in memory and are written with later ones."""
+        self.unwritten += json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        with warned_of_disk(self.path):
+            del self.unwritten[: self.file.write(self.unwritten)]
         if self.wandb_run:
-            self.wandb_run.log(
-                {name: value for name, value in row.items() if isinstance(value, int | float)}, row["step"]
-            )
+            with self.without_wandb():
+                self.wandb_run.log(
+                    {name: value for name, value in row.items() if isinstance(value, int | float)}, row["step"]
+                )
 
     def close(self) -> None:
         self.file.close()
         if self.wandb_run:
-            self.wandb_run.finish()
+            with self.without_wandb():
+                self.wandb_run.finish()
+
+    @contextmanager
+    def without_wandb(self) -> Iterator[None]:
+        """Whatever goes wrong in wandb, the run goes on without it."""
+        try:
+            yield
+        except Exception as error:
+            say(f"warning: wandb failed ({error!r}); the run goes on without it")
+            self.wandb_run = None
 
 
 class OtherLog:

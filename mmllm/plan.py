@@ -5,7 +5,7 @@ each token that passes it, two more where its input has a gradient, and two more
 Next: dryrun.py, trainer.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -68,17 +68,20 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 @contextmanager
-def named_out_of_memory(config: ExperimentConfig, number: int, device: torch.device) -> Iterator[None]:
-    """RunError with the settings to try where memory ran out in a step of stage `number`; other errors pass."""
+def named_out_of_memory(
+    config: ExperimentConfig, number: int, device: torch.device, place: Callable[[], str] = lambda: "at its start"
+) -> Iterator[None]:
+    """RunError with the settings to try where memory ran out in stage `number`, `place` says where; other errors pass."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
         stage = config.stages()[number - 1]
+        where = ", ".join([place(), *getattr(error, "__notes__", ())])
         raise RunError(
-            f"out of memory at {peak_memory(device) / 1e9:.1f} GB in stage {number} with batches of {stage.batch_size} "
-            f"samples; try {smaller(config, number)}"
+            f"out of memory at {peak_memory(device) / 1e9:.1f} GB in stage {number}, {where}, with batches of "
+            f"{stage.batch_size} samples; try {smaller(config, number)}"
         ) from error
 
 

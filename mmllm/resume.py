@@ -11,24 +11,32 @@ from pathlib import Path
 
 from mmllm import checkpoint as disk
 from mmllm.config import ExperimentConfig, flat
+from mmllm.data import answers_beside
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.log import say
 
+DATA_FILES = {"train": "data.train_data_path", "val": "data.val_data_path", "features": "data.features_path"}
+
 
 def data_sha256(config: ExperimentConfig) -> dict[str, str]:
-    """The checksums of the data files, by "train" and, where there is one, "val"."""
-    paths = {"train": config.data.train_data_path, "val": config.data.val_data_path}
+    """The checksums of the data files, by "train" and, where there are such, "val" and "features"; VQAv2's answers, which
+    lie in a file beside the questions, belong to them."""
+    paths = {split: config.get(name) for split, name in DATA_FILES.items()}
     if paths["train"] is None:
         raise ConfigError("data.train_data_path is not set; name a data file: data.train_data_path=FILE")
     sums = {}
     for split, path in paths.items():
         if path is not None:
             try:
-                with open(path, "rb") as file:
-                    sums[split] = hashlib.file_digest(file, "sha256").hexdigest()
+                sums[split] = "+".join(sha256_of(part) for part in (path, answers_beside(path)) if part)
             except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror}); it is data.{split}_data_path") from error
+                raise DataError(f"{path}: cannot be read ({error.strerror}); it is {DATA_FILES[split]}") from error
     return sums
+
+
+def sha256_of(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_directory(config: ExperimentConfig) -> Path:
@@ -107,10 +115,12 @@ def refuse_changes(
         raise CheckpointError(f"{checkpoint} cannot be resumed with another {'; '.join(fixed)}")
     for split in sha256.keys() & state["data_sha256"].keys():
         if sha256[split] != state["data_sha256"][split] and not allow_data_change:
-            path = config.get(f"data.{split}_data_path")
+            path = config.get(DATA_FILES[split])
             raise DataError(
                 f"{path}: not the file of the checkpoint any more; go on all the same with --allow-data-change"
             )
+    if counts[0] != counts[1]:
+        say(f"changed: processes: {counts[0]} at the checkpoint, {counts[1]} now")
     for name, line in sorted(changed.items()):
         if name not in ("output_dir", "experiment_name"):
             say(f"changed: {line}")

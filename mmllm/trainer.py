@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from mmllm import checkpoint as disk
-from mmllm.batches import Batch, BatchLoader, ReadImage, sample_order
+from mmllm.batches import Batch, BatchLoader, ReadImage, allowed_broken, sample_order
 from mmllm.chat import IGNORED
 from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig
 from mmllm.data import Sample
 from mmllm.device import autocast, peak_memory
 from mmllm.distributed import World, full
 from mmllm.errors import DataError, RunError
-from mmllm.log import RunLog, duration, progress_line, say, write_report
+from mmllm.log import RunLog, duration, progress_line, say, tell, warned_of_disk, write_report
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
-from mmllm.plan import PART_OF, named_out_of_memory, step_flops, trained_parts
+from mmllm.plan import PART_OF, step_flops, trained_parts
 from mmllm.prepare import frozen_weights
 from mmllm.saving import CheckpointWriter
 from mmllm.shard import gathered, is_sharded, reduce_after_
@@ -64,12 +64,16 @@ def accumulate_gradients(
     targets = max(1, count_targets(batches) if targets is None else targets)
     total = torch.zeros((), device=model.device)
     for number, batch in enumerate(batches, 1):
-        batch = batch.to(model.device)
         reduce_after_(model, is_last=number == len(batches))
-        with autocast(model.device, bf16):
-            loss_sum, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS, batch.branches_BT)
-        loss = loss_sum / targets
-        loss.backward()
+        try:
+            batch = batch.to(model.device)
+            with autocast(model.device, bf16):
+                loss_sum, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS, batch.branches_BT)
+            loss = loss_sum / targets
+            loss.backward()
+        except (MemoryError, RuntimeError) as error:
+            error.add_note(f"micro-batch {number} of {len(batches)}")
+            raise
         total += loss.detach()
     return total
 
@@ -98,6 +102,8 @@ class Run:
     skipped: int = 0  # steps in a row
     broken: set[int] = field(default_factory=set)  # samples whose picture proved broken when it was used
     flops: float | None = None
+    place: str = "at its start"  # of the stage, for who has to say where something happened
+    tokens: int = 0  # of all steps
     stopping: int = 0  # the signal that all processes know of, which ends the run
     read_image: ReadImage | None = None  # None: its pixels
 
@@ -120,7 +126,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
 
     Returns whether it was stopped.
     """
-    settings = run.config.training
+    settings, run.place = run.config.training, "at its start"
     train_only_(model, trained_parts(stage))
     held = frozen_weights(model) if settings.bf16 else []
     loader = stage_loader(stage, run, model, position.stage)
@@ -144,6 +150,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         saves = run.stopping or is_due(done, settings.save_steps, per_epoch, total)
         if not (validates or saves):
             return
+        run.place = f"in the validation or checkpoint after step {position.steps_before + done}"
         hold_(held, torch.float32)
         if validates:
             scores = validate(model, stage, run, position.steps_before + done, position.stage)
@@ -160,12 +167,13 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         step_batches(loader, stage.gradient_accumulation_steps, per_epoch, position.done, total), position.done
     ):
         begin = time.perf_counter()
-        run.world.note(f"in step {position.steps_before + step + 1}")
+        run.place = f"in step {position.steps_before + step + 1}"
+        run.world.note(run.place)
         torch.manual_seed(step_seed(run.config.seed, position.stage, step) + run.world.rank)
         rate = set_learning_rates_(optimizer, step, warmup, total)
         counts = run.world.sum(step_counts(batches))
-        with named_out_of_memory(run.config, position.stage, model.device):
-            loss, norm = update_(model, optimizer, batches, settings, counts[0], run.world)
+        run.tokens += int(counts[1])
+        loss, norm = update_(model, optimizer, batches, settings, counts[0], run.world)
         row = {"stage": position.stage, "step": position.steps_before + step + 1, "learning_rate": rate}
         if math.isfinite(loss) and math.isfinite(norm):
             run.skipped = 0
@@ -173,7 +181,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
             report_step(row, run, is_last=step + 1 == total)
         else:
             names = sample_names(run.train_samples, loader, numbers, step // per_epoch)
-            leave_out(row, loss, norm, names, run)
+            leave_out(row, loss, norm, ", ".join(run.world.told(names)), run)
         report_broken(loader, run)
         is_stopped(run)
         finish(step + 1)
@@ -238,7 +246,6 @@ def step_batches(
 
 def stage_loader(stage: StageConfig, run: Run, model: MultimodalLLM, number: int) -> BatchLoader:
     data = run.config.data
-    allowed = int(data.max_bad_fraction * len(run.train_samples)) if data.bad_samples == "skip" else 0
     return BatchLoader(
         run.train_samples,
         model.processor,
@@ -246,7 +253,7 @@ def stage_loader(stage: StageConfig, run: Run, model: MultimodalLLM, number: int
         seed=run.config.seed + number,
         max_length=data.max_length,
         num_workers=data.num_workers,
-        max_broken=allowed,
+        max_broken=allowed_broken(data, run.train_samples),
         read_image=run.read_image,
         accumulation=stage.gradient_accumulation_steps,
         group_by_length=data.group_by_length,
@@ -314,9 +321,9 @@ def report_broken(loader: BatchLoader, run: Run) -> None:
         if index not in run.broken:
             run.broken.add(index)
             row = {"index": index, "file": run.train_samples[index].id, "reason": reason}
-            with (run.directory / "bad_samples.jsonl").open("a", encoding="utf-8") as file:
+            with warned_of_disk(run.directory / "bad_samples.jsonl") as path, path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            say(f"warning: sample {index} ({run.train_samples[index].id}) is replaced by the next one: {reason}")
+            tell(f"warning: sample {index} ({run.train_samples[index].id}) is replaced by the next one: {reason}")
 
 
 def sample_names(samples: list[Sample], loader: BatchLoader, numbers: list[int], epoch: int) -> str:
@@ -370,7 +377,8 @@ def validate(model: MultimodalLLM, stage: StageConfig, run: Run, step: int, numb
     for caption in captions:
         say(f"  {caption['id']}: {caption['prompt']} -> {caption['answer']}   (reference: {caption['reference']})")
     if run.world.is_first:
-        write_report(run.directory)
+        with warned_of_disk(run.directory / "report.md"):
+            write_report(run.directory)
     return row
 
 
@@ -388,7 +396,7 @@ def save(
     step = position.steps_before + done
     name = disk.checkpoint_name(epoch, step)
     best = run.best
-    if scores and (best is None or scores["val_loss"] < best["val_loss"]):
+    if scores and math.isfinite(scores["val_loss"]) and (best is None or scores["val_loss"] < best["val_loss"]):
         best = {"name": name, "val_loss": scores["val_loss"]}
     state = {
         "stage": position.stage,
@@ -397,6 +405,7 @@ def save(
         "epoch": epoch,
         "is_pending": bool(run.stopping) and scores is None,
         "best": best,
+        "tokens": run.tokens,
         "num_samples": len(run.train_samples),
         "processes": run.world.size,
         "data_sha256": run.data_sha256,

@@ -9,13 +9,15 @@ from collections.abc import Callable
 
 import torch
 
-from mmllm.batches import ReadImage, ordered_batches
+from mmllm.batches import ReadImage, allowed_broken, ordered_batches
 from mmllm.chat import IMAGE
 from mmllm.config import ExperimentConfig
 from mmllm.data import Sample
 from mmllm.device import autocast
 from mmllm.distributed import ALONE, World
+from mmllm.errors import ImageError
 from mmllm.generate import generate
+from mmllm.log import tell
 from mmllm.model import MultimodalLLM
 from mmllm.request import Prompt
 from mmllm.sampling import GenerationConfig
@@ -50,6 +52,7 @@ def validation_losses(
         max_length=data.max_length,
         num_workers=data.num_workers,
         read_image=read_image,
+        max_broken=allowed_broken(data, samples),
     )
     rounds = -(-len(own) // batch_size)
     for number, batch in enumerate(batches):
@@ -97,12 +100,18 @@ def sample_captions(
         last = max(i for i, message in enumerate(sample.messages) if message.role == "assistant")
         question = list(sample.messages[:last])
         paths = sample.images[: sum(message.num_images for message in question)]
-        pixels = torch.stack([read_image(path) for path in paths]) if paths else torch.zeros(0, 3, side, side)
+        try:
+            pixels = torch.stack([read_image(path) for path in paths]) if paths else torch.zeros(0, 3, side, side)
+        except ImageError as error:
+            tell(f"warning: sample {sample.id} is not shown: {error}")
+            continue
         prompts.append(Prompt(tuple(process.encode_prompt(question)), pixels))
         asked = "".join(part for part in question[-1].parts if part is not IMAGE).strip() if question else ""
         image = str(paths[0].resolve()) if paths else None
         reference = "".join(sample.messages[last].parts)
         captions.append({"id": sample.id, "image": image, "prompt": asked, "reference": reference})
+    if not prompts:
+        return []
     room = model.config.text.max_position_embeddings - max(len(prompt.ids) for prompt in prompts)
     if room < 1:
         return []

@@ -126,6 +126,8 @@ def test_a_stage_has_the_general_values_where_it_has_none_of_its_own():
         ("confg.seed = 1", "name 'confg' is not defined"),
         ("config.seed = int('x')", "invalid literal for int() with base 10: 'x'"),
         ("config.seed = = 1", "invalid syntax"),
+        ("config.seed = 1 // 0", "integer division or modulo by zero"),
+        ("assert config.seed == 7", "AssertionError"),
     ],
 )
 def test_a_mistake_in_a_python_file_is_named_with_its_line(line, message, tmp_path):

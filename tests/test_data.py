@@ -11,10 +11,11 @@ from PIL import Image
 
 from mmllm.batches import BatchLoader, ordered_batches, sample_order
 from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, user
-from mmllm.config import DataConfig
+from mmllm.config import DataConfig, ExperimentConfig
 from mmllm.data import BadSample, Sample, check_samples, checked_samples, image_fault, load_samples, read_samples
 from mmllm.errors import DataError, ImageError
 from mmllm.image import ImageProcessor
+from mmllm.resume import data_sha256
 from mmllm.tokenizer import Tokenizer
 from official import write_tokenizer
 
@@ -198,6 +199,44 @@ def test_vqa_questions_find_their_answers_in_the_file_beside_them(tmp_path):
         references=("net", "a net", "net"),
         kind="other",
     )
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        (
+            "v2_mscoco_train2014_annotations.json",
+            '{"annotations": [',
+            "annotations.json: line 1: .*; is the file whole",
+        ),
+        (
+            "v2_OpenEnded_mscoco_train2014_questions.json",
+            '{"data_subtype": "train2014", "questions": [{"question_id": 1, "image_id": "x", "question": "?"}]}',
+            "looks like a file of COCO, Karpathy or VQAv2, but is not whole",
+        ),
+    ],
+)
+def test_a_vqa_file_that_is_not_whole_is_named(tmp_path, name, content, words):
+    questions = tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json"
+    questions.write_text('{"data_subtype": "train2014", "questions": []}')
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        load_samples(questions)
+
+
+def test_the_answers_of_vqa_belong_to_what_a_run_was_trained_on(tmp_path):
+    config = ExperimentConfig()
+    config.data.train_data_path = str(tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json")
+    config.data.features_path = str(tmp_path / "features.safetensors")
+    answers = tmp_path / "v2_mscoco_train2014_annotations.json"
+    for path in (config.data.train_data_path, config.data.features_path, answers):
+        Path(path).write_text("{}")
+    before = data_sha256(config)
+    answers.write_text("{ }")
+    Path(config.data.features_path).write_text("{ }")
+    after = data_sha256(config)
+    assert before.keys() == after.keys() == {"train", "features"}
+    assert all(before[name] != after[name] for name in before)
 
 
 def test_the_real_vqa_files_are_read(shared):

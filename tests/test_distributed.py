@@ -5,6 +5,7 @@ The groups of processes are started by tests/processes.py, many in one launch.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -291,6 +292,9 @@ def test_another_number_of_processes_goes_on_as_well(alone, runs, name):
     assert set(done.codes[name]) == {0}, done.all_said(name)
     assert far(configs[name], alone) < 1e-6
     assert losses(configs[name]) == pytest.approx(losses(alone), abs=2e-6)
+    then_now = {"one from two": (2, 1), "four from one": (1, 4)}.get(name)
+    told = "changed: processes: {} at the checkpoint, {} now".format(*then_now) if then_now else ""
+    assert told in done.said(name, 0) and ("changed: processes" in done.said(name, 0)) == bool(then_now)
 
 
 def test_torchrun_starts_and_ends_a_run(world, tmp_path):
@@ -415,7 +419,9 @@ def test_bad_input_is_told_once(faults):
 def test_a_loss_that_is_not_finite_in_one_process_stops_them_all_before_the_update(faults):
     configs, done = faults
     assert done.codes["nan"] == [1, 1], done.all_said("nan")
-    assert "loss nan, gradient norm nan" in done.said("nan", 0)
+    assert re.search("loss nan, gradient norm nan, with the samples .*s13[,;]", done.said("nan", 0)), (
+        "of either process"
+    )
     for step in steps_saved(configs["nan"]):
         tensors = tensors_at(configs["nan"], step)
         assert all(
@@ -423,10 +429,12 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_them_all_before_the_upda
         )
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}.items():
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_more_processes_than_gpus_are_refused(monkeypatch, rank):
+    """In every process, the first one too: it is the one that says so, and would wait for the others otherwise."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "RANK": rank}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("mmllm.distributed.choose_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(UserError, match="torchrun started process 2 for 1 GPUs; lower --nproc_per_node"):
+    with pytest.raises(UserError, match="torchrun started 2 processes for 1 GPUs; lower --nproc_per_node"):
         World.start("auto")

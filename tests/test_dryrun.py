@@ -104,7 +104,7 @@ def test_out_of_memory_names_the_settings_to_try(error):
         raise error
     message = str(caught.value)
     assert message.startswith("out of memory at ") and "\n" not in message
-    assert "in stage 2 with batches of 32 samples" in message
+    assert "in stage 2, at its start, with batches of 32 samples" in message
     assert "try data.batch_size=16 training.gradient_accumulation_steps=16 (the gradient is the same)" in message
 
 
@@ -133,9 +133,30 @@ def test_the_advice_is_the_next_smaller_setting(settings, advice):
 def test_a_run_that_finds_no_memory_ends_with_the_advice(tmp_path, monkeypatch):
     config = write_world(tmp_path).config(tmp_path / "out")
 
-    def no_memory(*arguments):
-        raise RuntimeError(NO_MEMORY)
+    forward, calls = MultimodalLLM.forward, []
 
-    monkeypatch.setattr(trainer, "accumulate_gradients", no_memory)
-    with pytest.raises(RunError, match="in stage 1 with batches of 2 .* data.batch_size=1 .*accumulation_steps=4"):
+    def no_memory_in_step_3(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError(NO_MEMORY)
+        return forward(*arguments)
+
+    monkeypatch.setattr(MultimodalLLM, "forward", no_memory_in_step_3)
+    words = "in stage 1, in step 3, micro-batch 2 of 2, with batches of 2 .* data.batch_size=1 .*accumulation_steps=4"
+    with pytest.raises(RunError, match=words):
+        experiment.train(config)
+
+
+@pytest.mark.parametrize(
+    "what, place", [("validate", "validation or checkpoint after step 5"), ("step_batches", "at its")]
+)
+def test_memory_that_runs_out_beside_the_steps_is_told_as_well(tmp_path, monkeypatch, what, place):
+    """In a validation, or where a worker makes a batch."""
+    config = write_world(tmp_path).config(tmp_path / "out")
+
+    def no_memory(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(trainer, what, no_memory)
+    with pytest.raises(RunError, match=f"out of memory at .* in stage 1, .*{place}.*; try data.batch_size=1"):
         experiment.train(config)

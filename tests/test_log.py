@@ -1,6 +1,8 @@
 """What a run leaves to read, made from rows written out here."""
 
 import json
+import resource
+import signal
 import sys
 import types
 import xml.etree.ElementTree as ElementTree
@@ -213,6 +215,39 @@ def test_wandb_gets_the_numbers_of_each_step_when_it_is_asked_for(tmp_path, monk
     run_log.close()
     assert wandb.settings == {"project": "mmllm", "name": "tiny", "config": {"seed": 0}}
     assert wandb.rows == [(1, {"step": 1, "loss": 2.0}), "finished"]
+
+
+def test_a_run_goes_on_without_wandb_when_it_fails_on_the_way(tmp_path, monkeypatch, capsys):
+    class Gone(FakeWandb):
+        def log(self, row, step):
+            raise RuntimeError("the service is away")
+
+    monkeypatch.setitem(sys.modules, "wandb", Gone("key"))
+    run_log = log.RunLog(tmp_path, wandb_run=log.start_wandb("mmllm", "tiny", {}))
+    run_log.write({"step": 1})
+    run_log.write({"step": 2})
+    run_log.close()
+    assert [row["step"] for row in log.read_metrics(tmp_path)] == [1, 2]
+    assert capsys.readouterr().out.count("warning: wandb failed (RuntimeError('the service is away'))") == 1
+
+
+def test_rows_for_which_there_is_no_room_are_told_and_written_later(tmp_path, capsys):
+    """A limit on the file's size is the nearest thing to a full disk that a test can have."""
+    run_log = log.RunLog(tmp_path)
+    run_log.write({"step": 1})
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+        run_log.write({"step": 2})
+        run_log.write({"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [row["step"] for row in log.read_metrics(tmp_path)] == [1]
+    assert "metrics.jsonl: cannot be written (File too large); the run goes on" in capsys.readouterr().err
+    run_log.write({"step": 4})
+    run_log.close()
+    assert [row["step"] for row in log.read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_wandb_without_an_account_asks_for_nothing(monkeypatch, capsys):

@@ -50,6 +50,23 @@ def test_every_group_follows_the_schedule_from_its_own_peak():
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.05]
 
 
+def test_the_fused_form_is_the_plain_loop():
+    """Ten steps of both from the same gradients, in float64, where only another formula would show."""
+    chance = torch.Generator().manual_seed(0)
+    ends = []
+    gradients = torch.randn(10, 7, 5, generator=chance, dtype=torch.float64)
+    for is_fused in (True, False):
+        weight = nn.Parameter(torch.ones(7, 5, dtype=torch.float64))
+        optimizer = adamw([{"params": [weight], "peak": 0.1, "weight_decay": 0.1}], 0.9, 0.95)
+        optimizer.param_groups[0]["fused"] = is_fused
+        for step, gradient in enumerate(gradients):
+            set_learning_rates_(optimizer, step, warmup=3, total=10)
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends, atol=1e-12, rtol=0)
+
+
 def test_a_step_moves_each_parameter_by_about_its_rate():
     weight = nn.Parameter(torch.ones(3))
     optimizer = adamw([{"params": [weight], "peak": 0.1, "weight_decay": 0.0}], 0.9, 0.95)

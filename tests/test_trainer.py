@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_run import write_world
 from torch.testing import assert_close
@@ -376,8 +380,13 @@ def poisoned(tmp_path_factory):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(poisoned, tmp_path):
     config = poisoned.config(tmp_path, save_steps=1, keep_checkpoints=100)
-    with pytest.raises(RunError, match=r"step \d: loss nan, gradient norm nan, with the samples (s\d+, )*s13(,|;)"):
+    words = (
+        r"step (\d): loss nan, gradient norm nan, with the samples (s\d+, )*s13(,|;).* Last checkpoint: (\S+)\. Look"
+    )
+    with pytest.raises(RunError, match=words) as caught:
         train(config)
+    step, *_, last = re.search(words, str(caught.value)).groups()
+    assert last == ("none" if step == "1" else f"checkpoint-epoch-1-step-{int(step) - 1}")
     for checkpoint in disk.checkpoints(directory_of(config)):
         tensors = load_file(checkpoint / "model.safetensors")
         assert all(tensors[n].isfinite().all() for n in tensors if n.startswith("multi_modal_projector"))
@@ -394,6 +403,25 @@ def test_a_bad_step_may_be_left_out_when_the_settings_say_so(poisoned, tmp_path,
     assert sum("left_out" in row for row in rows) == 1
     assert weights(config)["multi_modal_projector.linear_1.weight"].isfinite().all()
     assert capsys.readouterr().out.count("; left out") == 1
+
+
+def test_one_bad_step_more_than_allowed_in_a_row_ends_the_run(poisoned, tmp_path, monkeypatch):
+    update = trainer.update_
+    monkeypatch.setattr(trainer, "update_", lambda *arguments: (float("nan"), update(*arguments)[1]))
+    with pytest.raises(RunError, match="step 3: loss nan"):
+        train(poisoned.config(tmp_path, max_skipped_steps=2))
+
+
+def test_a_second_signal_ends_a_run_at_once():
+    """In a process of its own: it dies of it."""
+    program = (
+        "import os, signal, time\nfrom mmllm.stop import StopSignal\nwith StopSignal() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.1)\n    print('noted', stop.number, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "noted 15\n")
+    assert "stopping after this step, then saving; once more stops at once" in done.stderr
 
 
 def test_one_failed_save_is_forgiven_and_the_next_one_ends_the_run(world, tmp_path, monkeypatch, capsys):
@@ -451,7 +479,53 @@ def test_a_picture_that_proves_broken_in_the_middle_of_a_run_is_replaced_and_tol
     assert train(config) == 0
     rows = [json.loads(line) for line in (directory_of(config) / "bad_samples.jsonl").read_text().splitlines()]
     assert [(row["index"], row["file"]) for row in rows] == [(3, "s3")]
-    assert "warning: sample 3 (s3) is replaced by the next one" in capsys.readouterr().out
+    assert "warning: sample 3 (s3) is replaced by the next one" in capsys.readouterr().err
+
+
+def test_a_broken_picture_of_the_validation_is_replaced_and_told(tmp_path, capsys):
+    world = write_world(tmp_path)
+    config = world.config(tmp_path / "out")
+    config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.2
+    picture = world.folder / "images" / "22.png"
+    content = bytearray(picture.read_bytes())
+    content[len(content) // 2] ^= 255
+    picture.write_bytes(content)
+    assert train(config) == 0
+    assert len([row for row in read_metrics(directory_of(config)) if "val_loss" in row]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"warning: sample \d \(s22\) is replaced by the next one: .*22.png: broken", said)
+    config.data.bad_samples = "error"
+    with pytest.raises(DataError, match=r"sample \d \(s22\): .*22.png: broken"):
+        train(config, overwrite=True)
+
+
+def test_no_row_of_another_run_stays_in_a_directory_that_is_begun_from_elsewhere(world, whole_run, tmp_path):
+    checkpoint = directory_of(whole_run) / "checkpoint-epoch-1-step-5"
+    config = world.config(tmp_path)
+    directory = directory_of(config)
+    directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0, "stage": 1}\n')
+    (directory / "run.json").write_text('{"starts": [{"command": "another"}]}')
+    assert train(config, resume=str(checkpoint)) == 0
+    assert [row["step"] for row in read_metrics(directory) if "loss" in row] == [6, 7, 8, 9, 10]
+    assert len(json.loads((directory / "run.json").read_text())["starts"]) == 1
+
+
+def test_a_validation_that_is_not_a_number_is_never_the_best(world, tmp_path, monkeypatch):
+    losses = iter([float("nan"), 5.0])
+    monkeypatch.setattr(
+        trainer, "validation_losses", lambda *_, **__: {"val_loss": next(losses), "val_loss_shuffled": None}
+    )
+    config = world.config(tmp_path)
+    assert train(config) == 0
+    assert disk.step_of((directory_of(config) / "best_model").resolve()) == 10
+
+
+def test_a_checkpoint_knows_how_many_tokens_were_read(whole_run):
+    first, last = (
+        disk.read_state(directory_of(whole_run) / f"checkpoint-epoch-{n}-step-{5 * n}")["tokens"] for n in (1, 2)
+    )
+    assert 0 < first < last
 
 
 def test_the_model_of_an_earlier_run_can_be_trained_on(world, whole_run, tmp_path):
