@@ -36,7 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=PRECISIONS, help="(default: bfloat16 on CUDA, else float32; see the README)")
-    parser.add_argument("--compile", action="store_true", help="compile the step; pays in long conversations only")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the step (on a GPU, or in float32); pays in long talks"
+    )
     options = parser.parse_args(arguments)
     if not options.image and not options.chat:
         parser.error("name a picture with --image FILE, or talk without one with --chat")

@@ -93,19 +93,17 @@ class Goal:
         top, bottom = found.get(self.row), 1.0 if self.over is None else found.get(self.over)
         return top / bottom if top is not None and bottom else None
 
-    def line(self, rows: list[dict]) -> tuple[str, str, str, str] | None:
-        """What, measured, goal, and whether it is reached; None where it was not measured."""
-        value = self.value(rows)
+    def line(self, rows: list[dict]) -> tuple[str, str, str, str]:
+        """What, measured, goal, and whether it is reached."""
+        value, bound = self.value(rows), f"{'at most' if self.at_most else 'at least'} {self.bound:g}"
         if value is None:
-            return None
+            return self.text, "not measured", bound, "-"
         is_met = value <= self.bound if self.at_most else value >= self.bound
-        sign = "at most" if self.at_most else "at least"
-        return self.text, f"{value:.3g}", f"{sign} {self.bound:g}", "yes" if is_met else "no"
+        return self.text, f"{value:.3g}", bound, "yes" if is_met else "no"
 
 
 def goal_lines(goals: tuple[Goal, ...], kind: str, rows: list[dict], device: str) -> list[tuple[str, str, str, str]]:
-    lines = [goal.line(rows) for goal in goals if (goal.kind, goal.device) == (kind, device)]
-    return [line for line in lines if line]
+    return [goal.line(rows) for goal in goals if (goal.kind, goal.device) == (kind, device)]
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ class KVCache:
         more = length - self.length
         self._take(F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more)))
 
+    def clear_(self, slots: list[int]) -> None:
+        """Forgets what slots hold: where all rows attend over one length, masked, a NaN would outlive its request."""
+        for tensor in (self.keys, self.values):
+            tensor[:, slots] = 0
+
     def copy_(self, sources: list[int], slots: list[int], length: int) -> None:
         """Slot `slots[i]` becomes what slot `sources[i]` was, up to `length` tokens (beam search)."""
         for tensor in (self.keys, self.values):

@@ -176,7 +176,7 @@ class Engine:
         try:
             logits_1V = self._prefill(prompt, config, slots[0])
         except (UserError, RunError, ValueError, torch.OutOfMemoryError) as error:
-            self._leave(live, error=error)
+            self._leave_clean(live, error)
             return True
         self.cache.copy_([slots[0]] * (len(slots) - 1), slots[1:], live.position)
         self._choose([live], logits_1V)
@@ -242,7 +242,7 @@ class Engine:
         """A row has chosen `token`."""
         handle = live.handle
         if token < 0:
-            self._leave(live, error=not_finite(len(live.ids)))
+            self._leave_clean(live, not_finite(len(live.ids)))
         elif token in self.tokenizer.stop_ids:
             self._end(live, "stop")
         else:
@@ -262,7 +262,7 @@ class Engine:
         try:
             step = live.search.advance(logits_BV)
         except GenerationError as error:
-            self._leave(live, error=error)
+            self._leave_clean(live, error)
             return
         if step is None:
             self._end(live, live.search.finished[0][3])
@@ -297,6 +297,11 @@ class Engine:
     def _tell(self, handle: Handle, piece: str) -> None:
         if piece and handle.on_text:
             handle.on_text(piece)
+
+    def _leave_clean(self, live: Live, error: BaseException) -> None:
+        """A request that failed by itself: nothing of it stays behind for the next one in its slots."""
+        self.cache.clear_(live.slots)
+        self._leave(live, error=error)
 
     def _leave(self, live: Live, answer: Generated | None = None, error: BaseException | None = None) -> None:
         self.live.remove(live)

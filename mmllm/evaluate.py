@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mmllm.config import PRECISIONS
 from mmllm.errors import DataError, UserError, run
 from mmllm.scoring import (
     MultimodalEvaluator,
@@ -62,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the exchange of pictures (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on CUDA, else float32)")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="(default: bfloat16 on CUDA, else float32)")
     parser.add_argument("--no-shuffled", action="store_true", help="do not ask again with exchanged pictures")
     parser.add_argument("--constant", action="store_true", help="score the best constant caption and answers too")
     parser.add_argument("--meteor", action="store_true", help="METEOR too, for the true pictures; needs Java")

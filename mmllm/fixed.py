@@ -8,13 +8,25 @@ makes fewer, larger kernels.
 S slots, V vocabulary. Next: engine.py.
 """
 
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mmllm.cache import AllRows, KVCache
+from mmllm.kernels import cache_folder
 from mmllm.qwen import Qwen2
 
 BUCKET = 256  # attention goes over a multiple of so many positions: few shapes, little waste
+
+
+def compiled(step: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    """Compiled for each length; what was compiled is kept from run to run where our own kernels are."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    lengths = 2**15 // BUCKET
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, lengths)
+    return torch.compile(step, dynamic=False)
 
 
 class FixedStep:
@@ -25,7 +37,7 @@ class FixedStep:
         device = cache.keys.device
         self.tokens_S = torch.zeros(slots, dtype=torch.long, device=device)
         self.positions_S = torch.zeros(slots, dtype=torch.long, device=device)
-        self.run = torch.compile(self._run, dynamic=False) if is_compiled else self._run
+        self.run = compiled(self._run) if is_compiled else self._run
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.captured_keys = cache.keys
 
@@ -38,7 +50,9 @@ class FixedStep:
         self.positions_S.copy_(torch.tensor(all_starts))
         length = min(-(-(max(starts) + 1) // BUCKET) * BUCKET, self.cache.length)
         logits_SV = self._graph(length) if self.tokens_S.is_cuda else self.run(length)
-        return logits_SV[slots]
+        if slots == list(range(len(logits_SV))):
+            return logits_SV
+        return torch.stack([logits_SV[slot] for slot in slots])  # by a list of numbers it would wait for the device
 
     def _run(self, length: int) -> Tensor:
         rows = AllRows(self.cache, self.positions_S, length)

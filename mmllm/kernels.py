@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmllm.errors import RunError
 from mmllm.log import note
+from mmllm.quant import quantize_int4
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DIGIT = 8  # bits of one signed digit of an activation
@@ -129,11 +130,27 @@ def prove() -> None:
         )
         if not torch.equal(wanted, got):
             raise RunError(f"the int8 kernel is wrong at {bits} bits by {(wanted - got).abs().max():.1e}")
-    weight = torch.randn(37, 44, generator=chance).bfloat16()
-    wanted = (x.double() @ weight.double().T + bias.double()).float()
-    error = (torch.ops.mmllm.bf16_linear(x, bf16_panels(weight), bias, 37) - wanted).abs().max()
-    if not error < 1e-4:
-        raise RunError(f"the bfloat16 kernel is wrong by {error:.1e}")
+    x2, half = torch.randn(11, 64, generator=chance), torch.randn(37, 44, generator=chance).bfloat16()
+    q4, scale4 = quantize_int4(torch.randn(37, 64, generator=chance))
+    matrix = (q4.unflatten(1, (-1, 32)) * scale4[..., None].float()).flatten(1)
+    gates, ups = x2.double().split(32, 1)
+    for name, got, wanted in (
+        (
+            "int4",
+            torch.ops.mmllm.int4_linear(x2, *torch.ops.mmllm.int4_pack(matrix), bias, 37),
+            linear(x2, matrix, bias),
+        ),
+        ("bfloat16", torch.ops.mmllm.bf16_linear(x, bf16_panels(half), bias, 37), linear(x, half, bias)),
+        ("SwiGLU", torch.ops.mmllm.swiglu(x2), gates * gates.sigmoid() * ups),
+        ("norm", torch.ops.mmllm.rms_norm(x2, x2[0], 0.0), x2[0] * x2 * x2.double().square().mean(1, True).rsqrt()),
+    ):
+        error = (got - wanted).abs().max()
+        if not error < 1e-4:
+            raise RunError(f"the {name} kernel is wrong by {error:.1e}")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.double() @ weight.double().T + bias.double()
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmllm import kernels
 from mmllm.chat import Message, assistant, user
 from mmllm.device import choose_device
 from mmllm.engine import Engine
 from mmllm.errors import UserError
 from mmllm.fast import load_model
 from mmllm.generate import drive
+from mmllm.log import note
 from mmllm.model import MultimodalLLM, read_surgery
 from mmllm.request import EncodedImage, Generated, Prompt
 from mmllm.sampling import GenerationConfig
@@ -142,4 +144,7 @@ def load_pipeline(
         others = "bfloat16" if place.type == "cuda" else "float32"
         dtype = "int8" if "packed" in read_surgery(source) else others
     model = load_model(source, device=place, precision=dtype)
+    if is_compiled and place.type == "cpu" and dtype != "float32" and kernels.native():
+        note("the step is not compiled: on a CPU it is slower than our kernels by themselves")
+        is_compiled = False
     return MultimodalInferencePipeline(model, is_compiled=is_compiled)

@@ -145,9 +145,9 @@ def choose_specially(logits_BV: Tensor, rows: list[Row], stop_ids: list[int]) ->
         kept_BV = filtered(scores_BV[sampled], [rows[i].config for i in sampled])
         chance_B = torch.tensor([rows[i].chance.getrandbits(32) / 2**32 for i in sampled], dtype=torch.float64)
         tokens_B[sampled] = draw(kept_BV.softmax(-1), chance_B.to(kept_BV.device))
-    for row, token in zip(rows, tokens_B, strict=True):
+    for row, token_1 in zip(rows, tokens_B.split(1), strict=True):
         if row.seen_V is not None:
-            row.seen_V[token] = True
+            row.seen_V.index_fill_(0, token_1, True)
     return tokens_B
 
 

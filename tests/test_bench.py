@@ -223,7 +223,7 @@ def test_a_goal_is_a_bound_on_one_row_over_another(bound, at_most, reached):
     goal = Goal("train", "cpu", "speed", "steps_per_s", ("stage 1", OURS), bound, ("stage 1", PEER), at_most)
     words = "at most" if at_most else "at least"
     assert goal_lines((goal,), "train", rows, "cpu") == [("speed", "2", f"{words} {bound:g}", reached)]
-    assert goal_lines((goal,), "train", rows[:1], "cpu") == []  # not measured: no line
+    assert goal_lines((goal,), "train", rows[:1], "cpu") == [("speed", "not measured", f"{words} {bound:g}", "-")]
 
 
 def test_an_unknown_case_is_refused_with_those_there_are():
@@ -243,6 +243,16 @@ def test_the_table_command_writes_the_rows_between_the_markers(tmp_path):
     assert "2 threads of AMD, torch 2.13, 2026-01-01, commit abc: `python -m mmllm.bench train`." in text
     with pytest.raises(UserError, match="has no part between"):
         rewritten("no markers", "new")
+
+
+def test_make_bench_ends_with_the_tables_and_every_goal(capsys):
+    recipe = (ROOT / "Makefile").read_text().partition("\nbench:")[2].partition("\n\n")[0]
+    assert [part.split()[0] for part in recipe.split("mmllm.bench ")[1:]] == ["train", "generate", "memory", "show"]
+    assert bench.main(["show", "--out", str(ROOT / "benchmarks")]) == 0
+    said = capsys.readouterr().out
+    for goal in (*bench_train.GOALS, *bench_generate.GOALS):
+        if goal.device == "cpu":
+            assert f"| {goal.text} |" in said
 
 
 def test_the_tables_of_the_readme_are_those_of_the_rows():

@@ -3,6 +3,7 @@
 import math
 import random
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from mmllm.engine import Engine
 from mmllm.errors import GenerationError, UserError
 from mmllm.fast import load_model
+from mmllm.fixed import FixedStep
 from mmllm.generate import generate_each
 from mmllm.model import MultimodalLLM
 from mmllm.quant import quantize_
@@ -123,22 +125,63 @@ def test_a_request_that_is_given_up_frees_its_slot_within_one_step(model):
     assert [live.handle for live in engine.live] == [next_one]
 
 
+@contextmanager
+def poisoned_word(model, token: int):
+    """The embedding of one token is not a number."""
+    embedding = model.language_model.model.embed_tokens
+    poisoned = embedding.weight.detach().clone()
+    poisoned[token] = math.nan
+    model.language_model.model.embed_tokens = torch.nn.Embedding.from_pretrained(poisoned)
+    try:
+        yield
+    finally:
+        model.language_model.model.embed_tokens = embedding
+
+
 def test_logits_that_are_not_finite_fail_their_row_and_no_other(model):
     prompts = [text_prompt(5, 6), text_prompt(5, 300), text_prompt(7)]
     wanted = [alone(model, prompt, SHORT) for prompt in prompts]
-    embedding = model.language_model.model.embed_tokens
-    poisoned = embedding.weight.detach().clone()
-    poisoned[300] = math.nan
-    model.language_model.model.embed_tokens = torch.nn.Embedding.from_pretrained(poisoned)
-    try:
+    with poisoned_word(model, 300):
         engine = Engine(model, 3)
         handles = [engine.submit(prompt, SHORT) for prompt in prompts]
         run(engine)
-    finally:
-        model.language_model.model.embed_tokens = embedding
     with pytest.raises(GenerationError, match="not finite at token 0"):
         handles[1].result()
     assert [handles[0].answer, handles[2].answer] == [wanted[0], wanted[2]]
+
+
+def test_a_slot_that_held_what_is_not_finite_serves_the_next_request(model):
+    """At a fixed shape, where a row attends over more than it has, masked: a NaN behind its end would come through."""
+    wanted = alone(model, text_prompt(7), SHORT)
+    engine = Engine(model, 1)
+    engine.fixed = FixedStep(model.language_model, engine.cache, 1, is_compiled=False)
+    with poisoned_word(model, 300):
+        handle = engine.submit(text_prompt(5, 6, 8, 9, 300), SHORT)
+        run(engine)
+    with pytest.raises(GenerationError, match="not finite at token 0"):
+        handle.result()
+    after = engine.submit(text_prompt(7), SHORT)
+    run(engine)
+    assert after.answer == wanted
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_row_that_is_not_finite_on_the_way_fails_alone(model, num_beams):
+    config = GenerationConfig(max_new_tokens=6, min_new_tokens=6, num_beams=num_beams)
+    prompts = [text_prompt(5, 6), text_prompt(7)]
+    undisturbed = Engine(model, num_beams)
+    (wanted,) = run(undisturbed, undisturbed.submit(prompts[1], config))
+    engine = Engine(model, 2 * num_beams)
+    handles = [engine.submit(prompt, config) for prompt in prompts]
+    for _ in range(3):
+        engine.step()
+    with torch.inference_mode():
+        engine.cache.values[0, engine.live[0].slots] = math.nan
+    run(engine)
+    with pytest.raises(GenerationError, match=r"not finite at token \d"):
+        handles[0].result()
+    assert handles[1].answer == wanted
+    assert engine.busy == 0
 
 
 def test_a_request_that_cannot_be_read_is_its_own_error(model):

@@ -1,7 +1,11 @@
 """Our products against their formulas in float64, and against what is done without a compiler."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 from mmllm import kernels
 from mmllm.errors import RunError
@@ -48,6 +52,36 @@ def test_the_int8_kernel_gives_the_bits_of_torchs_integer_product(outputs, input
     q, scale = quantize(weight)
     wanted = kernels.int_mm_linear(x, q, scale[:, 0], bias, bits)
     assert torch.equal(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0], bias, bits), wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["avx2", "portable"])
+def test_other_processors_get_the_same_products(name):
+    """What runs where there is less than this processor has, in a process of its own; `prove` holds it to the formulas."""
+    if name == "avx2" and "avx2" not in kernels.processor().split():
+        pytest.skip("this processor has no AVX2")
+    less = {"avx2": ("-mavx2", "-mfma"), "portable": ()}[name]
+    flags = ("-O1", *(flag for flag in kernels.FLAGS if flag not in ("-O3", "-march=native")), *less)
+    program = (
+        f"import torch; from mmllm import kernels; torch.ops.load_library(kernels.build({flags!r})); kernels.prove()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+def test_kernels_that_are_wrong_are_not_used_and_one_line_says_so(monkeypatch, capsys):
+    assert kernels.native()
+    formula = kernels.int_mm_linear
+    monkeypatch.setattr(kernels, "int_mm_linear", lambda *arguments: formula(*arguments) + 1)
+    assert not kernels.native.__wrapped__()
+    said = capsys.readouterr().err
+    assert (
+        said == "kernels: torch's own products, about half as fast (the int8 kernel is wrong at 24 bits by 1.0e+00)\n"
+    )
+    monkeypatch.undo()
+    assert kernels.native.__wrapped__()
+    assert capsys.readouterr().err.startswith("kernels: our own (")
 
 
 def test_dynamic_int8_rounds_each_row_by_itself():

@@ -65,6 +65,16 @@ def test_top_p_keeps_what_transformers_keeps(scores, top_p):
     assert_close(filter_top_p(scores, column(*[top_p] * 6)), TopPLogitsWarper(top_p)(None, scores))
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.9])
+@pytest.mark.parametrize("spread", [8.0, 1.0, 0.01])
+def test_top_p_of_a_vocabulary_that_is_not_sorted_whole(top_p, spread):
+    """A peaked row needs few of its 5,000 tokens, a flat one most of them; beside each other too."""
+    scores = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[spread], [8.0], [spread]]
+    )
+    assert_close(filter_top_p(scores, column(*[top_p] * 3)), TopPLogitsWarper(top_p)(None, scores))
+
+
 def test_top_p_keeps_the_token_that_crosses_the_line():
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     kept = {p: int(filter_top_p(scores, column(p)).isfinite().sum()) for p in (0.49, 0.51, 0.79, 0.81, 0.9999)}
