@@ -3,16 +3,18 @@
 The surprising fact: torch has no product of bfloat16 rows with int8 weights that reads only the int8. Widening first
 writes twice what it saves; so the kernel multiplies what it has just read, and the scale comes last.
 
-Checked in Triton's interpreter; not measured on a GPU yet. M rows, O outputs, K inputs. Next: packed.py.
+Not run on a GPU yet. M rows, O outputs, K inputs. Next: packed.py.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmllm.errors import RunError
+from mmllm.log import note
 
 MOST_ROWS = 16  # more rows share a matrix product well enough to pay for widened weights
 BLOCK_O = 16
@@ -21,12 +23,40 @@ BLOCK_O = 16
 def int8_linear(x: Tensor, q_OK: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> Tensor:
     """x (..., K) times the int8 rows, scaled: (..., O), in the kind of x."""
     x_MK = x.reshape(-1, x.shape[-1])
-    if len(x_MK) <= MOST_ROWS and importlib.util.find_spec("triton"):
+    if len(x_MK) <= MOST_ROWS and native(x.device):
         y_MO = few_rows(x_MK.contiguous(), q_OK, scale_O)
     else:
         y_MO = F.linear(x_MK, q_OK.to(x.dtype)).float() * scale_O
     y_MO = y_MO if bias_O is None else y_MO + bias_O
     return y_MO.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+@functools.cache
+def native(device: torch.device) -> bool:
+    """Whether the Triton kernel compiles here and is right. One line says so, or why torch's products take its place."""
+    if device.type != "cuda":
+        return False
+    try:
+        prove(device)
+    except Exception as error:  # whatever a compiler may raise
+        note(
+            f"kernels: torch's own products of int8 on {device} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        )
+        return False
+    note(f"kernels: our own for int8 on {device} (Triton)")
+    return True
+
+
+def prove(device: torch.device) -> None:
+    """RunError unless the kernel gives what its formula says, on shapes with every remainder."""
+    chance = torch.Generator().manual_seed(0)
+    x_MK = torch.randn(5, 300, generator=chance).to(device, torch.bfloat16)
+    q_OK = torch.randint(-127, 128, (37, 300), generator=chance, dtype=torch.int8).to(device)
+    scale_O = torch.rand(37, generator=chance).to(device)
+    wanted_MO = x_MK.double() @ (q_OK * scale_O[:, None]).double().T
+    error = float((few_rows(x_MK, q_OK, scale_O) - wanted_MO).norm() / wanted_MO.norm())
+    if not error < 1e-5:
+        raise RunError(f"the kernel is wrong by {error:.1e}")
 
 
 def few_rows(x_MK: Tensor, q_OK: Tensor, scale_O: Tensor) -> Tensor:

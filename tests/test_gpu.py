@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mmllm import gpu
+from mmllm.errors import RunError
 from mmllm.gpu import int8_linear
 
 
@@ -19,6 +21,20 @@ def relative_error(rows: int, device: str) -> float:
 
 def test_many_rows_meet_widened_weights_of_which_the_scale_is_kept_apart():
     assert relative_error(20, "cpu") < 0.005, "the result is rounded to bfloat16, and the integers are exact there"
+
+
+def test_a_kernel_that_does_not_compile_or_is_wrong_is_not_used_and_one_line_says_so(monkeypatch, capsys):
+    def does_not_compile(*arguments):
+        raise ValueError("no such target\nand much more")
+
+    monkeypatch.setattr(gpu, "prove", does_not_compile)
+    assert not gpu.native.__wrapped__(torch.device("cuda"))
+    said = capsys.readouterr().err
+    assert said == "kernels: torch's own products of int8 on cuda (ValueError: no such target)\n"
+    monkeypatch.undo()
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="the kernel is wrong by 1.0e-01"):
+        patch.setattr(gpu, "few_rows", lambda x, q, scale: 1.1 * (x.float() @ (q * scale[:, None]).T))
+        gpu.prove(torch.device("cpu"))
 
 
 @pytest.mark.gpu
