@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mmllm.config import PRECISIONS
 from mmllm.errors import DataError, UserError, run
+from mmllm.log import write_report
 from mmllm.scoring import (
     MultimodalEvaluator,
     best_constant_caption,
@@ -54,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-dir", metavar="DIR", help="where the pictures are (default: beside FILE)")
     parser.add_argument("--split", default="val", help="part of Karpathy's files (default: %(default)s)")
     parser.add_argument("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
-    parser.add_argument("--out", metavar="DIR", help="(default: outputs/evaluation/NAME OF THE DATA FILE)")
+    parser.add_argument("--out", metavar="DIR", help="(default: evaluation/NAME OF THE DATA FILE of the model's run)")
     parser.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N pictures or questions")
     parser.add_argument(
         "--batch-size", type=at_least_one, default=16, metavar="N", help="side by side (default: %(default)s)"
@@ -93,7 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_pictures(tasks)
     config = GenerationConfig(max_new_tokens=options.max_new_tokens, num_beams=options.num_beams)
     model = options.model or default_model()
-    out = Path(options.out or Path("outputs/evaluation") / Path(options.data).stem)
+    of_run = Path(model).parent if (Path(model).parent / "run.json").is_file() else None
+    out = Path(options.out or (of_run or Path("outputs")) / "evaluation" / Path(options.data).stem)
     make_directory(out)
     pipeline = load_pipeline(model, device=options.device, dtype=options.dtype)
 
@@ -112,8 +114,16 @@ def main(arguments: list[str] | None = None) -> None:
         rows[name] = score(tasks, predictions, evaluator if row_tasks is tasks else without_java)
     if options.constant:
         rows["best constant"] = score(tasks, constant_predictions(tasks), without_java)
-    about = {"model": str(model), "data": str(options.data), "split": options.split, "generation": vars(config)}
+    about = {
+        "model": str(model),
+        "checkpoint": Path(model).resolve().name,
+        "data": str(options.data),
+        "split": options.split,
+        "generation": vars(config),
+    }
     write_json(out / "scores.json", about | {"seed": options.seed, "seconds": round(seconds, 1), "scores": rows})
+    if of_run:
+        write_report(of_run)
     print("\n".join(table(rows)))
     print(f"{len(tasks)} asked, {seconds / len(runs) / len(tasks):.2f} s each; predictions and scores.json in {out}")
 

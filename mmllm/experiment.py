@@ -6,6 +6,7 @@ Next: trainer.py, resume.py.
 """
 
 import os
+import shutil
 import signal
 import time
 from contextlib import closing
@@ -134,6 +135,7 @@ def begin(
         disk.remove_all(directory)
         for name in ("metrics.jsonl", "run.json"):  # another run's
             (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(directory / "evaluation", ignore_errors=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     wandb_run = start_wandb("mmllm", config.experiment_name, config.to_dict()) if config.use_wandb else None
     with reported(directory):

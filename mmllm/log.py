@@ -286,6 +286,7 @@ def write_report(directory: Path) -> None:
         _cost(rows, start),
         _verdict(evaluations),
         _captions(evaluations, directory),
+        _scores(directory),
         "## How it was made",
         f"    {start['command']}",
         f"{start['time']}, {start['device']}, {start['machine']}; commit {start['commit']}; "
@@ -317,6 +318,21 @@ def _verdict(evaluations: list[dict]) -> str:
     true, other = probed[-1]["val_loss"], probed[-1]["val_loss_shuffled"]
     looks = "the model looks at the picture" if other > true * 1.02 else "the model hardly looks at the picture"
     return f"Validation loss {true:.4f} with the true pictures, {other:.4f} with those of other samples: {looks}."
+
+
+def _scores(directory: Path) -> str:
+    """What `python -m mmllm.evaluate` found of the run's models."""
+    tables = []
+    for path in sorted(directory.glob("evaluation/*/scores.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tables.append(f"`{found['data']}`, answered by {found['checkpoint']}:")
+        for part in ("captions", "vqa", "answers"):
+            rows = {name: scores[part] for name, scores in found["scores"].items() if part in scores}
+            columns = [name for name, value in next(iter(rows.values()), {}).items() if isinstance(value, float)]
+            lines = [[part, *columns], ["---"] * (1 + len(columns))]
+            lines += [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in rows.items()]
+            tables += ["\n".join(f"| {' | '.join(line)} |" for line in lines)] * bool(columns)
+    return "\n\n".join(["## Scores", *tables]) if tables else ""
 
 
 def _subject(directory: Path) -> str:

@@ -19,7 +19,7 @@ from tiny_run import write_world
 from torch.testing import assert_close
 
 from mmllm import checkpoint as disk
-from mmllm import trainer
+from mmllm import evaluate, trainer
 from mmllm.batches import make_batch, read_row
 from mmllm.config import ExperimentConfig
 from mmllm.data import load_samples
@@ -509,6 +509,20 @@ def test_no_row_of_another_run_stays_in_a_directory_that_is_begun_from_elsewhere
     assert train(config, resume=str(checkpoint)) == 0
     assert [row["step"] for row in read_metrics(directory) if "loss" in row] == [6, 7, 8, 9, 10]
     assert len(json.loads((directory / "run.json").read_text())["starts"]) == 1
+
+
+def test_an_evaluation_of_a_runs_model_stands_in_its_report_until_the_run_is_begun_anew(world, whole_run, tmp_path):
+    config = world.config(tmp_path)
+    directory = directory_of(config)
+    shutil.copytree(directory_of(whole_run), directory, symlinks=True)
+    data = ["--data", config.data.val_data_path, "--image-dir", config.data.image_dir, "--max-new-tokens", "4"]
+    evaluate.main(["--model", str(directory / "best_model"), "--device", "cpu", *data])
+    report = (directory / "report.md").read_text()
+    name = (directory / "best_model").resolve().name
+    assert f"## Scores\n\n`{config.data.val_data_path}`, answered by {name}:\n\n| captions | bleu_1 |" in report
+    assert re.search(r"\n\| true pictures \| \d\.\d{3} \|.*\n\| shuffled pictures \| \d\.\d{3} \|", report)
+    assert train(config, overwrite=True) == 0
+    assert "## Scores" not in (directory / "report.md").read_text()
 
 
 def test_a_validation_that_is_not_a_number_is_never_the_best(world, tmp_path, monkeypatch):
