@@ -114,14 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
         rows[name] = score(tasks, predictions, evaluator if row_tasks is tasks else without_java)
     if options.constant:
         rows["best constant"] = score(tasks, constant_predictions(tasks), without_java)
-    about = {
-        "model": str(model),
-        "checkpoint": Path(model).resolve().name,
-        "data": str(options.data),
-        "split": options.split,
-        "generation": vars(config),
-    }
-    write_json(out / "scores.json", about | {"seed": options.seed, "seconds": round(seconds, 1), "scores": rows})
+    about = {"model": str(model), "checkpoint": Path(model).resolve().name, "data": str(options.data)}
+    about |= {"split": options.split, "generation": vars(config), "seed": options.seed, "seconds": round(seconds, 1)}
+    write_json(out / "scores.json", about | {"scores": rows})
     if of_run:
         write_report(of_run)
     print("\n".join(table(rows)))
