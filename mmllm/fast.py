@@ -139,12 +139,17 @@ def short_patches(convolution: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
 
 
 def short_last_layer(
-    layer: Qwen2Layer, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend_B1TS: Tensor | None, cache: Cache | None
+    layer: Qwen2Layer,
+    x_BTD: Tensor,
+    rope: tuple[Tensor, Tensor],
+    attend_B1TS: Tensor | None,
+    cache: Cache | None,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The last layer: the engine asks for what follows the last token, (B, 1, D), so the others only leave their keys and
     values."""
     if x_BTD.shape[1] == 1 or not isinstance(cache, EachRow):
-        return Qwen2Layer.forward(layer, x_BTD, rope, attend_B1TS, cache)
+        return Qwen2Layer.forward(layer, x_BTD, rope, attend_B1TS, cache, places)
     attention, h_BTD = layer.self_attn, layer.input_layernorm(x_BTD)
     q_BH1K, k_BGTK, v_BGTK = (
         project(h).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)

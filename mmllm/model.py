@@ -170,13 +170,12 @@ class MultimodalLLM(nn.Module):
         The caller divides: only it knows all the targets of its optimiser step.
         """
         x_BTD, is_target = self.embed(ids_BT, pixels_N3SS), labels_BT[:, 1:] != IGNORED
-        if branches_BT is None:
-            x_MD = self.language_model(x_BTD)[:, :-1][is_target]
-        else:
-            attend_BTS = attention_of(branches_BT)
-            x_BTD = self.language_model(x_BTD, positions_of(branches_BT), attend_BTS=attend_BTS)
-            rows_M, places_M = is_target.nonzero(as_tuple=True)
-            x_MD = x_BTD[rows_M, sources_of(branches_BT)[rows_M, places_M + 1]]
+        rows_M, places_M = is_target.nonzero(as_tuple=True)
+        positions_BT = attend_BTS = None
+        if branches_BT is not None:
+            positions_BT, attend_BTS = positions_of(branches_BT), attention_of(branches_BT)
+            places_M = sources_of(branches_BT)[rows_M, places_M + 1]
+        x_MD = self.language_model(x_BTD, positions_BT, attend_BTS=attend_BTS, places=(rows_M, places_M))
         return self.loss_sum(x_MD, labels_BT[:, 1:][is_target]), is_target.sum()
 
     def loss_sum(self, x_MD: Tensor, targets_M: Tensor) -> Tensor:

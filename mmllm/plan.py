@@ -39,13 +39,15 @@ def trained_parts(stage: StageConfig) -> list[str]:
 
 def step_flops(model: MultimodalLLM, tokens: int, targets: int, images: int) -> float:
     """Floating-point operations of the matrix products with weights in a forward and backward pass (attention left out).
+    The last MLP and the head are those of the targets alone.
 
     Two a weight and token forward, two for the gradient of the input, two for that of a trained weight.
     """
     text, vision, layers = model.config.text, model.config.vision, model.language_model.model.layers
     head = text.vocab_size * text.hidden_size * targets
-    language = 4 * (count_weights(layers) * tokens + head)
-    language += 2 * count_parameters(layers, only_trainable=True) * tokens
+    last, others = layers[-1].mlp, tokens - targets
+    language = 4 * (count_weights(layers) * tokens - count_weights(last) * others + head)
+    language += 2 * (count_parameters(layers, True) * tokens - count_parameters(last, True) * others)
     if model.language_model.lm_head.weight.requires_grad:
         language += 2 * head
     tower = count_parameters(model.vision_tower) * (vision.num_patches + 1) * images

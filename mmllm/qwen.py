@@ -191,9 +191,11 @@ class Qwen2Layer(nn.Module):
         rope: tuple[Tensor, Tensor],
         attend_B1TS: Tensor | None,
         cache: Cache | None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attend_B1TS, cache)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        x = x_BTD if places is None else x_BTD[places]
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen2Model(nn.Module):
@@ -230,8 +232,10 @@ class Qwen2(nn.Module):
         *,
         attend_BTS: Tensor | None = None,
         cache: Cache | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states after the closing norm, (B, T, D).
+        """Hidden states after the closing norm, (B, T, D); of M `places` (their rows, their positions) alone, (M, D), which
+        spares the others the last MLP.
 
         Alone, every token sees itself and what is to its left, at positions 0 .. T-1: right for rows padded on the
         right. `attend_BTS` (True: may look) replaces that rule. With a `cache` (cache.py), which knows where the rows
@@ -241,9 +245,10 @@ class Qwen2(nn.Module):
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[:2])
         attend_B1TS = None if attend_BTS is None else attend_BTS[:, None]
         rope = rope_tables(self.config, positions_BT)
-        for layer in self.model.layers:
+        *layers, last = self.model.layers
+        for layer in layers:
             x_BTD = layer(x_BTD, rope, attend_B1TS, cache)
-        return self.model.norm(x_BTD)
+        return self.model.norm(last(x_BTD, rope, attend_B1TS, cache, places))
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., V), float32."""

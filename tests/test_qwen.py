@@ -107,3 +107,11 @@ def test_swiglu_without_keeping_the_gate_gives_the_bits_of_autograd(dtype):
     assert torch.equal(ours, plain)
     wanted, got = (torch.autograd.grad(y, [gate, up], of_y) for y in (plain, ours))
     assert all(map(torch.equal, got, wanted))
+
+
+def test_places_are_those_rows_of_the_whole_also_when_one_is_named_twice():
+    model = Qwen2(Qwen2Config(64, 32, 48, 2, 4, 2, 8))
+    x_BTD = torch.randn(2, 7, 32)
+    places = torch.tensor([1, 0, 0]), torch.tensor([6, 2, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(model(x_BTD, places=places), model(x_BTD)[places])
