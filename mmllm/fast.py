@@ -8,7 +8,7 @@ The network's files know nothing of this: layers are replaced on the built model
     float32        nothing is rounded
     bfloat16       on a CPU the weights alone, where our kernels run (kernels.py); on a GPU everything
     int8           the weights of both towers' linear layers, one scale a row, and of embedding and head
-    int8-dynamic   the language model's activations too: faster with many rows, and 4 to 11 times the divergence
+    int8-dynamic   the language model's activations too: faster with many rows, at twice the divergence (README)
     int4           experimental: the language model's layers with a scale for 32 weights; the rest as in int8
 
 T tokens, D hidden size. Next: pipeline.py.
