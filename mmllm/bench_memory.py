@@ -11,7 +11,6 @@ from mmllm.contestant import Work, compete
 from mmllm.device import choose_device, forget_peak, peak_memory
 from mmllm.dryrun import stage_memory
 from mmllm.log import say
-from mmllm.prepare import frozen_weights
 from mmllm.random_model import sizes
 from mmllm.surgery import hold_
 
@@ -54,7 +53,7 @@ def predicted_bytes(spec: dict) -> float:
 def build(spec: dict) -> tuple[dict, Work]:
     config, device = configuration(spec), choose_device(spec["device"])
     model, stage = own_model(spec, config)
-    step, held = steps_of(spec, config, model, stage), frozen_weights(model) if spec["bf16"] else []
+    step, held = steps_of(spec, config, model, stage), [p for p in model.parameters() if p.dtype == torch.bfloat16]
     forget_peak(device)  # of loading
 
     def turn(asked: dict) -> dict:

@@ -3,14 +3,16 @@
 import ctypes
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from mmllm.errors import UserError
 
-KEPT_BYTES = 2**30  # larger blocks go back
+KEPT_BYTES, APART_BYTES = 2**30, 2**18  # larger blocks go back: in training, and of weights
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # by malloc.h
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -68,11 +70,32 @@ def keep_freed_memory(device: torch.device) -> None:
     glibc gives every block of over 32 MB back to the system at once, and new pages are dear: up to 2 of 4 seconds of a
     step went there. Elsewhere than in glibc nothing is changed.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    if hasattr(libc, "mallopt"):  # by malloc.h: M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1
+    libc = glibc() if device.type == "cpu" else None
+    if libc:
         libc.malloc_trim(0)
-        libc.mallopt(-3, KEPT_BYTES)
-        libc.mallopt(-1, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def blocks_apart() -> Iterator[None]:
+    """What is made inside lies in blocks of its own, which go back when they are freed, and what steps have left behind
+    goes back first: for weights that come in another precision, of which each would leave a gap among the others."""
+    libc = glibc()
+    if libc:
+        libc.malloc_trim(0)
+        libc.mallopt(M_MMAP_THRESHOLD, APART_BYTES)
+    try:
+        yield
+    finally:
+        if libc:
+            libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+
+
+def glibc() -> ctypes.CDLL | None:
+    """The C library, if it is the one whose memory can be told what to keep."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") else None
 
 
 def free_memory() -> int:

@@ -52,8 +52,8 @@ def _refuse_missing(name: str, source: str) -> None:
 
 # What a process takes beside its tensors: Python, torch, what they load at the first step, scratch of the kernels. And of
 # a step, the gaps between what is kept of it (device.py).
-PROCESS_BYTES = {"cpu": 330_000_000, "cuda": 70_000_000, "mps": 0}
-GAPS = {"cpu": 1.55, "cuda": 1.0, "mps": 1.0}
+PROCESS_BYTES = {"cpu": 540_000_000, "cuda": 70_000_000, "mps": 0}
+GAPS = {"cpu": 1.1, "cuda": 1.0, "mps": 1.0}
 
 
 @dataclass(frozen=True)

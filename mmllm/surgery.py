@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from mmllm.device import blocks_apart
 from mmllm.errors import ConfigError
 from mmllm.quant import FrozenLinear
 
@@ -93,9 +94,12 @@ def _is_exact_in_bfloat16(p: Tensor) -> bool:
 
 
 def hold_(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
-    """Keep `weights` as numbers of `dtype`."""
-    for weight in weights:
-        weight.data = weight.data.to(dtype)
+    """Keep `weights` as numbers of `dtype`. The largest is there twice when the others are small: first of those that
+    grow, last of those that shrink."""
+    weights = sorted(weights, key=torch.Tensor.numel)
+    with blocks_apart():
+        for weight in weights if dtype.itemsize == 2 else reversed(weights):
+            weight.data = weight.data.to(dtype)
 
 
 def count_weights(module: nn.Module) -> int:

@@ -34,3 +34,26 @@ def test_a_peak_that_is_over_can_be_forgotten():
     said = subprocess.run([sys.executable, "-c", FORGETFUL], check=True, capture_output=True, text=True).stdout
     before, after = map(int, said.split())
     assert after < before - 400e6
+
+
+WEIGHTS = """
+import torch
+from torch import nn
+from mmllm.device import forget_peak, keep_freed_memory, peak_memory
+from mmllm.surgery import hold_
+cpu = torch.device("cpu")
+keep_freed_memory(cpu)
+weights = [nn.Parameter(torch.ones(n, 2**20), False) for n in (4, 16, 8, 12, 10)]
+for _ in range(3):
+    hold_(weights, torch.bfloat16)
+    forget_peak(cpu)
+    small = peak_memory(cpu)
+    hold_(weights, torch.float32)
+print((peak_memory(cpu) - small) / 2**20)
+"""
+
+
+def test_weights_that_come_in_another_precision_leave_no_gaps():
+    """50 M numbers: 100 MB as bfloat16, 200 MB as float32, and never much more than that."""
+    said = subprocess.run([sys.executable, "-c", WEIGHTS], check=True, capture_output=True, text=True).stdout
+    assert 95 < float(said) < 125
