@@ -42,8 +42,8 @@ from torch import nn
 from mmllm.device import forget_peak, keep_freed_memory, peak_memory
 from mmllm.surgery import hold_
 cpu = torch.device("cpu")
-keep_freed_memory(cpu)
 weights = [nn.Parameter(torch.ones(n, 2**20), False) for n in (4, 16, 8, 12, 10)]
+keep_freed_memory(cpu)
 for _ in range(3):
     hold_(weights, torch.bfloat16)
     forget_peak(cpu)
