@@ -283,4 +283,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    from mmllm import (
+        chat,  # as the other modules know it: IMAGE is one object, and this file run as a program has another
+    )
+
+    run(chat.main)

@@ -1,16 +1,20 @@
 """The template against Qwen's own, what is learnt of it, and what is left out when it is long."""
 
 import json
+import subprocess
+import sys
 
 import jinja2
 import pytest
+from conftest import ROOT
+from PIL import Image
 from transformers import AutoTokenizer
 
 from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, marked, parse_text, user
 from mmllm.errors import CheckpointError, DataError
 from mmllm.image import ImageProcessor
 from mmllm.tokenizer import Tokenizer
-from official import write_tokenizer
+from official import write_model, write_tokenizer
 
 TURNS = [
     [("user", "What is it?")],
@@ -129,16 +133,11 @@ def test_a_saved_processor_is_the_same(process, tmp_path):
         ChatProcessor.load(tmp_path, 16)
 
 
-def test_the_command_shows_what_will_be_learnt(tmp_path, capsys, monkeypatch):
-    from PIL import Image
-
-    from mmllm.chat import main
-    from official import write_model
-
+def test_the_command_shows_what_will_be_learnt(tmp_path):
+    """As a program: there the module that is run is another one than the one that others import."""
     model = write_model(tmp_path / "model")
     Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
     (tmp_path / "data.json").write_text(json.dumps([{"id": "seven", "image": "x.png", "text": "a cat"}]))
-    monkeypatch.setattr("sys.argv", ["chat", str(tmp_path / "data.json"), "--model", str(model)])
-    main()
-    printed = capsys.readouterr().out
+    command = [sys.executable, "-m", "mmllm.chat", str(tmp_path / "data.json"), "--model", str(model)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert "--- seven: " in printed and " learnt, pictures: " in printed and "[a cat<|im_end|>]" in printed
