@@ -43,7 +43,7 @@ lint: $(STAMP)  ## check the style
 serve: $(STAMP)  ## serve the newest trained model on http://127.0.0.1:8000
 	$(PYTHON) serve.py $(ARGS)
 
-bench: $(STAMP)  ## measure training, answers and memory beside other programs (half an hour to an hour on 2 cores)
+bench: $(STAMP)  ## measure training, answers and memory beside other programs (more than half an hour on 2 cores)
 	$(PYTHON) -m mmllm.bench train --rounds 2 $(ARGS)
 	$(PYTHON) -m mmllm.bench generate --rounds 2 --compiled $(ARGS)
 	$(PYTHON) -m mmllm.bench memory --bf16-only $(ARGS)

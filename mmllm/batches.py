@@ -151,14 +151,17 @@ def first_readable(
     samples: list[Sample], index: int, read: Callable[[Sample], list[Row]], broken: dict[int, str], max_broken: int
 ) -> list[Row]:
     """What `read` makes of the sample at `index`, or of the first one after it whose pictures are whole. Those that are
-    not go into `broken`; DataError for one more than `max_broken`."""
+    not are told and go into `broken`; DataError for one more than `max_broken`."""
     while True:
         try:
             return read(samples[index])
         except ImageError as error:
+            is_new = index not in broken
             broken[index] = str(error)
             if len(broken) > min(max_broken, len(samples) - 1):
                 raise DataError(f"sample {index} ({samples[index].id}): {error}") from error
+            if is_new:
+                tell(f"warning: sample {index} ({samples[index].id}) is replaced by the next one: {error}")
         index = (index + 1) % len(samples)
 
 
@@ -184,19 +187,15 @@ def ordered_batches(
     read_image: ReadImage | None = None,
     max_broken: int = 0,
 ) -> Iterator[Batch]:
-    """All samples in their order, the last batch as small as it is: for validation. One whose picture proves broken is
-    told of, and the next one counts twice."""
+    """All samples in their order, the last batch as small as it is: for validation."""
     broken: dict[int, str] = {}
 
     def read(sample: Sample) -> list[Row]:
         return read_rows(sample, processor, max_length, read_image)
 
     def make(start: int) -> Batch:
-        rows, known = [], len(broken)
-        for index in range(start, min(start + batch_size, len(samples))):
-            rows += first_readable(samples, index, read, broken, max_broken)
-        for index in list(broken)[known:]:
-            tell(f"warning: sample {index} ({samples[index].id}) is replaced by the next one: {broken[index]}")
+        part = range(start, min(start + batch_size, len(samples)))
+        rows = [row for index in part for row in first_readable(samples, index, read, broken, max_broken)]
         return make_batch(rows, processor)
 
     return prefetch(make, range(0, len(samples), batch_size), num_workers)

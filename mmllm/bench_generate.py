@@ -163,10 +163,11 @@ def told(row: dict) -> str:
 
 
 def build(spec: dict) -> tuple[dict, Work]:
-    if spec["kind"] in OTHER_KINDS:
-        return OTHER_KINDS[spec["kind"]](spec)
-    kinds = {"ours": own_answers, "transformers": peers.answers, "llama.cpp": llama.answers}
+    kinds = {"read": read_memory, "ours": own_answers, "cold": cold_start}
+    kinds |= {"transformers": peers.answers, "llama.cpp": llama.answers}
     loaded, work = kinds[spec["kind"]](spec)
+    if spec["kind"] in ("read", "cold"):
+        return loaded, work
 
     def turn(asked: dict) -> dict:
         # a process that has waited a minute for its turn finds its weights further away than one that is at work
@@ -243,6 +244,3 @@ def cold_start(spec: dict) -> tuple[dict, Work]:
         return {"total_s": time.perf_counter() - begin}
 
     return {}, turn
-
-
-OTHER_KINDS = {"read": read_memory, "cold": cold_start}

@@ -69,7 +69,7 @@ class EachRow:
 
     def attend(self, layer: int, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         slot_keys, slot_values = self.cache.slot_keys[layer], self.cache.slot_values[layer]
-        tokens = k_BGTK.shape[2]  # the queries may be those of the last ones alone
+        tokens = q_BHTK.shape[2]
         each = zip(self.places, q_BHTK.split(1), k_BGTK.split(1), v_BGTK.split(1), strict=True)
         rows = []
         for (slot, start), q_1HTK, k_1GTK, v_1GTK in each:

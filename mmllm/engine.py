@@ -197,8 +197,9 @@ class Engine:
         language_model, device = self.model.language_model, self.model.device
         x_1TD = self.model.embed(torch.tensor([ids], device=device), pixels_N3SS)
         positions_1T = torch.arange(start, start + len(ids), device=device)[None]
-        x_1TD = language_model(x_1TD, positions_1T, cache=EachRow(cache, [slot], [start]))
-        return language_model.logits(x_1TD[:, -1])
+        last = torch.tensor([0], device=device), torch.tensor([len(ids) - 1], device=device)
+        x_1D = language_model(x_1TD, positions_1T, cache=EachRow(cache, [slot], [start]), places=last)
+        return language_model.logits(x_1D)
 
     def _decode(self, lives: list[Live]) -> None:
         """Reads the token that every live row chose last, and chooses the next."""

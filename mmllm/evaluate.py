@@ -270,7 +270,9 @@ def make_directory(path: Path) -> None:
 
 def write_json(path: Path, content: object) -> None:
     try:
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary = path.with_suffix(".tmp")  # a report may read it at any time
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written, {error.strerror}; name another folder with --out") from error
 

@@ -38,7 +38,7 @@ from mmllm.packed import (
     settle_,
     side_by_side,
 )
-from mmllm.qwen import Cache, Qwen2Attention, Qwen2Layer, Qwen2MLP, RMSNorm, rotate
+from mmllm.qwen import Cache, Qwen2Attention, Qwen2MLP, RMSNorm
 
 
 def load_model(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "float32") -> MultimodalLLM:
@@ -126,8 +126,6 @@ def shorten_(model: MultimodalLLM) -> None:
             module.forward = partial(short_mlp, module)
         elif isinstance(module, Qwen2Attention) and module.head_dim % 16 == 0 and module.head_dim <= 256:
             module.forward = partial(short_attention, module)
-    last = language_model.model.layers[-1]
-    last.forward = partial(short_last_layer, last)
     embeddings.patch_embedding.forward = partial(short_patches, embeddings.patch_embedding)
 
 
@@ -136,33 +134,6 @@ def short_patches(convolution: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
     side = convolution.kernel_size[0]
     windows = pixels_B3SS.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
     return F.linear(windows, convolution.weight.flatten(1)).permute(0, 3, 1, 2)
-
-
-def short_last_layer(
-    layer: Qwen2Layer,
-    x_BTD: Tensor,
-    rope: tuple[Tensor, Tensor],
-    attend_B1TS: Tensor | None,
-    cache: Cache | None,
-    places: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """The last layer: the engine asks for what follows the last token, (B, 1, D), so the others only leave their keys and
-    values."""
-    if x_BTD.shape[1] == 1 or not isinstance(cache, EachRow):
-        return Qwen2Layer.forward(layer, x_BTD, rope, attend_B1TS, cache, places)
-    attention, h_BTD = layer.self_attn, layer.input_layernorm(x_BTD)
-    q_BH1K, k_BGTK, v_BGTK = (
-        project(h).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for project, h in (
-            (attention.q_proj, h_BTD[:, -1:]),
-            (attention.k_proj, h_BTD),
-            (attention.v_proj, h_BTD),
-        )
-    )
-    q_BH1K = rotate(q_BH1K, *(table_B1TK[:, :, -1:] for table_B1TK in rope))
-    y_BH1K = cache.attend(attention.layer, q_BH1K, rotate(k_BGTK, *rope), v_BGTK)
-    x_B1D = x_BTD[:, -1:] + attention.o_proj(y_BH1K.transpose(1, 2).flatten(2))
-    return x_B1D + layer.mlp(layer.post_attention_layernorm(x_B1D))
 
 
 def short_norm(norm: RMSNorm, x: Tensor) -> Tensor:

@@ -325,7 +325,7 @@ def _scores(directory: Path) -> str:
     tables = []
     for path in sorted(directory.glob("evaluation/*/scores.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        tables.append(f"`{found['data']}`, answered by {found['checkpoint']}:")
+        tables.append(f"`{found['data']}`, answered by {found.get('checkpoint', found['model'])}:")
         for part in ("captions", "vqa", "answers"):
             rows = {name: scores[part] for name, scores in found["scores"].items() if part in scores}
             columns = [name for name, value in next(iter(rows.values()), {}).items() if isinstance(value, float)]

@@ -169,14 +169,15 @@ class MultimodalLLM(nn.Module):
         With `branches_BT` a row may hold several conversations, see branches.py.
         The caller divides: only it knows all the targets of its optimiser step.
         """
-        x_BTD, is_target = self.embed(ids_BT, pixels_N3SS), labels_BT[:, 1:] != IGNORED
-        rows_M, places_M = is_target.nonzero(as_tuple=True)
+        x_BTD = self.embed(ids_BT, pixels_N3SS)
+        rows_M, places_M = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        targets_M = labels_BT[rows_M, places_M + 1]
         positions_BT = attend_BTS = None
         if branches_BT is not None:
             positions_BT, attend_BTS = positions_of(branches_BT), attention_of(branches_BT)
             places_M = sources_of(branches_BT)[rows_M, places_M + 1]
         x_MD = self.language_model(x_BTD, positions_BT, attend_BTS=attend_BTS, places=(rows_M, places_M))
-        return self.loss_sum(x_MD, labels_BT[:, 1:][is_target]), is_target.sum()
+        return self.loss_sum(x_MD, targets_M), torch.tensor(len(targets_M), device=x_MD.device)
 
     def loss_sum(self, x_MD: Tensor, targets_M: Tensor) -> Tensor:
         """Summed cross-entropy of what follows `x_MD`."""

@@ -27,7 +27,7 @@ from mmllm.data import Sample
 from mmllm.device import autocast, peak_memory
 from mmllm.distributed import World, full
 from mmllm.errors import DataError, RunError
-from mmllm.log import RunLog, duration, progress_line, say, tell, warned_of_disk, write_report
+from mmllm.log import RunLog, duration, progress_line, say, warned_of_disk, write_report
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.plan import PART_OF, step_flops, trained_parts
@@ -316,14 +316,13 @@ def report_step(row: dict, run: Run, is_last: bool) -> None:
 
 
 def report_broken(loader: BatchLoader, run: Run) -> None:
-    """Tell of pictures that proved broken only when they were used, and were replaced by the next sample."""
+    """Note the pictures that proved broken only when they were used."""
     for index, reason in list(loader.broken.items()):
         if index not in run.broken:
             run.broken.add(index)
             row = {"index": index, "file": run.train_samples[index].id, "reason": reason}
             with warned_of_disk(run.directory / "bad_samples.jsonl") as path, path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            tell(f"warning: sample {index} ({run.train_samples[index].id}) is replaced by the next one: {reason}")
 
 
 def sample_names(samples: list[Sample], loader: BatchLoader, numbers: list[int], epoch: int) -> str:

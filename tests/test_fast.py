@@ -106,31 +106,6 @@ def test_token_by_token_gives_what_the_whole_text_gives(folder, precision):
             assert (got[:, 0] - wanted[:, t]).abs().max() < 1e-3, "float32, and digits that fall to either side"
 
 
-@pytest.mark.parametrize("start", [0, 5])
-def test_the_last_layer_of_a_prompt_gives_what_follows_it_and_leaves_its_keys(folder, start):
-    """Also of a prompt that goes on after a prefix."""
-    if not kernels.native():
-        pytest.skip("no C++ compiler here")
-    model = load_model(folder, precision="int8")
-    caches, ends = [], []
-    x_1TD = model.language_model.embed(torch.randint(0, 280, (1, 12), generator=torch.Generator().manual_seed(2)))
-    last = model.language_model.model.layers[-1]
-    with torch.inference_mode():
-        for shortened in (True, False):
-            if not shortened:
-                del last.forward
-            cache = KVCache(model.config.text, 1, 16, device=model.device, dtype=model.dtype)
-            for begin, end in ((0, start), (start, 12)):
-                x = x_1TD[:, begin:end]
-                if begin < end:
-                    y = model.language_model(x, torch.arange(begin, end)[None], cache=EachRow(cache, [0], [begin]))
-                    assert y.shape[1] == (1 if shortened else end - begin)
-            caches.append(cache)
-            ends.append(y[:, -1])
-    assert torch.allclose(ends[0], ends[1], atol=1e-5)
-    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
-
-
 def test_patches_as_a_product_are_those_of_the_convolution(folder):
     if not kernels.native():
         pytest.skip("no C++ compiler here")

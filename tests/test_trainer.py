@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_run import write_world
+from tiny_run import break_picture, write_world
 from torch.testing import assert_close
 
 from mmllm import checkpoint as disk
@@ -472,10 +472,7 @@ def test_a_picture_that_proves_broken_in_the_middle_of_a_run_is_replaced_and_tol
     world = write_world(tmp_path)
     config = world.config(tmp_path / "out")
     config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.1
-    picture = world.folder / "images" / "3.png"
-    content = bytearray(picture.read_bytes())
-    content[len(content) // 2] ^= 255  # its head and its end are whole: only decoding shows it
-    picture.write_bytes(content)
+    break_picture(world.folder / "images" / "3.png")
     assert train(config) == 0
     rows = [json.loads(line) for line in (directory_of(config) / "bad_samples.jsonl").read_text().splitlines()]
     assert [(row["index"], row["file"]) for row in rows] == [(3, "s3")]
@@ -486,10 +483,7 @@ def test_a_broken_picture_of_the_validation_is_replaced_and_told(tmp_path, capsy
     world = write_world(tmp_path)
     config = world.config(tmp_path / "out")
     config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.2
-    picture = world.folder / "images" / "22.png"
-    content = bytearray(picture.read_bytes())
-    content[len(content) // 2] ^= 255
-    picture.write_bytes(content)
+    break_picture(world.folder / "images" / "22.png")
     assert train(config) == 0
     assert len([row for row in read_metrics(directory_of(config)) if "val_loss" in row]) == 2
     said = capsys.readouterr().err

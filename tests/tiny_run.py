@@ -37,6 +37,13 @@ class World:
         return config
 
 
+def break_picture(path: Path) -> None:
+    """Its head and its end stay whole: only decoding shows it."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
 def write_world(folder: Path, **qwen) -> World:
     write_clip(folder / "clip", num_hidden_layers=2)
     write_qwen(folder / "qwen", num_hidden_layers=2, **qwen)
