@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("MMLLM_SHARED", ROOT.parent / "shared" / "data"))
@@ -19,3 +20,12 @@ def shared():
         return SHARED / name
 
     return find
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """So small a model is only slowed down by more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

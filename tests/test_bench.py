@@ -18,6 +18,7 @@ from mmllm.llama import gguf_name
 from mmllm.model import MultimodalLLM
 from mmllm.random_model import prompt_ids, random_tokenizer, sizes, write_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny layers on several only wait for each other
 SPEC = {"bench": "train", "size": "tiny", "layers": None, "rows": 2, "device": "cpu", "bf16": False}
 ROW = {
     "device": "cpu",
@@ -35,15 +36,6 @@ ROW = {
     "machine": {"cpu": "AMD", "cores": 2, "threads": 2, "torch": "2.13"},
     "command": "python -m mmllm.bench train",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny layers on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's, of transformers

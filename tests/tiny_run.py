@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from mmllm import checkpoint as disk
 from mmllm.config import ExperimentConfig
 from official import write_clip, write_qwen
 
@@ -56,3 +59,13 @@ def write_world(folder: Path, **qwen) -> World:
     (folder / "train.json").write_text(json.dumps(records[:20]))
     (folder / "val.json").write_text(json.dumps(records[20:]))
     return World(folder)
+
+
+def directory_of(config: ExperimentConfig) -> Path:
+    return Path(config.output_dir) / config.experiment_name
+
+
+def weights(config: ExperimentConfig) -> dict[str, torch.Tensor]:
+    """Of its newest checkpoint, with the optimiser's."""
+    checkpoint = disk.checkpoints(directory_of(config))[-1]
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "training" / "optimizer.safetensors")

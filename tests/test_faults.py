@@ -1,0 +1,180 @@
+"""Runs in which something is wrong: with the data, the numbers, the disk, or the moment."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from tiny_run import break_picture, directory_of, weights, write_world
+
+from mmllm import checkpoint as disk
+from mmllm import trainer
+from mmllm.errors import ConfigError, DataError, RunError, UserError
+from mmllm.experiment import train
+from mmllm.log import read_metrics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """A world whose language model answers NaN to the digit 7, which one training sample asks about."""
+    world = write_world(tmp_path_factory.mktemp("poisoned"), tie_word_embeddings=False)
+    file = world.folder / "qwen" / "model.safetensors"
+    tensors = load_file(file)
+    vocabulary = json.loads((world.folder / "qwen" / "tokenizer.json").read_text())["model"]["vocab"]
+    tensors["model.embed_tokens.weight"][vocabulary["7"]] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    records = json.loads((world.folder / "train.json").read_text())
+    records[13]["prompt"] = "What are 7?"
+    (world.folder / "train.json").write_text(json.dumps(records))
+    return world
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(poisoned, tmp_path):
+    config = poisoned.config(tmp_path, save_steps=1, keep_checkpoints=100)
+    words = (
+        r"step (\d): loss nan, gradient norm nan, with the samples (s\d+, )*s13(,|;).* Last checkpoint: (\S+)\. Look"
+    )
+    with pytest.raises(RunError, match=words) as caught:
+        train(config)
+    step, *_, last = re.search(words, str(caught.value)).groups()
+    assert last == ("none" if step == "1" else f"checkpoint-epoch-1-step-{int(step) - 1}")
+    for checkpoint in disk.checkpoints(directory_of(config)):
+        tensors = load_file(checkpoint / "model.safetensors")
+        assert all(tensors[n].isfinite().all() for n in tensors if n.startswith("multi_modal_projector"))
+    assert all(torch.tensor(row["loss"]).isfinite() for row in read_metrics(directory_of(config)) if "loss" in row)
+
+
+def test_a_bad_step_may_be_left_out_when_the_settings_say_so(poisoned, tmp_path, capsys):
+    config = poisoned.config(tmp_path, max_skipped_steps=1)
+    config.data.val_data_path = None
+    config.training.stage2.epochs = 0
+    assert train(config) == 0
+    rows = read_metrics(directory_of(config))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert sum("left_out" in row for row in rows) == 1
+    assert weights(config)["multi_modal_projector.linear_1.weight"].isfinite().all()
+    assert capsys.readouterr().out.count("; left out") == 1
+
+
+def test_one_bad_step_more_than_allowed_in_a_row_ends_the_run(poisoned, tmp_path, monkeypatch):
+    update = trainer.update_
+    monkeypatch.setattr(trainer, "update_", lambda *arguments: (float("nan"), update(*arguments)[1]))
+    with pytest.raises(RunError, match="step 3: loss nan"):
+        train(poisoned.config(tmp_path, max_skipped_steps=2))
+
+
+def test_a_second_signal_ends_a_run_at_once():
+    """In a process of its own: it dies of it."""
+    program = (
+        "import os, signal, time\nfrom mmllm.stop import StopSignal\nwith StopSignal() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.1)\n    print('noted', stop.number, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "noted 15\n")
+    assert "stopping after this step, then saving; once more stops at once" in done.stderr
+
+
+def test_one_failed_save_is_forgiven_and_the_next_one_ends_the_run(world, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    free = iter([10, usage.free, 10, 10])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+    config = world.config(tmp_path, save_steps=1)
+    with pytest.raises(RunError, match="no space left on"):
+        train(config)
+    assert [disk.step_of(path) for path in disk.checkpoints(directory_of(config))] == [2]
+    assert capsys.readouterr().out.count("warning: no space left") == 2
+    assert [row["step"] for row in read_metrics(directory_of(config))] == [1, 2, 3, 4]
+
+
+def test_too_few_samples_for_a_step_are_refused(world, tmp_path):
+    config = world.config(tmp_path, gradient_accumulation_steps=11)
+    with pytest.raises(DataError, match="20 training samples do not fill one step of 2 x 11"):
+        train(config)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_data_file_is_named_before_anything_is_made(world, tmp_path, split):
+    config = world.config(tmp_path)
+    setattr(config.data, f"{split}_data_path", "no/such.json")
+    with pytest.raises(DataError, match=rf"no/such.json: cannot be read .*; it is data.{split}_data_path"):
+        train(config)
+    assert not directory_of(config).exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("training.stage2.train", (), "training.stage2.train is empty"),
+        ("training.stage1.epochs", 0, "both stages have 0 epochs"),
+    ],
+)
+def test_a_run_that_would_train_nothing_is_refused(world, tmp_path, name, value, words):
+    config = world.config(tmp_path)
+    if value == 0:
+        config.training.stage2.epochs = 0
+    section, _, last = name.rpartition(".")
+    setattr(config.get(section), last, value)
+    with pytest.raises(ConfigError, match=words):
+        train(config)
+
+
+def test_a_picture_that_proves_broken_in_the_middle_of_a_run_is_replaced_and_told(tmp_path, capsys):
+    world = write_world(tmp_path)
+    config = world.config(tmp_path / "out")
+    config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.1
+    break_picture(world.folder / "images" / "3.png")
+    assert train(config) == 0
+    rows = [json.loads(line) for line in (directory_of(config) / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(row["index"], row["file"]) for row in rows] == [(3, "s3")]
+    assert "warning: sample 3 (s3) is replaced by the next one" in capsys.readouterr().err
+
+
+def test_a_broken_picture_of_the_validation_is_replaced_and_told(tmp_path, capsys):
+    world = write_world(tmp_path)
+    config = world.config(tmp_path / "out")
+    config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.2
+    break_picture(world.folder / "images" / "22.png")
+    assert train(config) == 0
+    assert len([row for row in read_metrics(directory_of(config)) if "val_loss" in row]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"warning: sample \d \(s22\) is replaced by the next one: .*22.png: broken", said)
+    config.data.bad_samples = "error"
+    with pytest.raises(DataError, match=r"sample \d \(s22\): .*22.png: broken"):
+        train(config, overwrite=True)
+
+
+def test_a_validation_that_is_not_a_number_is_never_the_best(world, tmp_path, monkeypatch):
+    losses = iter([float("nan"), 5.0])
+    monkeypatch.setattr(
+        trainer, "validation_losses", lambda *_, **__: {"val_loss": next(losses), "val_loss_shuffled": None}
+    )
+    config = world.config(tmp_path)
+    assert train(config) == 0
+    assert disk.step_of((directory_of(config) / "best_model").resolve()) == 10
+
+
+def test_a_run_needs_a_data_file(world, tmp_path):
+    config = world.config(tmp_path)
+    config.data.train_data_path = None
+    with pytest.raises(ConfigError, match="data.train_data_path is not set"):
+        train(config)
+
+
+def test_an_output_directory_that_cannot_be_made_is_named(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written to .*; choose another output_dir"):
+        train(world.config(tmp_path / "file"))
