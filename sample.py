@@ -8,7 +8,7 @@ python sample.py --image x.jpg --chat                          # a conversation;
 import argparse
 import sys
 
-from mmllm.config import PRECISIONS
+from mmllm.config.schema import PRECISIONS
 from mmllm.errors import ImageError, run
 
 

@@ -16,7 +16,7 @@ import socket
 import sys
 from dataclasses import replace
 
-from mmllm.config import PRECISIONS
+from mmllm.config.schema import PRECISIONS
 from mmllm.errors import RunError, UserError, run
 
 

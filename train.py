@@ -9,7 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mmllm.config import ExperimentConfig, resolve
+from mmllm.config.schema import ExperimentConfig, resolve
 from mmllm.errors import ConfigError, run
 
 

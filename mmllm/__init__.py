@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 __all__ = ["ExperimentConfig", "MultimodalEvaluator", "MultimodalInferencePipeline", "MultimodalLLM"]
 
 _MODULE_OF = {
-    "ExperimentConfig": "mmllm.config",
+    "ExperimentConfig": "mmllm.config.schema",
     "MultimodalEvaluator": "mmllm.scoring",
     "MultimodalInferencePipeline": "mmllm.pipeline",
     "MultimodalLLM": "mmllm.model",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmllm.branches import PADDING, join
 from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Encoded
-from mmllm.config import DataConfig
+from mmllm.config.schema import DataConfig
 from mmllm.data import Sample
 from mmllm.errors import DataError, ImageError
 from mmllm.log import tell

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mmllm import llama, peers
 from mmllm.bench_rows import Goal
-from mmllm.config import PRECISIONS
+from mmllm.config.schema import PRECISIONS
 from mmllm.contestant import Work, compete, speeds
 from mmllm.device import choose_device, peak_memory
 from mmllm.engine import Engine

@@ -23,7 +23,7 @@ from mmllm.batches import Batch, collate
 from mmllm.bench_rows import Goal
 from mmllm.branches import join
 from mmllm.chat import IGNORED, Encoded
-from mmllm.config import ExperimentConfig, StageConfig
+from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.contestant import Work, compete
 from mmllm.device import choose_device, forget_peak, keep_freed_memory, peak_memory, synchronize
 from mmllm.distributed import World

@@ -36,7 +36,7 @@ from torch import Tensor
 from mmllm.batches import sample_order
 from mmllm.chat import user
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
-from mmllm.config import ExperimentConfig, resolve
+from mmllm.config.schema import ExperimentConfig, resolve
 from mmllm.data import CAPTION_PROMPT, load_samples
 from mmllm.errors import DataError, UserError, run
 from mmllm.evaluate import at_least_one, make_directory, table, write_json

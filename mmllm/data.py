@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmllm.chat import IMAGE, ChatProcessor, Message, assistant, parse_text
-from mmllm.config import DataConfig
+from mmllm.config.schema import DataConfig
 from mmllm.errors import DataError, ImageError
 from mmllm.image import decode, open_checked
 

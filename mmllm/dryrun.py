@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmllm.clip import CLIPVisionConfig
-from mmllm.config import ExperimentConfig, ModelConfig, StageConfig
+from mmllm.config.schema import ExperimentConfig, ModelConfig, StageConfig
 from mmllm.data import read_samples, share_images
 from mmllm.device import choose_device
 from mmllm.errors import ConfigError, DataError

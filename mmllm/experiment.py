@@ -17,7 +17,7 @@ import torch
 from mmllm import checkpoint as disk
 from mmllm.batches import encode_shared, sample_order
 from mmllm.chat import marked
-from mmllm.config import ExperimentConfig, explain
+from mmllm.config.schema import ExperimentConfig, explain
 from mmllm.data import Sample, checked_samples
 from mmllm.device import keep_freed_memory
 from mmllm.distributed import World

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mmllm import kernels
 from mmllm.cache import EachRow
-from mmllm.config import PRECISIONS
+from mmllm.config.schema import PRECISIONS
 from mmllm.errors import UserError
 from mmllm.lora import fold_lora_
 from mmllm.model import MultimodalLLM

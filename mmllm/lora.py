@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.config import LoraConfig
+from mmllm.config.schema import LoraConfig
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.quant import FrozenLinear
 from mmllm.weights import read_json, read_safetensors

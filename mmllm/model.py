@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmllm.branches import attention_of, positions_of, sources_of
 from mmllm.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
-from mmllm.config import LoraConfig
+from mmllm.config.schema import LoraConfig
 from mmllm.errors import CheckpointError
 from mmllm.image import ImageProcessor
 from mmllm.lora import CONFIG_FILE, TENSOR_FILE, adapter_tensors, adapters, load_adapter_, write_adapter_config

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from mmllm.batches import Batch
-from mmllm.config import LoraConfig
+from mmllm.config.schema import LoraConfig
 from mmllm.contestant import Work, speeds
 from mmllm.device import autocast, choose_device, peak_memory
 from mmllm.model import MultimodalConfig

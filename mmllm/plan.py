@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mmllm.config import ExperimentConfig, StageConfig
+from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.device import peak_memory
 from mmllm.errors import RunError
 from mmllm.model import MultimodalLLM

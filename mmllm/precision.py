@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmllm.batches import Batch, make_batch, read_row
 from mmllm.chat import IGNORED
-from mmllm.config import PRECISIONS
+from mmllm.config.schema import PRECISIONS
 from mmllm.data import load_samples
 from mmllm.errors import run
 from mmllm.fast import load_model

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from mmllm.config import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import ConfigError
 from mmllm.log import say
 from mmllm.lora import adapters, add_lora_, fold_lora_, target_layers

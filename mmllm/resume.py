@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from mmllm import checkpoint as disk
-from mmllm.config import ExperimentConfig, flat
+from mmllm.config.schema import ExperimentConfig, flat
 from mmllm.data import answers_beside
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.log import say

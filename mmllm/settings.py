@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mmllm.config import PRECISIONS
+from mmllm.config.schema import PRECISIONS
 from mmllm.errors import UserError
 
 NUMBERS = {int: int, float: float, int | None: int}  # how settings are read, by their type

@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from mmllm import checkpoint as disk
 from mmllm.batches import Batch, BatchLoader, ReadImage, allowed_broken, sample_order
 from mmllm.chat import IGNORED
-from mmllm.config import ExperimentConfig, StageConfig, TrainingConfig
+from mmllm.config.schema import ExperimentConfig, StageConfig, TrainingConfig
 from mmllm.data import Sample
 from mmllm.device import autocast, peak_memory
 from mmllm.distributed import World, full

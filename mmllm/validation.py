@@ -11,7 +11,7 @@ import torch
 
 from mmllm.batches import ReadImage, allowed_broken, ordered_batches
 from mmllm.chat import IMAGE
-from mmllm.config import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig
 from mmllm.data import Sample
 from mmllm.device import autocast
 from mmllm.distributed import ALONE, World

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from mmllm.batches import Batch, make_batch, read_row
 from mmllm.chat import IGNORED
-from mmllm.config import ExperimentConfig, LoraConfig
+from mmllm.config.schema import ExperimentConfig, LoraConfig
 from mmllm.data import load_samples
 from mmllm.distributed import World, full
 from mmllm.errors import run

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from mmllm import checkpoint as disk
 from mmllm.batches import BatchLoader, make_batch, read_row, sample_order
 from mmllm.chat import assistant, user
-from mmllm.config import LoraConfig
+from mmllm.config.schema import LoraConfig
 from mmllm.data import Sample, load_samples
 from mmllm.errors import ConfigError
 from mmllm.experiment import train

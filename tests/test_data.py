@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmllm.batches import BatchLoader, ordered_batches, sample_order
 from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, user
-from mmllm.config import DataConfig, ExperimentConfig
+from mmllm.config.schema import DataConfig, ExperimentConfig
 from mmllm.data import BadSample, Sample, check_samples, checked_samples, image_fault, load_samples, read_samples
 from mmllm.errors import DataError, ImageError
 from mmllm.image import ImageProcessor

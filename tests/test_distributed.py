@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import write_world
 
 from mmllm import checkpoint as disk
-from mmllm.config import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig
 from mmllm.distributed import ALONE, World, row_range
 from mmllm.errors import UserError
 from mmllm.experiment import train

@@ -5,7 +5,7 @@ import torch
 from tiny_run import write_world
 
 from mmllm import bench_memory, experiment, trainer
-from mmllm.config import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig
 from mmllm.dryrun import GAPS, stage_memory
 from mmllm.errors import RunError
 from mmllm.model import MultimodalLLM

@@ -9,7 +9,7 @@ from torch import nn
 import convert_weights
 from mmllm import kernels
 from mmllm.cache import EachRow, KVCache
-from mmllm.config import PRECISIONS, ExperimentConfig, LoraConfig
+from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
 from mmllm.errors import CheckpointError, ConfigError, UserError
 from mmllm.fast import load_model
 from mmllm.lora import adapters, add_lora_

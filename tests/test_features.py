@@ -11,7 +11,7 @@ from tiny_run import write_world
 from torch.testing import assert_close
 
 from mmllm.batches import make_batch, read_rows
-from mmllm.config import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig
 from mmllm.data import load_samples
 from mmllm.device import autocast
 from mmllm.errors import ConfigError, DataError, ImageError

@@ -11,7 +11,7 @@ import pytest
 
 from mmllm import log
 from mmllm.compare import compare
-from mmllm.config import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
 
 ROW = {

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration, Qwen2ForCausalLM
 from mmllm import checkpoint as disk
 from mmllm.batches import make_batch, read_row
 from mmllm.chat import assistant, user
-from mmllm.config import LoraConfig
+from mmllm.config.schema import LoraConfig
 from mmllm.data import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from mmllm import checkpoint as disk
 from mmllm.batches import make_batch, read_row
-from mmllm.config import ExperimentConfig, LoraConfig
+from mmllm.config.schema import ExperimentConfig, LoraConfig
 from mmllm.data import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train

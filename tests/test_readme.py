@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from mmllm import MultimodalEvaluator, MultimodalInferencePipeline, MultimodalLLM
-from mmllm.config import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig
 from official import write_model
 
 README = (ROOT / "README.md").read_text()

@@ -136,7 +136,7 @@ def test_the_demo_stops_at_a_command_that_fails(monkeypatch):
 
 
 def test_the_configuration_of_the_demo_trains_on_what_the_demo_writes():
-    from mmllm.config import ExperimentConfig
+    from mmllm.config.schema import ExperimentConfig
 
     config = ExperimentConfig.load("configs/demo.py")
     assert config.data.train_data_path == "outputs/toy/data/train.json"

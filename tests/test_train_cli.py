@@ -12,7 +12,7 @@ from tiny_run import write_world
 
 import train
 from mmllm import checkpoint as disk
-from mmllm.config import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig
 from mmllm.dryrun import architecture, describe
 from mmllm.errors import ConfigError
 from mmllm.plan import step_flops

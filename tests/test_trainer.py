@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from mmllm import checkpoint as disk
 from mmllm import evaluate, trainer
 from mmllm.batches import make_batch, read_row
-from mmllm.config import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig
 from mmllm.data import load_samples
 from mmllm.distributed import World
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
