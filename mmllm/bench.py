@@ -88,8 +88,8 @@ def worker(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     from mmllm import bench_train
-    from mmllm.device import choose_device
     from mmllm.errors import UserError
+    from mmllm.runtime.device import choose_device
 
     device = choose_device(options.device)
     names = options.case or list(bench_train.BY_NAME)
@@ -108,7 +108,7 @@ def train(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     from mmllm import bench_generate
-    from mmllm.device import choose_device
+    from mmllm.runtime.device import choose_device
 
     device = choose_device(options.device)
     spec = {
@@ -127,7 +127,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def memory(options: argparse.Namespace) -> int:
     from mmllm import bench_memory
-    from mmllm.device import choose_device
+    from mmllm.runtime.device import choose_device
 
     device = choose_device(options.device)
     spec = {"device": device.type, "size": options.size, "layers": options.layers, "rows": options.rows}
@@ -137,7 +137,7 @@ def memory(options: argparse.Namespace) -> int:
 
 def rehearse(options: argparse.Namespace) -> int:
     from mmllm import bench_rehearse
-    from mmllm.device import choose_device
+    from mmllm.runtime.device import choose_device
 
     files = [item for item in options.settings if "=" not in item] or ["configs/full.py"]
     settings = [item for item in options.settings if "=" in item]
@@ -164,8 +164,8 @@ def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:
     """Keep the rows and show the goals beside them."""
     from mmllm import bench_table
     from mmllm.bench_rows import goal_lines, read_rows, save_rows, stamped
-    from mmllm.device import choose_device
     from mmllm.log import say
+    from mmllm.runtime.device import choose_device
 
     device = choose_device(options.device)
     path = save_rows(options.out, kind, stamped(rows, device, sys.argv[1:]))

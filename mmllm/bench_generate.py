@@ -21,7 +21,6 @@ from mmllm import llama, peers
 from mmllm.bench_rows import Goal
 from mmllm.config.schema import PRECISIONS
 from mmllm.contestant import Work, compete, speeds
-from mmllm.device import choose_device, peak_memory
 from mmllm.engine import Engine
 from mmllm.errors import RunError
 from mmllm.fast import make_int8_
@@ -31,6 +30,7 @@ from mmllm.model import MultimodalLLM
 from mmllm.pipeline import load_pipeline
 from mmllm.random_model import picture, prompt_ids, sizes, write_model
 from mmllm.request import Prompt
+from mmllm.runtime.device import choose_device, peak_memory
 from mmllm.sampling import GenerationConfig
 
 CAPTION_TOKENS = 20

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmllm.distributed import World, local, rows_for
 from mmllm.errors import CheckpointError, RunError
 from mmllm.log import say
 from mmllm.rows import Layout, create
+from mmllm.runtime.distributed import World, local, rows_for
 from mmllm.surgery import count_parameters, count_weights
 from mmllm.weights import new_directory, publish, read_safetensors, removed_on_error, reported
 

@@ -14,12 +14,12 @@ from torch import nn
 from mmllm.clip import CLIPVisionConfig
 from mmllm.config.schema import ExperimentConfig, ModelConfig, StageConfig
 from mmllm.data import read_samples, share_images
-from mmllm.device import choose_device
 from mmllm.errors import ConfigError, DataError
 from mmllm.model import MultimodalConfig, MultimodalLLM, read_config
 from mmllm.plan import trained_parts
 from mmllm.prepare import prepare
 from mmllm.qwen import Qwen2Config
+from mmllm.runtime.device import choose_device
 from mmllm.simulate import step_peak
 from mmllm.surgery import count_parameters, count_weights, hold_, train_only_
 from mmllm.weights import read_json

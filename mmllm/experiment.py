@@ -19,8 +19,6 @@ from mmllm.batches import encode_shared, sample_order
 from mmllm.chat import marked
 from mmllm.config.schema import ExperimentConfig, explain
 from mmllm.data import Sample, checked_samples
-from mmllm.device import keep_freed_memory
-from mmllm.distributed import World
 from mmllm.errors import ConfigError
 from mmllm.features import FeatureCache, FeatureTable
 from mmllm.log import OtherLog, RunLog, duration, record_start, say, start_wandb, warned_of_disk, write_report
@@ -28,9 +26,11 @@ from mmllm.model import MultimodalLLM
 from mmllm.plan import named_out_of_memory, peak_flops
 from mmllm.prepare import prepare
 from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
+from mmllm.runtime.device import keep_freed_memory
+from mmllm.runtime.distributed import World
+from mmllm.runtime.signals import StopSignal
 from mmllm.saving import CheckpointWriter
 from mmllm.shard import is_wanted, shard_
-from mmllm.stop import StopSignal
 from mmllm.trainer import Position, Run, run_stage, steps_per_epoch
 from mmllm.weights import reported
 

@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mmllm.device import autocast
 from mmllm.errors import DataError, ImageError
 from mmllm.model import MultimodalLLM
+from mmllm.runtime.device import autocast
 
 AT_ONCE = 32  # pictures in one pass of the tower
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from mmllm.contestant import Work, speeds
-from mmllm.device import peak_memory
 from mmllm.model import MultimodalConfig
 from mmllm.pretrain import CONTROL_TOKENS
 from mmllm.random_model import prompt_ids
+from mmllm.runtime.device import peak_memory
 from mmllm.weights import read_json, read_tensors
 
 KINDS = ("Q8_0", "BF16", "Q4_0")

@@ -15,9 +15,9 @@ import torch
 from mmllm.batches import Batch
 from mmllm.config.schema import LoraConfig
 from mmllm.contestant import Work, speeds
-from mmllm.device import autocast, choose_device, peak_memory
 from mmllm.model import MultimodalConfig
 from mmllm.random_model import fill_, picture, prompt_ids
+from mmllm.runtime.device import autocast, choose_device, peak_memory
 
 
 def has_transformers() -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mmllm import kernels
 from mmllm.chat import Message, assistant, user
-from mmllm.device import choose_device
 from mmllm.engine import Engine
 from mmllm.errors import UserError
 from mmllm.fast import load_model
@@ -20,6 +19,7 @@ from mmllm.generate import drive
 from mmllm.log import note
 from mmllm.model import MultimodalLLM, read_surgery
 from mmllm.request import EncodedImage, Generated, Prompt
+from mmllm.runtime.device import choose_device
 from mmllm.sampling import GenerationConfig
 from mmllm.weights import locate
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from mmllm.config.schema import ExperimentConfig, StageConfig
-from mmllm.device import peak_memory
 from mmllm.errors import RunError
 from mmllm.model import MultimodalLLM
+from mmllm.runtime.device import peak_memory
 from mmllm.surgery import count_parameters, count_weights
 
 PART_OF = {  # the words of the configuration: the model's own names

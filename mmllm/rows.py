@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmllm.distributed import World, local, row_range
+from mmllm.runtime.distributed import World, local, row_range
 
 DTYPES = {  # in the order in which the library writes them
     torch.int64: "I64",

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from mmllm import checkpoint as disk
-from mmllm.device import free_memory
-from mmllm.distributed import World
 from mmllm.errors import RunError
 from mmllm.rows import Piece, layout, own_pieces, write_pieces
+from mmllm.runtime.device import free_memory
+from mmllm.runtime.distributed import World
 from mmllm.weights import reported
 
 IDLE, BUSY, FAILED = 0, 1, 2

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mmllm.config.schema import ExperimentConfig
-from mmllm.distributed import World, local, rows_for
 from mmllm.model import MultimodalLLM
+from mmllm.runtime.distributed import World, local, rows_for
 
 
 def is_wanted(config: ExperimentConfig, processes: int) -> bool:

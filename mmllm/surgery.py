@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from mmllm.device import blocks_apart
 from mmllm.errors import ConfigError
 from mmllm.quant import FrozenLinear
+from mmllm.runtime.device import blocks_apart
 
 
 class WithoutValues(TorchFunctionMode):

@@ -13,13 +13,13 @@ from mmllm.batches import ReadImage, allowed_broken, ordered_batches
 from mmllm.chat import IMAGE
 from mmllm.config.schema import ExperimentConfig
 from mmllm.data import Sample
-from mmllm.device import autocast
-from mmllm.distributed import ALONE, World
 from mmllm.errors import ImageError
 from mmllm.generate import generate
 from mmllm.log import tell
 from mmllm.model import MultimodalLLM
 from mmllm.request import Prompt
+from mmllm.runtime.device import autocast
+from mmllm.runtime.distributed import ALONE, World
 from mmllm.sampling import GenerationConfig
 from mmllm.shard import is_sharded
 

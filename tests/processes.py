@@ -28,12 +28,12 @@ from mmllm.batches import Batch, make_batch, read_row
 from mmllm.chat import IGNORED
 from mmllm.config.schema import ExperimentConfig, LoraConfig
 from mmllm.data import load_samples
-from mmllm.distributed import World, full
 from mmllm.errors import run
 from mmllm.experiment import train
 from mmllm.lora import add_lora_
 from mmllm.model import MultimodalLLM
 from mmllm.quant import quantize_
+from mmllm.runtime.distributed import World, full
 from mmllm.shard import is_sharded, shard_
 from mmllm.surgery import checkpoint_blocks_, train_only_
 from mmllm.trainer import accumulate_gradients, step_counts

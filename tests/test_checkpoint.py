@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from mmllm import checkpoint as disk
-from mmllm.distributed import ALONE
 from mmllm.errors import CheckpointError, RunError
 from mmllm.optim import adamw
+from mmllm.runtime.distributed import ALONE
 from mmllm.saving import CheckpointWriter
 
 

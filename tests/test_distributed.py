@@ -21,11 +21,11 @@ from tiny_run import write_world
 
 from mmllm import checkpoint as disk
 from mmllm.config.schema import ExperimentConfig
-from mmllm.distributed import ALONE, World, row_range
 from mmllm.errors import UserError
 from mmllm.experiment import train
 from mmllm.log import read_metrics
 from mmllm.model import MultimodalLLM
+from mmllm.runtime.distributed import ALONE, World, row_range
 from mmllm.shard import is_wanted
 from mmllm.trainer import accumulate_gradients
 
@@ -434,7 +434,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, rank):
     """In every process, the first one too: it is the one that says so, and would wait for the others otherwise."""
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "RANK": rank}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("mmllm.distributed.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("mmllm.runtime.distributed.choose_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match="torchrun started 2 processes for 1 GPUs; lower --nproc_per_node"):
         World.start("auto")

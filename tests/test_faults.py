@@ -79,7 +79,7 @@ def test_one_bad_step_more_than_allowed_in_a_row_ends_the_run(poisoned, tmp_path
 def test_a_second_signal_ends_a_run_at_once():
     """In a process of its own: it dies of it."""
     program = (
-        "import os, signal, time\nfrom mmllm.stop import StopSignal\nwith StopSignal() as stop:\n"
+        "import os, signal, time\nfrom mmllm.runtime.signals import StopSignal\nwith StopSignal() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.1)\n    print('noted', stop.number, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
     )

@@ -13,12 +13,12 @@ from torch.testing import assert_close
 from mmllm.batches import make_batch, read_rows
 from mmllm.config.schema import ExperimentConfig
 from mmllm.data import load_samples
-from mmllm.device import autocast
 from mmllm.errors import ConfigError, DataError, ImageError
 from mmllm.experiment import train
 from mmllm.features import FeatureCache, FeatureTable
 from mmllm.log import read_metrics
 from mmllm.model import MultimodalLLM
+from mmllm.runtime.device import autocast
 
 
 @pytest.fixture(scope="module")

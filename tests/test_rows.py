@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmllm.distributed import World
 from mmllm.rows import DTYPES, create, layout, own_pieces, write_pieces
+from mmllm.runtime.distributed import World
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from test_checkpoint import Model, optimizer_of, step
 
 from mmllm import checkpoint as disk
-from mmllm.distributed import ALONE
 from mmllm.errors import RunError
+from mmllm.runtime.distributed import ALONE
 from mmllm.saving import BUSY, IDLE, CheckpointWriter
 
 STATE = {"step": 1, "config": {"seed": 0}}

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mmllm.device import choose_device
 from mmllm.errors import RunError, UserError
+from mmllm.runtime.device import choose_device
 
 GRACE_S = 3  # in which the others say that they are alive, when one is lost
 Result = TypeVar("Result")

@@ -1,0 +1,1 @@
+"""The machine and its processes: console, device, memory, signals, torch.distributed."""
