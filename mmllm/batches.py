@@ -19,7 +19,7 @@ from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Encoded
 from mmllm.config.schema import DataConfig
 from mmllm.data import Sample
 from mmllm.errors import DataError, ImageError
-from mmllm.log import tell
+from mmllm.reporting.log import tell
 
 
 def sample_order(num_samples: int, seed: int, epoch: int) -> list[int]:

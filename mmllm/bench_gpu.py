@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mmllm.errors import UserError
-from mmllm.log import say
+from mmllm.reporting.log import say
 
 BENCH = ("-m", "mmllm.bench")
 

@@ -9,8 +9,8 @@ import torch
 from mmllm.bench_train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_model, steps_of
 from mmllm.contestant import Work, compete
 from mmllm.dryrun import stage_memory
-from mmllm.log import say
 from mmllm.random_model import sizes
+from mmllm.reporting.log import say
 from mmllm.runtime.device import choose_device, forget_peak, peak_memory
 from mmllm.surgery import hold_
 

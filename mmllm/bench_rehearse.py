@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from mmllm.errors import RunError
-from mmllm.log import read_metrics, say
 from mmllm.random_model import sizes, write_towers
+from mmllm.reporting.log import read_metrics, say
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 CAPTION = "a small red cat sits on the old wooden table beside a cup of tea"

@@ -25,12 +25,12 @@ from mmllm.branches import join
 from mmllm.chat import IGNORED, Encoded
 from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.contestant import Work, compete
-from mmllm.log import say
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw
 from mmllm.plan import peak_flops, step_flops, trained_parts
 from mmllm.prepare import frozen_weights, prepare
 from mmllm.random_model import random_model, sizes
+from mmllm.reporting.log import say
 from mmllm.runtime.device import choose_device, forget_peak, keep_freed_memory, peak_memory, synchronize
 from mmllm.runtime.distributed import World
 from mmllm.surgery import hold_, train_only_

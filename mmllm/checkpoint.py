@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.errors import CheckpointError, RunError
-from mmllm.log import say
+from mmllm.reporting.log import say
 from mmllm.rows import Layout, create
 from mmllm.runtime.distributed import World, local, rows_for
 from mmllm.surgery import count_parameters, count_weights

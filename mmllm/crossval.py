@@ -43,12 +43,12 @@ from mmllm.evaluate import at_least_one, make_directory, table, write_json
 from mmllm.experiment import train
 from mmllm.generate import GenerationConfig, Prompt, generate
 from mmllm.image import ImageProcessor
-from mmllm.log import duration, say
 from mmllm.model import MultimodalLLM
 from mmllm.pipeline import load_pipeline
 from mmllm.pretrain import build_tokenizer, initialise_, write_clip, write_qwen
 from mmllm.ptb import words
 from mmllm.qwen import Qwen2, Qwen2Config
+from mmllm.reporting.log import duration, say
 from mmllm.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
 from mmllm.standins import CaptionSpace, each_by_the_others, noisy
 

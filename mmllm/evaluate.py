@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mmllm.config.schema import PRECISIONS
 from mmllm.errors import DataError, UserError, run
-from mmllm.log import write_report
+from mmllm.reporting.log import write_report
 from mmllm.scoring import (
     MultimodalEvaluator,
     best_constant_caption,

@@ -21,10 +21,19 @@ from mmllm.config.schema import ExperimentConfig, explain
 from mmllm.data import Sample, checked_samples
 from mmllm.errors import ConfigError
 from mmllm.features import FeatureCache, FeatureTable
-from mmllm.log import OtherLog, RunLog, duration, record_start, say, start_wandb, warned_of_disk, write_report
 from mmllm.model import MultimodalLLM
 from mmllm.plan import named_out_of_memory, peak_flops
 from mmllm.prepare import prepare
+from mmllm.reporting.log import (
+    OtherLog,
+    RunLog,
+    duration,
+    record_start,
+    say,
+    start_wandb,
+    warned_of_disk,
+    write_report,
+)
 from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
 from mmllm.runtime.device import keep_freed_memory
 from mmllm.runtime.distributed import World

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mmllm.errors import RunError
-from mmllm.log import note
 from mmllm.quant import quantize_int4
+from mmllm.reporting.log import note
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DIGIT = 8  # bits of one signed digit of an activation

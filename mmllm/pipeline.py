@@ -16,8 +16,8 @@ from mmllm.engine import Engine
 from mmllm.errors import UserError
 from mmllm.fast import load_model
 from mmllm.generate import drive
-from mmllm.log import note
 from mmllm.model import MultimodalLLM, read_surgery
+from mmllm.reporting.log import note
 from mmllm.request import EncodedImage, Generated, Prompt
 from mmllm.runtime.device import choose_device
 from mmllm.sampling import GenerationConfig

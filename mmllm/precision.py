@@ -20,8 +20,8 @@ from mmllm.config.schema import PRECISIONS
 from mmllm.data import load_samples
 from mmllm.errors import run
 from mmllm.fast import load_model
-from mmllm.log import say
 from mmllm.model import MultimodalLLM
+from mmllm.reporting.log import say
 
 
 def compare(source: str | Path, batches: list[Batch], precisions: tuple[str, ...] = PRECISIONS) -> list[dict]:

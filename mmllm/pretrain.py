@@ -32,10 +32,10 @@ from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.data import CAPTION_PROMPT, Sample, load_samples
 from mmllm.errors import UserError, run
 from mmllm.image import ImageProcessor, decode
-from mmllm.log import say
 from mmllm.model import IGNORED
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.qwen import Qwen2, Qwen2Config
+from mmllm.reporting.log import say
 from mmllm.runtime.device import autocast, choose_device
 from mmllm.tokenizer import Tokenizer as ModelTokenizer
 from mmllm.weights import atomic_directory

@@ -13,7 +13,7 @@ from mmllm import checkpoint as disk
 from mmllm.config.schema import ExperimentConfig, flat
 from mmllm.data import answers_beside
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
-from mmllm.log import say
+from mmllm.reporting.log import say
 
 DATA_FILES = {"train": "data.train_data_path", "val": "data.val_data_path", "features": "data.features_path"}
 

@@ -28,10 +28,10 @@ from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.data import CAPTION_PROMPT
 from mmllm.errors import run
 from mmllm.image import ImageProcessor
-from mmllm.log import duration, say
 from mmllm.pipeline import load_pipeline
 from mmllm.pretrain import build_tokenizer, initialise_, pretrain_clip, pretrain_qwen, write_clip, write_qwen
 from mmllm.qwen import Qwen2, Qwen2Config
+from mmllm.reporting.log import duration, say
 from mmllm.tokenizer import Tokenizer
 from mmllm.weights import atomic_directory
 

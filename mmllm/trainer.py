@@ -25,11 +25,11 @@ from mmllm.chat import IGNORED
 from mmllm.config.schema import ExperimentConfig, StageConfig, TrainingConfig
 from mmllm.data import Sample
 from mmllm.errors import DataError, RunError
-from mmllm.log import RunLog, duration, progress_line, say, warned_of_disk, write_report
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.plan import PART_OF, step_flops, trained_parts
 from mmllm.prepare import frozen_weights
+from mmllm.reporting.log import RunLog, duration, progress_line, say, warned_of_disk, write_report
 from mmllm.runtime.device import autocast, peak_memory
 from mmllm.runtime.distributed import World, full
 from mmllm.runtime.signals import StopSignal

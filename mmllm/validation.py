@@ -15,8 +15,8 @@ from mmllm.config.schema import ExperimentConfig
 from mmllm.data import Sample
 from mmllm.errors import ImageError
 from mmllm.generate import generate
-from mmllm.log import tell
 from mmllm.model import MultimodalLLM
+from mmllm.reporting.log import tell
 from mmllm.request import Prompt
 from mmllm.runtime.device import autocast
 from mmllm.runtime.distributed import ALONE, World

@@ -23,8 +23,8 @@ from mmllm import checkpoint as disk
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
 from mmllm.experiment import train
-from mmllm.log import read_metrics
 from mmllm.model import MultimodalLLM
+from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import ALONE, World, row_range
 from mmllm.shard import is_wanted
 from mmllm.trainer import accumulate_gradients

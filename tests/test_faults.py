@@ -17,7 +17,7 @@ from mmllm import checkpoint as disk
 from mmllm import trainer
 from mmllm.errors import ConfigError, DataError, RunError, UserError
 from mmllm.experiment import train
-from mmllm.log import read_metrics
+from mmllm.reporting.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

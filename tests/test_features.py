@@ -16,8 +16,8 @@ from mmllm.data import load_samples
 from mmllm.errors import ConfigError, DataError, ImageError
 from mmllm.experiment import train
 from mmllm.features import FeatureCache, FeatureTable
-from mmllm.log import read_metrics
 from mmllm.model import MultimodalLLM
+from mmllm.reporting.log import read_metrics
 from mmllm.runtime.device import autocast
 
 

@@ -9,10 +9,10 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from mmllm import log
-from mmllm.compare import compare
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
+from mmllm.reporting import log
+from mmllm.reporting.compare import compare
 
 ROW = {
     "stage": 1,

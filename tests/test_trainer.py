@@ -21,9 +21,9 @@ from mmllm.config.schema import ExperimentConfig
 from mmllm.data import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.experiment import train
-from mmllm.log import read_metrics
 from mmllm.model import MultimodalLLM
 from mmllm.optim import learning_rate_at
+from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import World
 from mmllm.surgery import checkpoint_blocks_, train_only_
 from mmllm.validation import sample_captions, validation_losses

@@ -1,4 +1,4 @@
-"""Two runs in one picture and one table: `python -m mmllm.log compare RUN RUN`.
+"""Two runs in one picture and one table: `python -m mmllm.reporting.log compare RUN RUN`.
 
 The surprising fact: what two runs differ in is mostly not what their owner remembers. So the settings that differ stand
 above the curves, read from the files of the runs. No torch here. Next: log.py.
@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from mmllm.errors import UserError
-from mmllm.log import duration, read_metrics, short, smooth
+from mmllm.reporting.log import duration, read_metrics, short, smooth
 
 COLOURS = ("#0969da", "#bf3989", "#1a7f37", "#bf8700")  # of the runs in their order
 STYLE = """<style>text{font:12px system-ui,sans-serif;fill:#57606a}.grid{stroke:#d0d7de;stroke-width:1}path{fill:none;

@@ -384,8 +384,8 @@ def _captions(evaluations: list[dict], directory: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m mmllm.log compare RUN RUN [--out FILE]`."""
-    from mmllm.compare import compare
+    """`python -m mmllm.reporting.log compare RUN RUN [--out FILE]`."""
+    from mmllm.reporting.compare import compare
 
     parser = argparse.ArgumentParser(description="Look at the runs of train.py.")
     commands = parser.add_subparsers(dest="command", required=True)
