@@ -51,8 +51,8 @@ def main() -> None:
     from mmllm.chat import DEFAULT_SYSTEM
     from mmllm.fast import make_int8_
     from mmllm.model import MultimodalLLM
+    from mmllm.storage.weights import refuse_not_finite
     from mmllm.surgery import count_weights
-    from mmllm.weights import refuse_not_finite
 
     if options.model:
         model = MultimodalLLM.from_pretrained(options.model, dtype=None)

@@ -21,8 +21,8 @@ from mmllm.prepare import prepare
 from mmllm.qwen import Qwen2Config
 from mmllm.runtime.device import choose_device
 from mmllm.simulate import step_peak
+from mmllm.storage.weights import read_json
 from mmllm.surgery import count_parameters, count_weights, hold_, train_only_
-from mmllm.weights import read_json
 
 PUBLISHED_CLIP = {"openai/clip-vit-base-patch32": CLIPVisionConfig()}
 PUBLISHED_QWEN = {"Qwen/Qwen2.5-0.5B": Qwen2Config(), "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config()}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from mmllm import checkpoint as disk
 from mmllm.batches import encode_shared, sample_order
 from mmllm.chat import marked
 from mmllm.config.schema import ExperimentConfig, explain
@@ -38,10 +37,11 @@ from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_ch
 from mmllm.runtime.device import keep_freed_memory
 from mmllm.runtime.distributed import World
 from mmllm.runtime.signals import StopSignal
-from mmllm.saving import CheckpointWriter
 from mmllm.shard import is_wanted, shard_
+from mmllm.storage import checkpoint as disk
+from mmllm.storage.checkpoint_writer import CheckpointWriter
+from mmllm.storage.weights import reported
 from mmllm.trainer import Position, Run, run_stage, steps_per_epoch
-from mmllm.weights import reported
 
 
 def train(

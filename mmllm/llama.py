@@ -18,7 +18,7 @@ from mmllm.model import MultimodalConfig
 from mmllm.pretrain import CONTROL_TOKENS
 from mmllm.random_model import prompt_ids
 from mmllm.runtime.device import peak_memory
-from mmllm.weights import read_json, read_tensors
+from mmllm.storage.weights import read_json, read_tensors
 
 KINDS = ("Q8_0", "BF16", "Q4_0")
 

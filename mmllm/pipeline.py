@@ -21,7 +21,7 @@ from mmllm.reporting.log import note
 from mmllm.request import EncodedImage, Generated, Prompt
 from mmllm.runtime.device import choose_device
 from mmllm.sampling import GenerationConfig
-from mmllm.weights import locate
+from mmllm.storage.weights import locate
 
 # a path, encoded bytes, a data URI, a PIL image, or what `encode_image` gave
 ImageSource = str | Path | bytes | Image.Image | EncodedImage

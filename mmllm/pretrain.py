@@ -37,8 +37,8 @@ from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.reporting.log import say
 from mmllm.runtime.device import autocast, choose_device
+from mmllm.storage.weights import atomic_directory
 from mmllm.tokenizer import Tokenizer as ModelTokenizer
-from mmllm.weights import atomic_directory
 
 CONTROL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),

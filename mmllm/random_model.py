@@ -24,7 +24,7 @@ from mmllm.image import ImageProcessor
 from mmllm.model import MultimodalConfig, MultimodalLLM
 from mmllm.pretrain import CONTROL_TOKENS, SPLIT
 from mmllm.qwen import Qwen2Config
-from mmllm.weights import atomic_directory
+from mmllm.storage.weights import atomic_directory
 
 QWEN_WORDS = 151643  # tokens of Qwen2.5 before its control tokens
 TINY_VISION = CLIPVisionConfig(64, 128, 3, 2, image_size=32, patch_size=8)

@@ -32,8 +32,8 @@ from mmllm.pipeline import load_pipeline
 from mmllm.pretrain import build_tokenizer, initialise_, pretrain_clip, pretrain_qwen, write_clip, write_qwen
 from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.reporting.log import duration, say
+from mmllm.storage.weights import atomic_directory
 from mmllm.tokenizer import Tokenizer
-from mmllm.weights import atomic_directory
 
 COLORS = {
     "red": (220, 40, 40),

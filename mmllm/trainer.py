@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from mmllm import checkpoint as disk
 from mmllm.batches import Batch, BatchLoader, ReadImage, allowed_broken, sample_order
 from mmllm.chat import IGNORED
 from mmllm.config.schema import ExperimentConfig, StageConfig, TrainingConfig
@@ -33,8 +32,9 @@ from mmllm.reporting.log import RunLog, duration, progress_line, say, warned_of_
 from mmllm.runtime.device import autocast, peak_memory
 from mmllm.runtime.distributed import World, full
 from mmllm.runtime.signals import StopSignal
-from mmllm.saving import CheckpointWriter
 from mmllm.shard import gathered, is_sharded, reduce_after_
+from mmllm.storage import checkpoint as disk
+from mmllm.storage.checkpoint_writer import CheckpointWriter
 from mmllm.surgery import (
     count_parameters,
     count_weights,

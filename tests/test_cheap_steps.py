@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from mmllm import checkpoint as disk
 from mmllm.batches import BatchLoader, make_batch, read_row, sample_order
 from mmllm.chat import assistant, user
 from mmllm.config.schema import LoraConfig
@@ -25,6 +24,7 @@ from mmllm.lora import add_lora_
 from mmllm.loss import cross_entropy_sum
 from mmllm.model import MultimodalLLM
 from mmllm.prepare import frozen_weights
+from mmllm.storage import checkpoint as disk
 from mmllm.surgery import compile_blocks_, hold_, train_only_
 from mmllm.trainer import accumulate_gradients
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from mmllm import checkpoint as disk
 from mmllm.errors import CheckpointError, RunError
 from mmllm.optim import adamw
 from mmllm.runtime.distributed import ALONE
-from mmllm.saving import CheckpointWriter
+from mmllm.storage import checkpoint as disk
+from mmllm.storage.checkpoint_writer import CheckpointWriter
 
 
 class Model(nn.Linear):

@@ -7,7 +7,7 @@ from transformers import CLIPVisionModelWithProjection
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.errors import CheckpointError
 from mmllm.model import vision_tensors
-from mmllm.weights import load_strict_, read_json
+from mmllm.storage.weights import load_strict_, read_json
 from official import write_clip
 
 VARIANTS = {

@@ -19,7 +19,6 @@ from processes import KINDS, WAYS, model_for
 from safetensors.torch import load_file, save_file
 from tiny_run import write_world
 
-from mmllm import checkpoint as disk
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
 from mmllm.experiment import train
@@ -27,6 +26,7 @@ from mmllm.model import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import ALONE, World, row_range
 from mmllm.shard import is_wanted
+from mmllm.storage import checkpoint as disk
 from mmllm.trainer import accumulate_gradients
 
 pytestmark = pytest.mark.timeout(900)  # a launch runs many groups

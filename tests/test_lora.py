@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from tiny_run import write_world
 from transformers import LlavaForConditionalGeneration, Qwen2ForCausalLM
 
-from mmllm import checkpoint as disk
 from mmllm.batches import make_batch, read_row
 from mmllm.chat import assistant, user
 from mmllm.config.schema import LoraConfig
@@ -20,6 +19,7 @@ from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train
 from mmllm.lora import adapters, add_lora_, fold_lora_, merge_lora_, unmerge_lora_
 from mmllm.model import MultimodalConfig, MultimodalLLM
+from mmllm.storage import checkpoint as disk
 from mmllm.surgery import count_parameters, train_only_
 from mmllm.trainer import accumulate_gradients
 from official import write_model

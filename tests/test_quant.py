@@ -10,7 +10,6 @@ from tiny_run import write_world
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from mmllm import checkpoint as disk
 from mmllm.batches import make_batch, read_row
 from mmllm.config.schema import ExperimentConfig, LoraConfig
 from mmllm.data import load_samples
@@ -19,6 +18,7 @@ from mmllm.experiment import train
 from mmllm.lora import add_lora_, merge_lora_
 from mmllm.model import MultimodalLLM
 from mmllm.quant import Int4Linear, Int8Linear, quantize, quantize_, quantize_int4
+from mmllm.storage import checkpoint as disk
 from mmllm.surgery import count_weights, train_only_
 from mmllm.trainer import accumulate_gradients
 from official import write_model

@@ -10,7 +10,7 @@ from transformers import Qwen2ForCausalLM
 from mmllm.errors import CheckpointError
 from mmllm.model import language_tensors
 from mmllm.qwen import Qwen2, Qwen2Config, SwiGLU
-from mmllm.weights import load_strict_, read_json
+from mmllm.storage.weights import load_strict_, read_json
 from official import write_qwen
 
 VARIANTS = {

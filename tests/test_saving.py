@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import Model, optimizer_of, step
 
-from mmllm import checkpoint as disk
 from mmllm.errors import RunError
 from mmllm.runtime.distributed import ALONE
-from mmllm.saving import BUSY, IDLE, CheckpointWriter
+from mmllm.storage import checkpoint as disk
+from mmllm.storage.checkpoint_writer import BUSY, IDLE, CheckpointWriter
 
 STATE = {"step": 1, "config": {"seed": 0}}
 
@@ -58,7 +58,7 @@ def test_what_is_being_written_when_a_run_ends_is_written_to_its_end(tmp_path):
 
 
 def test_where_a_copy_does_not_fit_into_memory_the_checkpoint_is_written_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmllm.saving.free_memory", lambda: 0)
+    monkeypatch.setattr("mmllm.storage.checkpoint_writer.free_memory", lambda: 0)
     model = Model()
     with CheckpointWriter(ALONE) as writer:
         writer.begin(tmp_path / disk.checkpoint_name(1, 1), model, optimizer_of(model), STATE)
@@ -69,7 +69,7 @@ def test_where_a_copy_does_not_fit_into_memory_the_checkpoint_is_written_at_once
 @pytest.mark.parametrize("free", [0, 10**12], ids=["at once", "in the background"])
 def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tmp_path, monkeypatch, free):
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr("mmllm.saving.free_memory", lambda: free)
+    monkeypatch.setattr("mmllm.storage.checkpoint_writer.free_memory", lambda: free)
     model = Model()
     big = {"big": torch.ones(10**5)}
     monkeypatch.setattr(model, "tensor_files", lambda: {"model.safetensors": big})

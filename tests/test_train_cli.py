@@ -11,11 +11,11 @@ import pytest
 from tiny_run import write_world
 
 import train
-from mmllm import checkpoint as disk
 from mmllm.config.schema import ExperimentConfig
 from mmllm.dryrun import architecture, describe
 from mmllm.errors import ConfigError
 from mmllm.plan import step_flops
+from mmllm.storage import checkpoint as disk
 from mmllm.surgery import train_only_
 
 ROOT = Path(__file__).parent.parent

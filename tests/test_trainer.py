@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from tiny_run import directory_of, weights, write_world
 from torch.testing import assert_close
 
-from mmllm import checkpoint as disk
 from mmllm import evaluate, trainer
 from mmllm.batches import make_batch, read_row
 from mmllm.config.schema import ExperimentConfig
@@ -25,6 +24,7 @@ from mmllm.model import MultimodalLLM
 from mmllm.optim import learning_rate_at
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import World
+from mmllm.storage import checkpoint as disk
 from mmllm.surgery import checkpoint_blocks_, train_only_
 from mmllm.validation import sample_captions, validation_losses
 

@@ -19,7 +19,14 @@ from torch import nn
 from mmllm.errors import CheckpointError, RunError
 from mmllm.model import language_tensors, vision_tensors
 from mmllm.qwen import Qwen2Config
-from mmllm.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_not_finite
+from mmllm.storage.weights import (
+    atomic_directory,
+    load_strict_,
+    locate,
+    read_json,
+    read_tensors,
+    refuse_not_finite,
+)
 from official import write_clip, write_qwen
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605247071\n"
@@ -260,7 +267,7 @@ def hub(tmp_path):
 
 
 def locate_elsewhere(environment: dict) -> subprocess.CompletedProcess:
-    code = "from mmllm.weights import locate; print(locate('org/tiny'))"
+    code = "from mmllm.storage.weights import locate; print(locate('org/tiny'))"
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
 
 

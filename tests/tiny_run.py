@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mmllm import checkpoint as disk
 from mmllm.config.schema import ExperimentConfig
+from mmllm.storage import checkpoint as disk
 from official import write_clip, write_qwen
 
 CAPTIONS = ("a cat", "the thing over there", "in the hat and on the mat", "one")

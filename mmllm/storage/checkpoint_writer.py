@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmllm import checkpoint as disk
 from mmllm.errors import RunError
-from mmllm.rows import Piece, layout, own_pieces, write_pieces
 from mmllm.runtime.device import free_memory
 from mmllm.runtime.distributed import World
-from mmllm.weights import reported
+from mmllm.storage import checkpoint as disk
+from mmllm.storage.sharded_file import Piece, layout, own_pieces, write_pieces
+from mmllm.storage.weights import reported
 
 IDLE, BUSY, FAILED = 0, 1, 2
 MARGIN = 1.5  # of free memory over what a copy takes
