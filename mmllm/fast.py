@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm import kernels
 from mmllm.cache import EachRow
 from mmllm.config.schema import PRECISIONS
 from mmllm.errors import UserError
+from mmllm.kernels import cpu as kernels
 from mmllm.lora import fold_lora_
 from mmllm.model import MultimodalLLM
 from mmllm.packed import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmllm.cache import AllRows, KVCache
-from mmllm.kernels import cache_folder
+from mmllm.kernels.cpu import cache_folder
 from mmllm.qwen import Qwen2
 
 BUCKET = 256  # attention goes over a multiple of so many positions: few shapes, little waste

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm import gpu, kernels
 from mmllm.errors import UserError
+from mmllm.kernels import cpu as kernels
+from mmllm.kernels import triton_int8 as gpu
 from mmllm.lora import hand_over_
 from mmllm.quant import GROUP, FrozenLinear, quantize, quantize_int4
 

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmllm import kernels
 from mmllm.chat import Message, assistant, user
 from mmllm.engine import Engine
 from mmllm.errors import UserError
 from mmllm.fast import load_model
 from mmllm.generate import drive
+from mmllm.kernels import cpu as kernels
 from mmllm.model import MultimodalLLM, read_surgery
 from mmllm.reporting.log import note
 from mmllm.request import EncodedImage, Generated, Prompt

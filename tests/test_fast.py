@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import convert_weights
-from mmllm import kernels
 from mmllm.cache import EachRow, KVCache
 from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
 from mmllm.errors import CheckpointError, ConfigError, UserError
 from mmllm.fast import load_model
+from mmllm.kernels import cpu as kernels
 from mmllm.lora import adapters, add_lora_
 from mmllm.model import MultimodalLLM
 from mmllm.packed import Int8Packed

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mmllm import gpu
 from mmllm.errors import RunError
-from mmllm.gpu import int8_linear
+from mmllm.kernels import triton_int8 as gpu
+from mmllm.kernels.triton_int8 import int8_linear
 
 
 def relative_error(rows: int, device: str) -> float:

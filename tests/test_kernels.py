@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mmllm import kernels
 from mmllm.errors import RunError
+from mmllm.kernels import cpu as kernels
 from mmllm.quant import quantize, quantize_int4
 from mmllm.qwen import rotate
 
@@ -252,6 +252,6 @@ def test_without_a_compiler_or_a_folder_to_write_to_the_reason_is_one_line(monke
     broken.write_text("#!/bin/sh\necho 'error: no such machine' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(RunError, match="cannot compile kernels.cpp: error: no such machine"):
+    with pytest.raises(RunError, match="cannot compile cpu.cpp: error: no such machine"):
         kernels.build()
     assert not list((tmp_path / "cache").rglob("*.so")), "nothing half made is left"

@@ -1,7 +1,7 @@
-"""Our own products on the CPU (kernels.cpp): built on first use, proved before they are used, and what to do without them.
+"""Our own products on the CPU (cpu.cpp): built on first use, proved before they are used, and what to do without them.
 
 The surprising fact: a C++ compiler is worth a factor of two, and the formula is the same without one. The integer products
-of kernels.cpp are also what `torch._int_mm` computes, so `int8` gives the same bits on every machine.
+of cpu.cpp are also what `torch._int_mm` computes, so `int8` gives the same bits on every machine.
 
 The library is kept in the user's cache folder under a name made of the source, torch's version, and the processor.
 Formulas: M rows x (K numbers each), O outputs. Next: packed.py.
@@ -27,7 +27,7 @@ from mmllm.reporting.log import note
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DIGIT = 8  # bits of one signed digit of an activation
-LARGEST = {24: 0x7F7F00, 8: 127}  # of an activation as a whole number, by its bits; as in kernels.cpp
+LARGEST = {24: 0x7F7F00, 8: 127}  # of an activation as a whole number, by its bits; as in cpu.cpp
 LIBRARIES = ("-lc10", "-ltorch_cpu", "-ltorch")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-shared", "-fopenmp")
 
@@ -198,7 +198,7 @@ def digits(X_MK: Tensor, count: int) -> list[Tensor]:
 
 
 def int_mm_linear(x: Tensor, q_OK: Tensor, scale_O: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    """The product of kernels.cpp, bit for bit, by torch's integer product."""
+    """The product of cpu.cpp, bit for bit, by torch's integer product."""
     x_MK = x.reshape(-1, x.shape[-1])
     X_MK, unit_M1 = whole_numbers(x_MK, bits)
     pieces = digits(X_MK, bits // DIGIT)
