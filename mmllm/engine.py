@@ -24,9 +24,9 @@ from mmllm.beams import BeamSearch
 from mmllm.cache import EachRow, KVCache
 from mmllm.errors import GenerationError, RunError, UserError
 from mmllm.fixed import FixedStep
+from mmllm.layers.packed import Packed
+from mmllm.layers.quantized import FrozenLinear
 from mmllm.model import MultimodalLLM
-from mmllm.packed import Packed
-from mmllm.quant import FrozenLinear
 from mmllm.request import Generated, Handle, Hypothesis, Prefix, Prompt
 from mmllm.sampling import GenerationConfig, Row, choose, not_finite
 from mmllm.streaming import AnswerText, whole_text

@@ -25,9 +25,8 @@ from mmllm.cache import EachRow
 from mmllm.config.schema import PRECISIONS
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
-from mmllm.lora import fold_lora_
-from mmllm.model import MultimodalLLM
-from mmllm.packed import (
+from mmllm.layers.lora import fold_lora_
+from mmllm.layers.packed import (
     BITS,
     Bf16Packed,
     Bf16Prepacked,
@@ -38,6 +37,7 @@ from mmllm.packed import (
     settle_,
     side_by_side,
 )
+from mmllm.model import MultimodalLLM
 from mmllm.qwen import Cache, Qwen2Attention, Qwen2MLP, RMSNorm
 
 

@@ -25,11 +25,18 @@ from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.config.schema import LoraConfig
 from mmllm.errors import CheckpointError
 from mmllm.image import ImageProcessor
-from mmllm.lora import CONFIG_FILE, TENSOR_FILE, adapter_tensors, adapters, load_adapter_, write_adapter_config
+from mmllm.layers.lora import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    adapter_tensors,
+    adapters,
+    load_adapter_,
+    write_adapter_config,
+)
+from mmllm.layers.packed import blank_, settle_
+from mmllm.layers.quantized import ROUNDINGS, quantize_
 from mmllm.loss import cross_entropy_sum
-from mmllm.packed import blank_, settle_
 from mmllm.projector import Projector
-from mmllm.quant import ROUNDINGS, quantize_
 from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.storage.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_integers
 from mmllm.surgery import WithoutValues

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from mmllm.errors import ConfigError
-from mmllm.quant import FrozenLinear
+from mmllm.layers.quantized import FrozenLinear
 from mmllm.runtime.device import blocks_apart
 
 

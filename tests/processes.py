@@ -30,9 +30,9 @@ from mmllm.config.schema import ExperimentConfig, LoraConfig
 from mmllm.data import load_samples
 from mmllm.errors import run
 from mmllm.experiment import train
-from mmllm.lora import add_lora_
+from mmllm.layers.lora import add_lora_
+from mmllm.layers.quantized import quantize_
 from mmllm.model import MultimodalLLM
-from mmllm.quant import quantize_
 from mmllm.runtime.distributed import World, full
 from mmllm.shard import is_sharded, shard_
 from mmllm.surgery import checkpoint_blocks_, train_only_

@@ -20,7 +20,7 @@ from mmllm.config.schema import LoraConfig
 from mmllm.data import Sample, load_samples
 from mmllm.errors import ConfigError
 from mmllm.experiment import train
-from mmllm.lora import add_lora_
+from mmllm.layers.lora import add_lora_
 from mmllm.loss import cross_entropy_sum
 from mmllm.model import MultimodalLLM
 from mmllm.prepare import frozen_weights

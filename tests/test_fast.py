@@ -12,12 +12,12 @@ from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
 from mmllm.errors import CheckpointError, ConfigError, UserError
 from mmllm.fast import load_model
 from mmllm.kernels import cpu as kernels
-from mmllm.lora import adapters, add_lora_
+from mmllm.layers.lora import adapters, add_lora_
+from mmllm.layers.packed import Int8Packed
+from mmllm.layers.quantized import quantize_
 from mmllm.model import MultimodalLLM
-from mmllm.packed import Int8Packed
 from mmllm.pipeline import load_pipeline
 from mmllm.prepare import prepare
-from mmllm.quant import quantize_
 from official import write_model
 
 ERRORS = {"float32": 0, "bfloat16": 0.02, "int8": 0.04, "int8-dynamic": 0.1, "int4": 0.5}  # of logits, relative

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from mmllm.errors import RunError
 from mmllm.kernels import cpu as kernels
-from mmllm.quant import quantize, quantize_int4
+from mmllm.layers.quantized import quantize, quantize_int4
 from mmllm.qwen import rotate
 
 SHAPES = [(16, 32), (37, 64), (200, 896), (1152, 160)]

@@ -17,7 +17,7 @@ from mmllm.config.schema import LoraConfig
 from mmllm.data import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train
-from mmllm.lora import adapters, add_lora_, fold_lora_, merge_lora_, unmerge_lora_
+from mmllm.layers.lora import adapters, add_lora_, fold_lora_, merge_lora_, unmerge_lora_
 from mmllm.model import MultimodalConfig, MultimodalLLM
 from mmllm.storage import checkpoint as disk
 from mmllm.surgery import count_parameters, train_only_
@@ -99,7 +99,7 @@ def test_an_adapter_that_peft_made_for_qwen_is_read(tmp_path, ours, directory):
         if "lora_B" in name:
             parameter.copy_(0.05 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "adapter")
-    from mmllm.lora import load_adapter_
+    from mmllm.layers.lora import load_adapter_
 
     load_adapter_(ours, tmp_path / "adapter")
     ids = torch.randint(0, 280, (1, 20))

@@ -15,9 +15,9 @@ from mmllm.config.schema import ExperimentConfig, LoraConfig
 from mmllm.data import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train
-from mmllm.lora import add_lora_, merge_lora_
+from mmllm.layers.lora import add_lora_, merge_lora_
+from mmllm.layers.quantized import Int4Linear, Int8Linear, quantize, quantize_, quantize_int4
 from mmllm.model import MultimodalLLM
-from mmllm.quant import Int4Linear, Int8Linear, quantize, quantize_, quantize_int4
 from mmllm.storage import checkpoint as disk
 from mmllm.surgery import count_weights, train_only_
 from mmllm.trainer import accumulate_gradients

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mmllm.errors import RunError
-from mmllm.quant import quantize_int4
+from mmllm.layers.quantized import quantize_int4
 from mmllm.reporting.log import note
 
 SOURCE = Path(__file__).with_suffix(".cpp")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmllm.config.schema import LoraConfig
 from mmllm.errors import CheckpointError, ConfigError
-from mmllm.quant import FrozenLinear
+from mmllm.layers.quantized import FrozenLinear
 from mmllm.storage.weights import read_json, read_safetensors
 
 ALL_LINEAR = "all-linear"

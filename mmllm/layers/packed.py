@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
 from mmllm.kernels import triton_int8 as gpu
-from mmllm.lora import hand_over_
-from mmllm.quant import GROUP, FrozenLinear, quantize, quantize_int4
+from mmllm.layers.lora import hand_over_
+from mmllm.layers.quantized import GROUP, FrozenLinear, quantize, quantize_int4
 
 BITS = {"int8": 24, "int8-dynamic": 8}  # of an activation as a whole number: 24 are as exact as float32
 

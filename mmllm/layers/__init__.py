@@ -1,0 +1,1 @@
+"""What replaces a linear layer: adapters, rounded weights, packed weights."""
