@@ -48,7 +48,7 @@ def main() -> None:
         raise UserError(f"--out {options.out} exists already; choose another name, or replace it with --force")
     import torch
 
-    from mmllm.chat import DEFAULT_SYSTEM
+    from mmllm.data.chat import DEFAULT_SYSTEM
     from mmllm.fast import make_int8_
     from mmllm.model import MultimodalLLM
     from mmllm.storage.weights import refuse_not_finite

@@ -76,7 +76,7 @@ def main() -> int:
 
 def answer_each(pipeline, options: argparse.Namespace, config) -> int:
     """One answer per picture; a bad picture is reported and the others still get theirs."""
-    from mmllm.chat import user
+    from mmllm.data.chat import user
 
     failed = 0
     for path in options.image:
@@ -97,7 +97,7 @@ def answer_each(pipeline, options: argparse.Namespace, config) -> int:
 
 def chat(pipeline, options: argparse.Namespace, config) -> int:
     """Reads questions until an empty line or the end of input; the pictures come with the first one."""
-    from mmllm.chat import assistant, user
+    from mmllm.data.chat import assistant, user
 
     pixels = [pipeline.processor.image_processor(path) for path in options.image]
     messages = []

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm import peers
-from mmllm.batches import Batch, collate
 from mmllm.bench_rows import Goal
 from mmllm.branches import join
-from mmllm.chat import IGNORED, Encoded
 from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.contestant import Work, compete
+from mmllm.data.batches import Batch, collate
+from mmllm.data.chat import IGNORED, Encoded
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw
 from mmllm.plan import peak_flops, step_flops, trained_parts

@@ -15,7 +15,7 @@ Next: model.py, batches.py.
 import torch
 from torch import Tensor
 
-from mmllm.chat import IGNORED, Encoded
+from mmllm.data.chat import IGNORED, Encoded
 
 PADDING = -1  # the branch of what is no token
 

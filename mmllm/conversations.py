@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
-from mmllm.chat import Message, assistant, user
+from mmllm.data.chat import Message, assistant, user
 from mmllm.http import HttpError
 
 

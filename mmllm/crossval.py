@@ -33,16 +33,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmllm.batches import sample_order
-from mmllm.chat import user
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.config.schema import ExperimentConfig, resolve
-from mmllm.data import CAPTION_PROMPT, load_samples
+from mmllm.data.batches import sample_order
+from mmllm.data.chat import user
+from mmllm.data.image import ImageProcessor
+from mmllm.data.samples import CAPTION_PROMPT, load_samples
 from mmllm.errors import DataError, UserError, run
 from mmllm.evaluate import at_least_one, make_directory, table, write_json
 from mmllm.experiment import train
 from mmllm.generate import GenerationConfig, Prompt, generate
-from mmllm.image import ImageProcessor
 from mmllm.model import MultimodalLLM
 from mmllm.pipeline import load_pipeline
 from mmllm.pretrain import build_tokenizer, initialise_, write_clip, write_qwen

@@ -13,7 +13,7 @@ from torch import nn
 
 from mmllm.clip import CLIPVisionConfig
 from mmllm.config.schema import ExperimentConfig, ModelConfig, StageConfig
-from mmllm.data import read_samples, share_images
+from mmllm.data.samples import read_samples, share_images
 from mmllm.errors import ConfigError, DataError
 from mmllm.model import MultimodalConfig, MultimodalLLM, read_config
 from mmllm.plan import trained_parts

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     evaluator = MultimodalEvaluator(meteor=options.meteor)  # says now, not after an hour, that there is no Java
     without_java = MultimodalEvaluator(meteor=False)
     # torch takes two seconds to import: only now that the command line is known to be right
-    from mmllm.data import load_samples
+    from mmllm.data.samples import load_samples
     from mmllm.pipeline import default_model, load_pipeline
     from mmllm.sampling import GenerationConfig
 
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
 def tasks_of(samples: list, task: str = "auto") -> list[Task]:
     """What each picture or question is asked, once: the samples of one record are one task, and so are records that
     caption the same picture."""
-    from mmllm.data import CAPTION_PROMPT
+    from mmllm.data.samples import CAPTION_PROMPT
 
     tasks: dict[tuple, Task] = {}
     seen = set()
@@ -157,7 +157,7 @@ def record_of(sample) -> str:
 
 def check_pictures(tasks: list[Task]) -> None:
     """Raises DataError for pictures that are missing or broken, before anything is paid for."""
-    from mmllm.data import image_fault
+    from mmllm.data.samples import image_fault
 
     faults = [
         fault for path in sorted({path for task in tasks for path in task.images}) if (fault := image_fault(path))
@@ -178,7 +178,7 @@ def with_other_pictures(tasks: list[Task], seed: int) -> list[Task]:
 
 def predict(pipeline, tasks: list[Task], config, slots: int, name: str) -> list[str]:
     """What the model says, in the order of the tasks, `slots` of them side by side; pictures are read a few ahead."""
-    from mmllm.batches import prefetch
+    from mmllm.data.batches import prefetch
     from mmllm.generate import generate_each
 
     def prompt(number: int):

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from mmllm.batches import encode_shared, sample_order
-from mmllm.chat import marked
 from mmllm.config.schema import ExperimentConfig, explain
-from mmllm.data import Sample, checked_samples
+from mmllm.data.batches import encode_shared, sample_order
+from mmllm.data.chat import marked
+from mmllm.data.features import FeatureCache, FeatureTable
+from mmllm.data.samples import Sample, checked_samples
 from mmllm.errors import ConfigError
-from mmllm.features import FeatureCache, FeatureTable
 from mmllm.model import MultimodalLLM
 from mmllm.plan import named_out_of_memory, peak_flops
 from mmllm.prepare import prepare

@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmllm.branches import attention_of, positions_of, sources_of
-from mmllm.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.config.schema import LoraConfig
+from mmllm.data.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
+from mmllm.data.image import ImageProcessor
+from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import CheckpointError
-from mmllm.image import ImageProcessor
 from mmllm.layers.lora import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -40,7 +41,6 @@ from mmllm.projector import Projector
 from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.storage.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_integers
 from mmllm.surgery import WithoutValues
-from mmllm.tokenizer import Tokenizer
 
 LOGITS_AT_ONCE = 2**23  # numbers in one piece of logits: 32 MiB in float32
 ROOM_BESIDE_A_GRADIENT = 8  # times as many where the head is trained: each piece makes a gradient of the whole head

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmllm.chat import Message, assistant, user
+from mmllm.data.chat import Message, assistant, user
 from mmllm.engine import Engine
 from mmllm.errors import UserError
 from mmllm.fast import load_model

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmllm.batches import Batch, make_batch, read_row
-from mmllm.chat import IGNORED
 from mmllm.config.schema import PRECISIONS
-from mmllm.data import load_samples
+from mmllm.data.batches import Batch, make_batch, read_row
+from mmllm.data.chat import IGNORED
+from mmllm.data.samples import load_samples
 from mmllm.errors import run
 from mmllm.fast import load_model
 from mmllm.model import MultimodalLLM

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor, nn
 
 from mmllm.clip import CLIPVisionConfig
-from mmllm.image import ImageProcessor
+from mmllm.data.image import ImageProcessor
 from mmllm.model import MultimodalConfig, MultimodalLLM
 from mmllm.pretrain import CONTROL_TOKENS, SPLIT
 from mmllm.qwen import Qwen2Config

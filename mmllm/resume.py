@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from mmllm.config.schema import ExperimentConfig, flat
-from mmllm.data import answers_beside
+from mmllm.data.samples import answers_beside
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.reporting.log import say
 from mmllm.storage import checkpoint as disk

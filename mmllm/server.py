@@ -37,6 +37,7 @@ from starlette.routing import Route
 
 from mmllm import __version__
 from mmllm.conversations import Conversation, Conversations
+from mmllm.data.image import decode, decode_base64
 from mmllm.errors import GenerationError, ImageError, RunError, UserError
 from mmllm.http import (
     EXCEPTION_HANDLERS,
@@ -50,7 +51,6 @@ from mmllm.http import (
     read_body,
     unless_gone,
 )
-from mmllm.image import decode, decode_base64
 from mmllm.pipeline import DEFAULT_PROMPT, MultimodalInferencePipeline
 from mmllm.request import Generated, Prompt
 from mmllm.sampling import GenerationConfig

@@ -6,7 +6,7 @@ still become something else, and cut inside a token where it must be.
 Next: request.py.
 """
 
-from mmllm.tokenizer import Tokenizer
+from mmllm.data.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # what decoders put in the place of half a character
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from mmllm.batches import Batch, BatchLoader, ReadImage, allowed_broken, sample_order
-from mmllm.chat import IGNORED
 from mmllm.config.schema import ExperimentConfig, StageConfig, TrainingConfig
-from mmllm.data import Sample
+from mmllm.data.batches import Batch, BatchLoader, ReadImage, allowed_broken, sample_order
+from mmllm.data.chat import IGNORED
+from mmllm.data.samples import Sample
 from mmllm.errors import DataError, RunError
 from mmllm.model import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_

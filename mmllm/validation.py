@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from mmllm.batches import ReadImage, allowed_broken, ordered_batches
-from mmllm.chat import IMAGE
 from mmllm.config.schema import ExperimentConfig
-from mmllm.data import Sample
+from mmllm.data.batches import ReadImage, allowed_broken, ordered_batches
+from mmllm.data.chat import IMAGE
+from mmllm.data.samples import Sample
 from mmllm.errors import ImageError
 from mmllm.generate import generate
 from mmllm.model import MultimodalLLM

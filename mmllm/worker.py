@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from PIL import Image
 
-from mmllm.chat import user
+from mmllm.data.chat import user
 from mmllm.engine import GROWTH, Engine
 from mmllm.errors import RunError, UserError
 from mmllm.generate import drive

@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from mmllm.batches import Batch, make_batch, read_row
-from mmllm.chat import IGNORED
 from mmllm.config.schema import ExperimentConfig, LoraConfig
-from mmllm.data import load_samples
+from mmllm.data.batches import Batch, make_batch, read_row
+from mmllm.data.chat import IGNORED
+from mmllm.data.samples import load_samples
 from mmllm.errors import run
 from mmllm.experiment import train
 from mmllm.layers.lora import add_lora_

@@ -7,10 +7,10 @@ import torch
 from tiny_run import write_world
 from torch.testing import assert_close
 
-from mmllm.batches import BatchLoader, encode_shared, make_batch, ordered_batches, read_row, read_rows
 from mmllm.branches import attention_of, join, positions_of, sources_of
-from mmllm.chat import IGNORED, assistant, user
-from mmllm.data import Sample, share_images
+from mmllm.data.batches import BatchLoader, encode_shared, make_batch, ordered_batches, read_row, read_rows
+from mmllm.data.chat import IGNORED, assistant, user
+from mmllm.data.samples import Sample, share_images
 from mmllm.model import MultimodalLLM
 from mmllm.trainer import accumulate_gradients, count_targets
 from mmllm.validation import validation_losses

@@ -10,10 +10,10 @@ from conftest import ROOT
 from PIL import Image
 from transformers import AutoTokenizer
 
-from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, marked, parse_text, user
+from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, marked, parse_text, user
+from mmllm.data.image import ImageProcessor
+from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import CheckpointError, DataError
-from mmllm.image import ImageProcessor
-from mmllm.tokenizer import Tokenizer
 from official import write_model, write_tokenizer
 
 TURNS = [
@@ -138,6 +138,6 @@ def test_the_command_shows_what_will_be_learnt(tmp_path):
     model = write_model(tmp_path / "model")
     Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
     (tmp_path / "data.json").write_text(json.dumps([{"id": "seven", "image": "x.png", "text": "a cat"}]))
-    command = [sys.executable, "-m", "mmllm.chat", str(tmp_path / "data.json"), "--model", str(model)]
+    command = [sys.executable, "-m", "mmllm.data.chat", str(tmp_path / "data.json"), "--model", str(model)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert "--- seven: " in printed and " learnt, pictures: " in printed and "[a cat<|im_end|>]" in printed

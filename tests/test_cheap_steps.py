@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from mmllm.batches import BatchLoader, make_batch, read_row, sample_order
-from mmllm.chat import assistant, user
 from mmllm.config.schema import LoraConfig
-from mmllm.data import Sample, load_samples
+from mmllm.data.batches import BatchLoader, make_batch, read_row, sample_order
+from mmllm.data.chat import assistant, user
+from mmllm.data.samples import Sample, load_samples
 from mmllm.errors import ConfigError
 from mmllm.experiment import train
 from mmllm.layers.lora import add_lora_

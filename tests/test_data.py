@@ -9,14 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from mmllm.batches import BatchLoader, ordered_batches, sample_order
-from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, user
 from mmllm.config.schema import DataConfig, ExperimentConfig
-from mmllm.data import BadSample, Sample, check_samples, checked_samples, image_fault, load_samples, read_samples
+from mmllm.data.batches import BatchLoader, ordered_batches, sample_order
+from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, user
+from mmllm.data.image import ImageProcessor
+from mmllm.data.samples import (
+    BadSample,
+    Sample,
+    check_samples,
+    checked_samples,
+    image_fault,
+    load_samples,
+    read_samples,
+)
+from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import DataError, ImageError
-from mmllm.image import ImageProcessor
 from mmllm.resume import data_sha256
-from mmllm.tokenizer import Tokenizer
 from official import write_tokenizer
 
 CAT = {"image": "cat.jpg", "text": "A cat.", "prompt": "What is this?"}

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from mmllm import evaluate
-from mmllm.chat import assistant, user
-from mmllm.data import Sample, load_samples
+from mmllm.data.chat import assistant, user
+from mmllm.data.samples import Sample, load_samples
 from mmllm.errors import DataError, UserError
 from mmllm.evaluate import Task, constant_predictions, record_of, score, table, tasks_of, with_other_pictures
 from mmllm.scoring import MultimodalEvaluator, best_constant_caption

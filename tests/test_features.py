@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from tiny_run import write_world
 from torch.testing import assert_close
 
-from mmllm.batches import make_batch, read_rows
 from mmllm.config.schema import ExperimentConfig
-from mmllm.data import load_samples
+from mmllm.data.batches import make_batch, read_rows
+from mmllm.data.features import FeatureCache, FeatureTable
+from mmllm.data.samples import load_samples
 from mmllm.errors import ConfigError, DataError, ImageError
 from mmllm.experiment import train
-from mmllm.features import FeatureCache, FeatureTable
 from mmllm.model import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.device import autocast

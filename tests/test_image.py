@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 from PIL.GifImagePlugin import GifImageFile
 from transformers import CLIPImageProcessorPil
 
-from mmllm import image as module
+from mmllm.data import image as module
+from mmllm.data.image import ImageProcessor, decode, decode_base64
 from mmllm.errors import CheckpointError, ImageError
-from mmllm.image import ImageProcessor, decode, decode_base64
 
 REFERENCE = CLIPImageProcessorPil()
 SIZES = [(224, 224), (640, 480), (481, 640), (225, 224), (223, 900), (1, 1), (1, 2), (2, 1), (37, 5), (3, 40)]

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_run import write_world
 from transformers import LlavaForConditionalGeneration, Qwen2ForCausalLM
 
-from mmllm.batches import make_batch, read_row
-from mmllm.chat import assistant, user
 from mmllm.config.schema import LoraConfig
-from mmllm.data import load_samples
+from mmllm.data.batches import make_batch, read_row
+from mmllm.data.chat import assistant, user
+from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train
 from mmllm.layers.lora import adapters, add_lora_, fold_lora_, merge_lora_, unmerge_lora_

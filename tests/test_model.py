@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from mmllm.chat import IGNORED, assistant, user
+from mmllm.data.chat import IGNORED, assistant, user
 from mmllm.errors import CheckpointError
 from mmllm.generate import generate
 from mmllm.model import MultimodalConfig, MultimodalLLM

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mmllm import MultimodalInferencePipeline, MultimodalLLM
-from mmllm.chat import IMAGE, user
+from mmllm.data.chat import IMAGE, user
 from mmllm.errors import ImageError, UserError
 from mmllm.model import MultimodalConfig
 from mmllm.pipeline import default_model, load_pipeline

@@ -11,10 +11,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mmllm import pretrain
-from mmllm.chat import IGNORED
 from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.data.chat import IGNORED
+from mmllm.data.image import ImageProcessor
 from mmllm.errors import UserError
-from mmllm.image import ImageProcessor
 from mmllm.model import MultimodalLLM
 from mmllm.pretrain import CONTROL_TOKENS, CaptionedPictures, build_tokenizer, initialise_, pretrain_clip, pretrain_qwen
 from mmllm.qwen import Qwen2, Qwen2Config
@@ -112,7 +112,7 @@ def test_the_tokenizer_is_made_like_qwens():
 
 
 def test_a_picture_is_mirrored_only_where_no_caption_says_left_or_right(photographs):
-    from mmllm.data import load_samples
+    from mmllm.data.samples import load_samples
 
     lines = [json.loads(line) for line in photographs.read_text().split("\n")]
     lines[0]["captions"] = ["something on the Left"]

@@ -10,9 +10,9 @@ from tiny_run import write_world
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from mmllm.batches import make_batch, read_row
 from mmllm.config.schema import ExperimentConfig, LoraConfig
-from mmllm.data import load_samples
+from mmllm.data.batches import make_batch, read_row
+from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train
 from mmllm.layers.lora import add_lora_, merge_lora_

@@ -16,7 +16,7 @@ from serving import BASE64, FOREVER, PICTURE, app, ask, encoded, fault, ready, s
 from starlette.testclient import TestClient
 
 import serve
-from mmllm.chat import user
+from mmllm.data.chat import user
 from mmllm.errors import CheckpointError, UserError, run
 from mmllm.pipeline import load_pipeline
 from mmllm.sampling import GenerationConfig

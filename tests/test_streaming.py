@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from mmllm.data.tokenizer import Tokenizer
 from mmllm.streaming import AnswerText
-from mmllm.tokenizer import Tokenizer
 from official import write_tokenizer
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import CheckpointError
-from mmllm.tokenizer import Tokenizer
 from official import write_tokenizer
 
 TEXTS = ["hello there", "", " ", "\n\n", "été ☕ 日本語 🇩🇪", "a\u0301", "12345", "it's\tthe end\r\n", "<image>", "\0"]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, CLIPVisionModelWithProjection, Qwen2ForCausalLM
 
 from mmllm import toy
-from mmllm.data import load_samples, share_images
+from mmllm.data.samples import load_samples, share_images
 from mmllm.evaluate import tasks_of
 from mmllm.model import MultimodalLLM
 

@@ -15,9 +15,9 @@ from tiny_run import directory_of, weights, write_world
 from torch.testing import assert_close
 
 from mmllm import evaluate, trainer
-from mmllm.batches import make_batch, read_row
 from mmllm.config.schema import ExperimentConfig
-from mmllm.data import load_samples
+from mmllm.data.batches import make_batch, read_row
+from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.experiment import train
 from mmllm.model import MultimodalLLM

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mmllm.branches import PADDING, join
-from mmllm.chat import IGNORED, IMAGE, ChatProcessor, Encoded
+from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Encoded
 from mmllm.config.schema import DataConfig
-from mmllm.data import Sample
+from mmllm.data.samples import Sample
 from mmllm.errors import DataError, ImageError
 from mmllm.reporting.log import tell
 

@@ -7,7 +7,7 @@ learnt or not, so no tokenisation of the whole can disagree with that of its par
     <|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>\\n
 
 Learnt are the answers and the `<|im_end|>` that closes each. Template: https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct.
-Next: data.py, model.py. See what will be learnt with `python -m mmllm.chat FILE.json`.
+Next: data.py, model.py. See what will be learnt with `python -m mmllm.data.chat FILE.json`.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from itertools import groupby
 from pathlib import Path
 
 from mmllm.errors import CheckpointError, DataError, run
-from mmllm.image import ImageProcessor
-from mmllm.tokenizer import Tokenizer
+from mmllm.data.image import ImageProcessor
+from mmllm.data.tokenizer import Tokenizer
 
 IGNORED = -100  # the label of a position that is not learnt
 MARK = "<image>"  # stands for a picture in the text of a data file
@@ -255,7 +255,7 @@ def marked(encoded: Encoded, processor: ChatProcessor, on: str = "[", off: str =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mmllm.chat", description="Show what a data file will teach.")
+    parser = argparse.ArgumentParser(prog="python -m mmllm.data.chat", description="Show what a data file will teach.")
     parser.add_argument("data", metavar="FILE", help="a data file in any supported format")
     parser.add_argument("--model", required=True, metavar="DIR", help="the model directory that will be trained")
     parser.add_argument("--image-dir", metavar="DIR", help="where the pictures are (default: beside FILE)")
@@ -265,8 +265,8 @@ def main() -> None:
         "--no-share", action="store_true", help="each text of a picture alone (data.share_images=false)"
     )
     options = parser.parse_args()
-    from mmllm.batches import encode_shared  # the modules above this one that the command needs
-    from mmllm.data import load_samples, share_images
+    from mmllm.data.batches import encode_shared  # the modules above this one that the command needs
+    from mmllm.data.samples import load_samples, share_images
     from mmllm.model import read_config
 
     config, system = read_config(options.model)
@@ -283,8 +283,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from mmllm import (
-        chat,  # as the other modules know it: IMAGE is one object, and this file run as a program has another
-    )
+    from mmllm.data import chat
 
     run(chat.main)
