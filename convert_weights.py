@@ -50,7 +50,7 @@ def main() -> None:
 
     from mmllm.data.chat import DEFAULT_SYSTEM
     from mmllm.fast import make_int8_
-    from mmllm.model import MultimodalLLM
+    from mmllm.models.multimodal import MultimodalLLM
     from mmllm.storage.weights import refuse_not_finite
     from mmllm.surgery import count_weights
 

@@ -13,7 +13,7 @@ _MODULE_OF = {
     "ExperimentConfig": "mmllm.config.schema",
     "MultimodalEvaluator": "mmllm.scoring",
     "MultimodalInferencePipeline": "mmllm.pipeline",
-    "MultimodalLLM": "mmllm.model",
+    "MultimodalLLM": "mmllm.models.multimodal",
 }
 
 

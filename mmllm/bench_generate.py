@@ -25,7 +25,7 @@ from mmllm.engine import Engine
 from mmllm.errors import RunError
 from mmllm.fast import make_int8_
 from mmllm.generate import drive
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.pipeline import load_pipeline
 from mmllm.random_model import picture, prompt_ids, sizes, write_model
 from mmllm.reporting.log import say

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from mmllm import peers
 from mmllm.bench_rows import Goal
-from mmllm.branches import join
 from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.contestant import Work, compete
 from mmllm.data.batches import Batch, collate
 from mmllm.data.chat import IGNORED, Encoded
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
+from mmllm.models.shared_prefix import join
 from mmllm.optim import adamw
 from mmllm.plan import peak_flops, step_flops, trained_parts
 from mmllm.prepare import frozen_weights, prepare

@@ -33,7 +33,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.config.schema import ExperimentConfig, resolve
 from mmllm.data.batches import sample_order
 from mmllm.data.chat import user
@@ -43,11 +42,12 @@ from mmllm.errors import DataError, UserError, run
 from mmllm.evaluate import at_least_one, make_directory, table, write_json
 from mmllm.experiment import train
 from mmllm.generate import GenerationConfig, Prompt, generate
-from mmllm.model import MultimodalLLM
+from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.models.multimodal import MultimodalLLM
+from mmllm.models.qwen import Qwen2, Qwen2Config
 from mmllm.pipeline import load_pipeline
 from mmllm.pretrain import build_tokenizer, initialise_, write_clip, write_qwen
 from mmllm.ptb import words
-from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.reporting.log import duration, say
 from mmllm.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
 from mmllm.standins import CaptionSpace, each_by_the_others, noisy

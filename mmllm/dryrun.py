@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmllm.clip import CLIPVisionConfig
 from mmllm.config.schema import ExperimentConfig, ModelConfig, StageConfig
 from mmllm.data.samples import read_samples, share_images
 from mmllm.errors import ConfigError, DataError
-from mmllm.model import MultimodalConfig, MultimodalLLM, read_config
+from mmllm.models.clip import CLIPVisionConfig
+from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM, read_config
+from mmllm.models.qwen import Qwen2Config
 from mmllm.plan import trained_parts
 from mmllm.prepare import prepare
-from mmllm.qwen import Qwen2Config
 from mmllm.runtime.device import choose_device
 from mmllm.simulate import step_peak
 from mmllm.storage.weights import read_json

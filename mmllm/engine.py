@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.beams import BeamSearch
-from mmllm.cache import EachRow, KVCache
 from mmllm.errors import GenerationError, RunError, UserError
 from mmllm.fixed import FixedStep
 from mmllm.layers.packed import Packed
 from mmllm.layers.quantized import FrozenLinear
-from mmllm.model import MultimodalLLM
+from mmllm.models.kv_cache import EachRow, KVCache
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.request import Generated, Handle, Hypothesis, Prefix, Prompt
 from mmllm.sampling import GenerationConfig, Row, choose, not_finite
 from mmllm.streaming import AnswerText, whole_text

@@ -20,7 +20,7 @@ from mmllm.data.chat import marked
 from mmllm.data.features import FeatureCache, FeatureTable
 from mmllm.data.samples import Sample, checked_samples
 from mmllm.errors import ConfigError
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.plan import named_out_of_memory, peak_flops
 from mmllm.prepare import prepare
 from mmllm.reporting.log import (

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.cache import EachRow
 from mmllm.config.schema import PRECISIONS
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
@@ -37,8 +36,9 @@ from mmllm.layers.packed import (
     settle_,
     side_by_side,
 )
-from mmllm.model import MultimodalLLM
-from mmllm.qwen import Cache, Qwen2Attention, Qwen2MLP, RMSNorm
+from mmllm.models.kv_cache import EachRow
+from mmllm.models.multimodal import MultimodalLLM
+from mmllm.models.qwen import Cache, Qwen2Attention, Qwen2MLP, RMSNorm
 
 
 def load_model(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "float32") -> MultimodalLLM:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from mmllm.engine import SLOTS, Engine
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.request import Generated, Handle, Prompt
 from mmllm.sampling import GenerationConfig
 

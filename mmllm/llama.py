@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mmllm.contestant import Work, speeds
-from mmllm.model import MultimodalConfig
+from mmllm.models.multimodal import MultimodalConfig
 from mmllm.pretrain import CONTROL_TOKENS
 from mmllm.random_model import prompt_ids
 from mmllm.runtime.device import peak_memory

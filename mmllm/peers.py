@@ -15,7 +15,7 @@ import torch
 from mmllm.config.schema import LoraConfig
 from mmllm.contestant import Work, speeds
 from mmllm.data.batches import Batch
-from mmllm.model import MultimodalConfig
+from mmllm.models.multimodal import MultimodalConfig
 from mmllm.random_model import fill_, picture, prompt_ids
 from mmllm.runtime.device import autocast, choose_device, peak_memory
 

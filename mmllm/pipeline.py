@@ -16,7 +16,7 @@ from mmllm.errors import UserError
 from mmllm.fast import load_model
 from mmllm.generate import drive
 from mmllm.kernels import cpu as kernels
-from mmllm.model import MultimodalLLM, read_surgery
+from mmllm.models.multimodal import MultimodalLLM, read_surgery
 from mmllm.reporting.log import note
 from mmllm.request import EncodedImage, Generated, Prompt
 from mmllm.runtime.device import choose_device

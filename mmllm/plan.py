@@ -13,7 +13,7 @@ from torch import nn
 
 from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.errors import RunError
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.device import peak_memory
 from mmllm.surgery import count_parameters, count_weights
 

@@ -20,7 +20,7 @@ from mmllm.data.chat import IGNORED
 from mmllm.data.samples import load_samples
 from mmllm.errors import run
 from mmllm.fast import load_model
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import say
 
 

@@ -13,7 +13,7 @@ from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import ConfigError
 from mmllm.layers.lora import adapters, add_lora_, fold_lora_, target_layers
 from mmllm.layers.quantized import quantize_
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.plan import is_trained, trained_parts
 from mmllm.reporting.log import say
 from mmllm.surgery import checkpoint_blocks_, compile_blocks_, exact_in_bfloat16, train_only_

@@ -26,16 +26,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.data.batches import collate
 from mmllm.data.chat import ChatProcessor, assistant, user
 from mmllm.data.image import ImageProcessor, decode
 from mmllm.data.samples import CAPTION_PROMPT, Sample, load_samples
 from mmllm.data.tokenizer import Tokenizer as ModelTokenizer
 from mmllm.errors import UserError, run
-from mmllm.model import IGNORED
+from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.models.multimodal import IGNORED
+from mmllm.models.qwen import Qwen2, Qwen2Config
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
-from mmllm.qwen import Qwen2, Qwen2Config
 from mmllm.reporting.log import say
 from mmllm.runtime.device import autocast, choose_device
 from mmllm.storage.weights import atomic_directory

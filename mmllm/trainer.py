@@ -24,7 +24,7 @@ from mmllm.data.batches import Batch, BatchLoader, ReadImage, allowed_broken, sa
 from mmllm.data.chat import IGNORED
 from mmllm.data.samples import Sample
 from mmllm.errors import DataError, RunError
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.plan import PART_OF, step_flops, trained_parts
 from mmllm.prepare import frozen_weights

@@ -15,7 +15,7 @@ from mmllm.data.chat import IMAGE
 from mmllm.data.samples import Sample
 from mmllm.errors import ImageError
 from mmllm.generate import generate
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import tell
 from mmllm.request import Prompt
 from mmllm.runtime.device import autocast

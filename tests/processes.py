@@ -32,7 +32,7 @@ from mmllm.errors import run
 from mmllm.experiment import train
 from mmllm.layers.lora import add_lora_
 from mmllm.layers.quantized import quantize_
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.distributed import World, full
 from mmllm.shard import is_sharded, shard_
 from mmllm.surgery import checkpoint_blocks_, train_only_

@@ -15,7 +15,7 @@ from mmllm.bench_train import OURS, PEER
 from mmllm.contestant import compete, speeds
 from mmllm.errors import RunError, UserError
 from mmllm.llama import gguf_name
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.random_model import prompt_ids, random_tokenizer, sizes, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny layers on several only wait for each other

@@ -7,11 +7,11 @@ import torch
 from tiny_run import write_world
 from torch.testing import assert_close
 
-from mmllm.branches import attention_of, join, positions_of, sources_of
 from mmllm.data.batches import BatchLoader, encode_shared, make_batch, ordered_batches, read_row, read_rows
 from mmllm.data.chat import IGNORED, assistant, user
 from mmllm.data.samples import Sample, share_images
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
+from mmllm.models.shared_prefix import attention_of, join, positions_of, sources_of
 from mmllm.trainer import accumulate_gradients, count_targets
 from mmllm.validation import validation_losses
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mmllm.cache import AllRows, EachRow, KVCache
-from mmllm.qwen import Qwen2, Qwen2Config
+from mmllm.models.kv_cache import AllRows, EachRow, KVCache
+from mmllm.models.qwen import Qwen2, Qwen2Config
 from official import QWEN, spread_
 
 CPU = torch.device("cpu")

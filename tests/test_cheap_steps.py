@@ -21,8 +21,8 @@ from mmllm.data.samples import Sample, load_samples
 from mmllm.errors import ConfigError
 from mmllm.experiment import train
 from mmllm.layers.lora import add_lora_
-from mmllm.loss import cross_entropy_sum
-from mmllm.model import MultimodalLLM
+from mmllm.models.loss import cross_entropy_sum
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.prepare import frozen_weights
 from mmllm.storage import checkpoint as disk
 from mmllm.surgery import compile_blocks_, hold_, train_only_
@@ -191,7 +191,7 @@ def test_the_loss_in_pieces_is_the_formula(model, monkeypatch):
     scores_MV = (x_MD @ model.language_model.lm_head.weight.T).double()
     wanted = sum(math.log(row.exp().sum()) - row[t] for row, t in zip(scores_MV, targets_M.tolist(), strict=True))
     for rows in (1, 3, 20, 100):
-        monkeypatch.setattr("mmllm.model.LOGITS_AT_ONCE", rows * 512)
+        monkeypatch.setattr("mmllm.models.multimodal.LOGITS_AT_ONCE", rows * 512)
         assert model.loss_sum(x_MD, targets_M).item() == pytest.approx(wanted.item(), rel=1e-6)
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.errors import CheckpointError
-from mmllm.model import vision_tensors
+from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.models.multimodal import vision_tensors
 from mmllm.storage.weights import load_strict_, read_json
 from official import write_clip
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_weights
 from mmllm.errors import CheckpointError, UserError
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from official import write_clip, write_qwen
 
 

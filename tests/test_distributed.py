@@ -22,7 +22,7 @@ from tiny_run import write_world
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
 from mmllm.experiment import train
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import ALONE, World, row_range
 from mmllm.shard import is_wanted

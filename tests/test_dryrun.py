@@ -8,7 +8,7 @@ from mmllm import bench_memory, experiment, trainer
 from mmllm.config.schema import ExperimentConfig
 from mmllm.dryrun import GAPS, stage_memory
 from mmllm.errors import RunError
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.plan import is_out_of_memory, named_out_of_memory, smaller
 from mmllm.random_model import random_model, sizes
 from mmllm.simulate import LiveBytes, step_peak

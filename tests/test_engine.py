@@ -14,7 +14,7 @@ from mmllm.fast import load_model
 from mmllm.fixed import FixedStep
 from mmllm.generate import generate_each
 from mmllm.layers.quantized import quantize_
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.request import Handle, Prompt
 from mmllm.sampling import GenerationConfig
 from official import write_model

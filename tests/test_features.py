@@ -16,7 +16,7 @@ from mmllm.data.features import FeatureCache, FeatureTable
 from mmllm.data.samples import load_samples
 from mmllm.errors import ConfigError, DataError, ImageError
 from mmllm.experiment import train
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.device import autocast
 

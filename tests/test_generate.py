@@ -7,7 +7,7 @@ import torch
 
 from mmllm.errors import GenerationError, UserError
 from mmllm.generate import generate
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.request import Prompt
 from mmllm.sampling import GenerationConfig
 from official import write_model

@@ -10,7 +10,7 @@ from conftest import ROOT
 from mmllm.errors import RunError
 from mmllm.kernels import cpu as kernels
 from mmllm.layers.quantized import quantize, quantize_int4
-from mmllm.qwen import rotate
+from mmllm.models.qwen import rotate
 
 SHAPES = [(16, 32), (37, 64), (200, 896), (1152, 160)]
 needs_compiler = pytest.mark.usefixtures("compiler")

@@ -18,7 +18,7 @@ from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train
 from mmllm.layers.lora import adapters, add_lora_, fold_lora_, merge_lora_, unmerge_lora_
-from mmllm.model import MultimodalConfig, MultimodalLLM
+from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM
 from mmllm.storage import checkpoint as disk
 from mmllm.surgery import count_parameters, train_only_
 from mmllm.trainer import accumulate_gradients

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from mmllm.data.chat import IGNORED, assistant, user
 from mmllm.errors import CheckpointError
 from mmllm.generate import generate
-from mmllm.model import MultimodalConfig, MultimodalLLM
+from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM
 from mmllm.request import Prompt
 from mmllm.sampling import GenerationConfig
 from mmllm.surgery import count_parameters
@@ -122,7 +122,7 @@ def test_the_loss_in_pieces_is_the_loss_at_once(ours, monkeypatch):
     x, targets = torch.randn(50, 64, requires_grad=True), torch.arange(50)
     whole = ours.loss_sum(x, targets)
     (wanted,) = torch.autograd.grad(whole, x)
-    monkeypatch.setattr("mmllm.model.LOGITS_AT_ONCE", 7 * 512)
+    monkeypatch.setattr("mmllm.models.multimodal.LOGITS_AT_ONCE", 7 * 512)
     pieces = ours.loss_sum(x, targets)
     (got,) = torch.autograd.grad(pieces, x)
     torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=0)

@@ -9,7 +9,7 @@ from PIL import Image
 from mmllm import MultimodalInferencePipeline, MultimodalLLM
 from mmllm.data.chat import IMAGE, user
 from mmllm.errors import ImageError, UserError
-from mmllm.model import MultimodalConfig
+from mmllm.models.multimodal import MultimodalConfig
 from mmllm.pipeline import default_model, load_pipeline
 from mmllm.sampling import GenerationConfig
 from official import write_model

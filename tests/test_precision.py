@@ -6,7 +6,7 @@ import torch
 from tiny_run import write_world
 
 from mmllm import precision
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 
 
 def test_distance_is_nothing_from_itself_and_the_divergence_is_that_of_kullback_and_leibler():

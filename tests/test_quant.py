@@ -17,7 +17,7 @@ from mmllm.errors import CheckpointError, ConfigError
 from mmllm.experiment import train
 from mmllm.layers.lora import add_lora_, merge_lora_
 from mmllm.layers.quantized import Int4Linear, Int8Linear, quantize, quantize_, quantize_int4
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.storage import checkpoint as disk
 from mmllm.surgery import count_weights, train_only_
 from mmllm.trainer import accumulate_gradients

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPVisionModelWithProjection, Qwen2ForC
 from mmllm import toy
 from mmllm.data.samples import load_samples, share_images
 from mmllm.evaluate import tasks_of
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 
 
 def scenes(n: int, **options) -> list[toy.Scene]:

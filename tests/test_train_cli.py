@@ -115,7 +115,7 @@ def test_an_unknown_source_is_refused_and_nothing_is_downloaded():
 
 
 def test_the_operations_of_a_step_are_those_of_its_matrices():
-    from mmllm.model import MultimodalLLM, torch
+    from mmllm.models.multimodal import MultimodalLLM, torch
 
     with torch.device("meta"):
         model = MultimodalLLM(architecture(ExperimentConfig().model))

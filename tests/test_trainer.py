@@ -20,7 +20,7 @@ from mmllm.data.batches import make_batch, read_row
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.experiment import train
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.optim import learning_rate_at
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import World

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmllm.errors import CheckpointError, RunError
-from mmllm.model import language_tensors, vision_tensors
-from mmllm.qwen import Qwen2Config
+from mmllm.models.multimodal import language_tensors, vision_tensors
+from mmllm.models.qwen import Qwen2Config
 from mmllm.storage.weights import (
     atomic_directory,
     load_strict_,

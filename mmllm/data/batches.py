@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmllm.branches import PADDING, join
+from mmllm.models.shared_prefix import PADDING, join
 from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Encoded
 from mmllm.config.schema import DataConfig
 from mmllm.data.samples import Sample

@@ -267,7 +267,7 @@ def main() -> None:
     options = parser.parse_args()
     from mmllm.data.batches import encode_shared  # the modules above this one that the command needs
     from mmllm.data.samples import load_samples, share_images
-    from mmllm.model import read_config
+    from mmllm.models.multimodal import read_config
 
     config, system = read_config(options.model)
     processor = ChatProcessor.load(options.model, config.num_image_tokens, system)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmllm.errors import DataError, ImageError
-from mmllm.model import MultimodalLLM
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.device import autocast
 
 AT_ONCE = 32  # pictures in one pass of the tower

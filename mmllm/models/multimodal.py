@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmllm.branches import attention_of, positions_of, sources_of
-from mmllm.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.models.shared_prefix import attention_of, positions_of, sources_of
+from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.config.schema import LoraConfig
 from mmllm.data.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
 from mmllm.data.image import ImageProcessor
@@ -36,9 +36,9 @@ from mmllm.layers.lora import (
 )
 from mmllm.layers.packed import blank_, settle_
 from mmllm.layers.quantized import ROUNDINGS, quantize_
-from mmllm.loss import cross_entropy_sum
-from mmllm.projector import Projector
-from mmllm.qwen import Qwen2, Qwen2Config
+from mmllm.models.loss import cross_entropy_sum
+from mmllm.models.projector import Projector
+from mmllm.models.qwen import Qwen2, Qwen2Config
 from mmllm.storage.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_integers
 from mmllm.surgery import WithoutValues
 

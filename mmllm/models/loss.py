@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmllm.qwen import at_least_float32
+from mmllm.models.qwen import at_least_float32
 
 
 def cross_entropy_sum(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int) -> Tensor:
