@@ -49,7 +49,7 @@ def main() -> None:
     import torch
 
     from mmllm.data.chat import DEFAULT_SYSTEM
-    from mmllm.fast import make_int8_
+    from mmllm.inference.optimize import make_int8_
     from mmllm.models.multimodal import MultimodalLLM
     from mmllm.storage.weights import refuse_not_finite
     from mmllm.surgery import count_weights

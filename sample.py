@@ -55,8 +55,8 @@ def at_least_one(text: str) -> int:
 def main() -> int:
     options = parse()
     # torch takes two seconds to import: only now that the command line is known to be right
-    from mmllm.pipeline import load_pipeline
-    from mmllm.sampling import GenerationConfig
+    from mmllm.inference.pipeline import load_pipeline
+    from mmllm.inference.sampling import GenerationConfig
 
     config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,

@@ -39,7 +39,7 @@ def __getattr__(name: str):
 
 def settings_for(flags: dict[str, object]):
     """The server's Settings: a flag wins over the environment, and the model is one that is there."""
-    from mmllm.pipeline import default_model
+    from mmllm.inference.pipeline import default_model
     from mmllm.settings import Settings
 
     settings = replace(Settings.from_environment(os.environ), **flags)
@@ -47,7 +47,7 @@ def settings_for(flags: dict[str, object]):
 
 
 def make_app(settings):
-    from mmllm.pipeline import load_pipeline
+    from mmllm.inference.pipeline import load_pipeline
     from mmllm.server import create_app
 
     return create_app(lambda: load_pipeline(settings.model, device=settings.device, dtype=settings.dtype), settings)

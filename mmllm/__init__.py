@@ -12,7 +12,7 @@ __all__ = ["ExperimentConfig", "MultimodalEvaluator", "MultimodalInferencePipeli
 _MODULE_OF = {
     "ExperimentConfig": "mmllm.config.schema",
     "MultimodalEvaluator": "mmllm.scoring",
-    "MultimodalInferencePipeline": "mmllm.pipeline",
+    "MultimodalInferencePipeline": "mmllm.inference.pipeline",
     "MultimodalLLM": "mmllm.models.multimodal",
 }
 

@@ -21,17 +21,17 @@ from mmllm import llama, peers
 from mmllm.bench_rows import Goal
 from mmllm.config.schema import PRECISIONS
 from mmllm.contestant import Work, compete, speeds
-from mmllm.engine import Engine
 from mmllm.errors import RunError
-from mmllm.fast import make_int8_
-from mmllm.generate import drive
+from mmllm.inference.engine import Engine
+from mmllm.inference.generate import drive
+from mmllm.inference.optimize import make_int8_
+from mmllm.inference.pipeline import load_pipeline
+from mmllm.inference.request import Prompt
+from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.pipeline import load_pipeline
 from mmllm.random_model import picture, prompt_ids, sizes, write_model
 from mmllm.reporting.log import say
-from mmllm.request import Prompt
 from mmllm.runtime.device import choose_device, peak_memory
-from mmllm.sampling import GenerationConfig
 
 CAPTION_TOKENS = 20
 PRECISIONS_OF = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8")}

@@ -41,11 +41,11 @@ from mmllm.data.samples import CAPTION_PROMPT, load_samples
 from mmllm.errors import DataError, UserError, run
 from mmllm.evaluate import at_least_one, make_directory, table, write_json
 from mmllm.experiment import train
-from mmllm.generate import GenerationConfig, Prompt, generate
+from mmllm.inference.generate import GenerationConfig, Prompt, generate
+from mmllm.inference.pipeline import load_pipeline
 from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.pipeline import load_pipeline
 from mmllm.pretrain import build_tokenizer, initialise_, write_clip, write_qwen
 from mmllm.ptb import words
 from mmllm.reporting.log import duration, say

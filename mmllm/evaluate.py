@@ -87,8 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     without_java = MultimodalEvaluator(meteor=False)
     # torch takes two seconds to import: only now that the command line is known to be right
     from mmllm.data.samples import load_samples
-    from mmllm.pipeline import default_model, load_pipeline
-    from mmllm.sampling import GenerationConfig
+    from mmllm.inference.pipeline import default_model, load_pipeline
+    from mmllm.inference.sampling import GenerationConfig
 
     tasks = tasks_of(load_samples(options.data, options.image_dir, options.split), options.task)[: options.limit]
     check_pictures(tasks)
@@ -179,7 +179,7 @@ def with_other_pictures(tasks: list[Task], seed: int) -> list[Task]:
 def predict(pipeline, tasks: list[Task], config, slots: int, name: str) -> list[str]:
     """What the model says, in the order of the tasks, `slots` of them side by side; pictures are read a few ahead."""
     from mmllm.data.batches import prefetch
-    from mmllm.generate import generate_each
+    from mmllm.inference.generate import generate_each
 
     def prompt(number: int):
         return pipeline.prompt(list(tasks[number].messages), list(tasks[number].images))

@@ -19,7 +19,7 @@ from mmllm.data.batches import Batch, make_batch, read_row
 from mmllm.data.chat import IGNORED
 from mmllm.data.samples import load_samples
 from mmllm.errors import run
-from mmllm.fast import load_model
+from mmllm.inference.optimize import load_model
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import say
 

@@ -51,9 +51,9 @@ from mmllm.http import (
     read_body,
     unless_gone,
 )
-from mmllm.pipeline import DEFAULT_PROMPT, MultimodalInferencePipeline
-from mmllm.request import Generated, Prompt
-from mmllm.sampling import GenerationConfig
+from mmllm.inference.pipeline import DEFAULT_PROMPT, MultimodalInferencePipeline
+from mmllm.inference.request import Generated, Prompt
+from mmllm.inference.sampling import GenerationConfig
 from mmllm.settings import Settings
 from mmllm.sse import EventStream, Pieces
 from mmllm.worker import Worker

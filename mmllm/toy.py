@@ -28,9 +28,9 @@ from mmllm.data.image import ImageProcessor
 from mmllm.data.samples import CAPTION_PROMPT
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import run
+from mmllm.inference.pipeline import load_pipeline
 from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.pipeline import load_pipeline
 from mmllm.pretrain import build_tokenizer, initialise_, pretrain_clip, pretrain_qwen, write_clip, write_qwen
 from mmllm.reporting.log import duration, say
 from mmllm.storage.weights import atomic_directory

@@ -14,13 +14,13 @@ from mmllm.data.batches import ReadImage, allowed_broken, ordered_batches
 from mmllm.data.chat import IMAGE
 from mmllm.data.samples import Sample
 from mmllm.errors import ImageError
-from mmllm.generate import generate
+from mmllm.inference.generate import generate
+from mmllm.inference.request import Prompt
+from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import tell
-from mmllm.request import Prompt
 from mmllm.runtime.device import autocast
 from mmllm.runtime.distributed import ALONE, World
-from mmllm.sampling import GenerationConfig
 from mmllm.shard import is_sharded
 
 CAPTION_TOKENS = 40  # of a sampled caption

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from mmllm.data.chat import user
-from mmllm.engine import GROWTH, Engine
 from mmllm.errors import RunError, UserError
-from mmllm.generate import drive
-from mmllm.pipeline import MultimodalInferencePipeline
-from mmllm.request import Generated, Handle, Prompt
-from mmllm.sampling import GenerationConfig
+from mmllm.inference.engine import GROWTH, Engine
+from mmllm.inference.generate import drive
+from mmllm.inference.pipeline import MultimodalInferencePipeline
+from mmllm.inference.request import Generated, Handle, Prompt
+from mmllm.inference.sampling import GenerationConfig
 
 log = logging.getLogger("mmllm.server")
 

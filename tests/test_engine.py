@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mmllm.engine import Engine
 from mmllm.errors import GenerationError, UserError
-from mmllm.fast import load_model
-from mmllm.fixed import FixedStep
-from mmllm.generate import generate_each
+from mmllm.inference.engine import Engine
+from mmllm.inference.generate import generate_each
+from mmllm.inference.optimize import load_model
+from mmllm.inference.request import Handle, Prompt
+from mmllm.inference.sampling import GenerationConfig
+from mmllm.inference.static_step import FixedStep
 from mmllm.layers.quantized import quantize_
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.request import Handle, Prompt
-from mmllm.sampling import GenerationConfig
 from official import write_model
 
 NO_IMAGE = torch.zeros(0, 3, 32, 32)
@@ -292,7 +292,7 @@ def test_many_prompts_are_answered_in_order_and_taken_as_slots_become_free(model
 
 
 def test_a_step_of_fixed_shape_gives_the_same_answers(model):
-    from mmllm.fixed import FixedStep
+    from mmllm.inference.static_step import FixedStep
 
     requests = ragged_requests(model)[:12]
     engine = Engine(model, 4, max_length=512)

@@ -9,14 +9,14 @@ from torch import nn
 import convert_weights
 from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
 from mmllm.errors import CheckpointError, ConfigError, UserError
-from mmllm.fast import load_model
+from mmllm.inference.optimize import load_model
+from mmllm.inference.pipeline import load_pipeline
 from mmllm.kernels import cpu as kernels
 from mmllm.layers.lora import adapters, add_lora_
 from mmllm.layers.packed import Int8Packed
 from mmllm.layers.quantized import quantize_
 from mmllm.models.kv_cache import EachRow, KVCache
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.pipeline import load_pipeline
 from mmllm.prepare import prepare
 from official import write_model
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mmllm.errors import GenerationError, UserError
-from mmllm.generate import generate
+from mmllm.inference.generate import generate
+from mmllm.inference.request import Prompt
+from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.request import Prompt
-from mmllm.sampling import GenerationConfig
 from official import write_model
 
 NO_IMAGE = torch.zeros(0, 3, 32, 32)

@@ -8,10 +8,10 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 
 from mmllm.data.chat import IGNORED, assistant, user
 from mmllm.errors import CheckpointError
-from mmllm.generate import generate
+from mmllm.inference.generate import generate
+from mmllm.inference.request import Prompt
+from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM
-from mmllm.request import Prompt
-from mmllm.sampling import GenerationConfig
 from mmllm.surgery import count_parameters
 from official import write_clip, write_model, write_qwen
 

@@ -9,9 +9,9 @@ from PIL import Image
 from mmllm import MultimodalInferencePipeline, MultimodalLLM
 from mmllm.data.chat import IMAGE, user
 from mmllm.errors import ImageError, UserError
+from mmllm.inference.pipeline import default_model, load_pipeline
+from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalConfig
-from mmllm.pipeline import default_model, load_pipeline
-from mmllm.sampling import GenerationConfig
 from official import write_model
 
 SHORT = GenerationConfig(max_new_tokens=6)

@@ -161,5 +161,5 @@ def test_from_the_command_to_the_answer_nothing_is_imported_that_is_not_needed(f
     )
     assert result.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "torch" in imported and "mmllm.engine" in imported
+    assert "torch" in imported and "mmllm.inference.engine" in imported
     assert not imported & {"torch._dynamo", "sympy", "huggingface_hub", "transformers", "starlette"}

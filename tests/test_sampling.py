@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from mmllm.errors import UserError
-from mmllm.sampling import (
+from mmllm.inference.sampling import (
     GenerationConfig,
     Row,
     choose,

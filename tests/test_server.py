@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 import serve
 from mmllm.data.chat import user
 from mmllm.errors import CheckpointError, UserError, run
-from mmllm.pipeline import load_pipeline
-from mmllm.sampling import GenerationConfig
+from mmllm.inference.pipeline import load_pipeline
+from mmllm.inference.sampling import GenerationConfig
 from mmllm.server import create_app
 from mmllm.settings import Settings
 from official import write_model

@@ -14,7 +14,7 @@ from serving import BASE64, FOREVER, Real, answer, app, ask, fault, head, ready,
 from starlette.testclient import TestClient
 
 from mmllm.http import HttpError
-from mmllm.pipeline import load_pipeline
+from mmllm.inference.pipeline import load_pipeline
 from mmllm.server import Server, create_app
 from mmllm.settings import Settings
 from mmllm.sse import MOST_UNSENT, EventStream, Pieces

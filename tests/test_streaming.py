@@ -5,7 +5,7 @@ import random
 import pytest
 
 from mmllm.data.tokenizer import Tokenizer
-from mmllm.streaming import AnswerText
+from mmllm.inference.text_stream import AnswerText
 from official import write_tokenizer
 
 

@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mmllm.beams import BeamSearch
 from mmllm.errors import GenerationError, RunError, UserError
-from mmllm.fixed import FixedStep
+from mmllm.inference.beam_search import BeamSearch
+from mmllm.inference.request import Generated, Handle, Hypothesis, Prefix, Prompt
+from mmllm.inference.sampling import GenerationConfig, Row, choose, not_finite
+from mmllm.inference.static_step import FixedStep
+from mmllm.inference.text_stream import AnswerText, whole_text
 from mmllm.layers.packed import Packed
 from mmllm.layers.quantized import FrozenLinear
 from mmllm.models.kv_cache import EachRow, KVCache
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.request import Generated, Handle, Hypothesis, Prefix, Prompt
-from mmllm.sampling import GenerationConfig, Row, choose, not_finite
-from mmllm.streaming import AnswerText, whole_text
 
 GROWTH = 256  # tokens by which the cache grows; GPUs want masks of a multiple of 8
 SLOTS = {"cpu": 4, "cuda": 64, "mps": 4}  # requests side by side where nobody says how many

@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.data.chat import Message, assistant, user
-from mmllm.engine import Engine
 from mmllm.errors import UserError
-from mmllm.fast import load_model
-from mmllm.generate import drive
+from mmllm.inference.engine import Engine
+from mmllm.inference.generate import drive
+from mmllm.inference.optimize import load_model
+from mmllm.inference.request import EncodedImage, Generated, Prompt
+from mmllm.inference.sampling import GenerationConfig
 from mmllm.kernels import cpu as kernels
 from mmllm.models.multimodal import MultimodalLLM, read_surgery
 from mmllm.reporting.log import note
-from mmllm.request import EncodedImage, Generated, Prompt
 from mmllm.runtime.device import choose_device
-from mmllm.sampling import GenerationConfig
 from mmllm.storage.weights import locate
 
 # a path, encoded bytes, a data URI, a PIL image, or what `encode_image` gave

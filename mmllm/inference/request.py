@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mmllm.sampling import GenerationConfig
+from mmllm.inference.sampling import GenerationConfig
 
 
 @dataclass(frozen=True)

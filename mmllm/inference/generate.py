@@ -6,10 +6,10 @@ Next: pipeline.py.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from mmllm.engine import SLOTS, Engine
+from mmllm.inference.engine import SLOTS, Engine
+from mmllm.inference.request import Generated, Handle, Prompt
+from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.request import Generated, Handle, Prompt
-from mmllm.sampling import GenerationConfig
 
 
 def generate(

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmllm.sampling import GenerationConfig, forbid, not_finite, penalise_repetition, seen_in
+from mmllm.inference.sampling import GenerationConfig, forbid, not_finite, penalise_repetition, seen_in
 
 
 class BeamSearch:

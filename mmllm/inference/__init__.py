@@ -1,0 +1,1 @@
+"""From prompts to answers: pipeline, engine, sampling, beam search."""
