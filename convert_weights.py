@@ -52,7 +52,7 @@ def main() -> None:
     from mmllm.inference.optimize import make_int8_
     from mmllm.models.multimodal import MultimodalLLM
     from mmllm.storage.weights import refuse_not_finite
-    from mmllm.surgery import count_weights
+    from mmllm.training.surgery import count_weights
 
     if options.model:
         model = MultimodalLLM.from_pretrained(options.model, dtype=None)

@@ -51,14 +51,14 @@ def main() -> int:
 
 
 def dry_run(config: ExperimentConfig) -> int:
-    from mmllm.dryrun import describe
+    from mmllm.training.dry_run import describe
 
     print("\n".join(describe(config)))
     return 0
 
 
 def train(config: ExperimentConfig, origins: dict[str, str], options: argparse.Namespace) -> int:
-    from mmllm import experiment
+    from mmllm.training import experiment
 
     return experiment.train(
         config,

@@ -8,11 +8,11 @@ import torch
 
 from mmllm.bench_train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_model, steps_of
 from mmllm.contestant import Work, compete
-from mmllm.dryrun import stage_memory
 from mmllm.random_model import sizes
 from mmllm.reporting.log import say
 from mmllm.runtime.device import choose_device, forget_peak, peak_memory
-from mmllm.surgery import hold_
+from mmllm.training.dry_run import stage_memory
+from mmllm.training.surgery import hold_
 
 CASES = ("stage 1", "stage 2, full", "stage 2, LoRA", "stage 2, LoRA on int8")
 VARIANTS = tuple((bf16, checkpointing) for bf16 in (True, False) for checkpointing in (False, True))

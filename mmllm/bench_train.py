@@ -26,15 +26,15 @@ from mmllm.data.batches import Batch, collate
 from mmllm.data.chat import IGNORED, Encoded
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.shared_prefix import join
-from mmllm.optim import adamw
-from mmllm.plan import peak_flops, step_flops, trained_parts
-from mmllm.prepare import frozen_weights, prepare
 from mmllm.random_model import random_model, sizes
 from mmllm.reporting.log import say
 from mmllm.runtime.device import choose_device, forget_peak, keep_freed_memory, peak_memory, synchronize
 from mmllm.runtime.distributed import World
-from mmllm.surgery import hold_, train_only_
-from mmllm.trainer import stage_groups, step_counts, update_
+from mmllm.training.optim import adamw
+from mmllm.training.out_of_memory import peak_flops, step_flops, trained_parts
+from mmllm.training.prepare import frozen_weights, prepare
+from mmllm.training.stage import stage_groups, step_counts, update_
+from mmllm.training.surgery import hold_, train_only_
 
 TOKENS, LEARNT = 128, 40
 RATE = 1e-5

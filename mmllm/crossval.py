@@ -40,7 +40,6 @@ from mmllm.data.image import ImageProcessor
 from mmllm.data.samples import CAPTION_PROMPT, load_samples
 from mmllm.errors import DataError, UserError, run
 from mmllm.evaluate import at_least_one, make_directory, table, write_json
-from mmllm.experiment import train
 from mmllm.inference.generate import GenerationConfig, Prompt, generate
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
@@ -51,6 +50,7 @@ from mmllm.ptb import words
 from mmllm.reporting.log import duration, say
 from mmllm.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
 from mmllm.standins import CaptionSpace, each_by_the_others, noisy
+from mmllm.training.experiment import train
 
 Captions = dict[str, tuple[str, ...]]  # by picture name
 

@@ -35,10 +35,10 @@ from mmllm.errors import UserError, run
 from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.models.multimodal import IGNORED
 from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.reporting.log import say
 from mmllm.runtime.device import autocast, choose_device
 from mmllm.storage.weights import atomic_directory
+from mmllm.training.optim import adamw, parameter_groups, set_learning_rates_
 
 CONTROL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),

@@ -29,14 +29,14 @@ from mmllm.data.batches import Batch, make_batch, read_row
 from mmllm.data.chat import IGNORED
 from mmllm.data.samples import load_samples
 from mmllm.errors import run
-from mmllm.experiment import train
 from mmllm.layers.lora import add_lora_
 from mmllm.layers.quantized import quantize_
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.distributed import World, full
-from mmllm.shard import is_sharded, shard_
-from mmllm.surgery import checkpoint_blocks_, train_only_
-from mmllm.trainer import accumulate_gradients, step_counts
+from mmllm.training.experiment import train
+from mmllm.training.fsdp import is_sharded, shard_
+from mmllm.training.stage import accumulate_gradients, step_counts
+from mmllm.training.surgery import checkpoint_blocks_, train_only_
 
 FORGOTTEN_S = 300  # a group that is not done by then is killed, and its codes say so
 

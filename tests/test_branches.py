@@ -12,8 +12,8 @@ from mmllm.data.chat import IGNORED, assistant, user
 from mmllm.data.samples import Sample, share_images
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.shared_prefix import attention_of, join, positions_of, sources_of
-from mmllm.trainer import accumulate_gradients, count_targets
-from mmllm.validation import validation_losses
+from mmllm.training.stage import accumulate_gradients, count_targets
+from mmllm.training.validation import validation_losses
 
 
 @pytest.fixture(scope="module")

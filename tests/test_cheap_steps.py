@@ -19,14 +19,14 @@ from mmllm.data.batches import BatchLoader, make_batch, read_row, sample_order
 from mmllm.data.chat import assistant, user
 from mmllm.data.samples import Sample, load_samples
 from mmllm.errors import ConfigError
-from mmllm.experiment import train
 from mmllm.layers.lora import add_lora_
 from mmllm.models.loss import cross_entropy_sum
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.prepare import frozen_weights
 from mmllm.storage import checkpoint as disk
-from mmllm.surgery import compile_blocks_, hold_, train_only_
-from mmllm.trainer import accumulate_gradients
+from mmllm.training.experiment import train
+from mmllm.training.prepare import frozen_weights
+from mmllm.training.stage import accumulate_gradients
+from mmllm.training.surgery import compile_blocks_, hold_, train_only_
 
 HAS_COMPILER = any(map(shutil.which, [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]))
 

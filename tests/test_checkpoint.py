@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from mmllm.errors import CheckpointError, RunError
-from mmllm.optim import adamw
 from mmllm.runtime.distributed import ALONE
 from mmllm.storage import checkpoint as disk
 from mmllm.storage.checkpoint_writer import CheckpointWriter
+from mmllm.training.optim import adamw
 
 
 class Model(nn.Linear):

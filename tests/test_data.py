@@ -24,7 +24,7 @@ from mmllm.data.samples import (
 )
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import DataError, ImageError
-from mmllm.resume import data_sha256
+from mmllm.training.resume import data_sha256
 from official import write_tokenizer
 
 CAT = {"image": "cat.jpg", "text": "A cat.", "prompt": "What is this?"}

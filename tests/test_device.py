@@ -40,7 +40,7 @@ WEIGHTS = """
 import torch
 from torch import nn
 from mmllm.runtime.device import forget_peak, keep_freed_memory, peak_memory
-from mmllm.surgery import hold_
+from mmllm.training.surgery import hold_
 cpu = torch.device("cpu")
 weights = [nn.Parameter(torch.ones(n, 2**20), False) for n in (4, 16, 8, 12, 10)]
 keep_freed_memory(cpu)

@@ -21,13 +21,13 @@ from tiny_run import write_world
 
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
-from mmllm.experiment import train
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import ALONE, World, row_range
-from mmllm.shard import is_wanted
 from mmllm.storage import checkpoint as disk
-from mmllm.trainer import accumulate_gradients
+from mmllm.training.experiment import train
+from mmllm.training.fsdp import is_wanted
+from mmllm.training.stage import accumulate_gradients
 
 pytestmark = pytest.mark.timeout(900)  # a launch runs many groups
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

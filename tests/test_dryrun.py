@@ -4,14 +4,16 @@ import pytest
 import torch
 from tiny_run import write_world
 
-from mmllm import bench_memory, experiment, trainer
+from mmllm import bench_memory
 from mmllm.config.schema import ExperimentConfig
-from mmllm.dryrun import GAPS, stage_memory
 from mmllm.errors import RunError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.plan import is_out_of_memory, named_out_of_memory, smaller
 from mmllm.random_model import random_model, sizes
-from mmllm.simulate import LiveBytes, step_peak
+from mmllm.training import experiment
+from mmllm.training import stage as trainer
+from mmllm.training.dry_run import GAPS, stage_memory
+from mmllm.training.out_of_memory import is_out_of_memory, named_out_of_memory, smaller
+from mmllm.training.step_memory import LiveBytes, step_peak
 
 CPU = torch.device("cpu")
 # torch's words, from c10/core/impl/alloc_cpu.cpp

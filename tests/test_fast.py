@@ -17,7 +17,7 @@ from mmllm.layers.packed import Int8Packed
 from mmllm.layers.quantized import quantize_
 from mmllm.models.kv_cache import EachRow, KVCache
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.prepare import prepare
+from mmllm.training.prepare import prepare
 from official import write_model
 
 ERRORS = {"float32": 0, "bfloat16": 0.02, "int8": 0.04, "int8-dynamic": 0.1, "int4": 0.5}  # of logits, relative

@@ -13,11 +13,11 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_run import break_picture, directory_of, weights, write_world
 
-from mmllm import trainer
 from mmllm.errors import ConfigError, DataError, RunError, UserError
-from mmllm.experiment import train
 from mmllm.reporting.log import read_metrics
 from mmllm.storage import checkpoint as disk
+from mmllm.training import stage as trainer
+from mmllm.training.experiment import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,10 +15,10 @@ from mmllm.data.batches import make_batch, read_rows
 from mmllm.data.features import FeatureCache, FeatureTable
 from mmllm.data.samples import load_samples
 from mmllm.errors import ConfigError, DataError, ImageError
-from mmllm.experiment import train
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.device import autocast
+from mmllm.training.experiment import train
 
 
 @pytest.fixture(scope="module")

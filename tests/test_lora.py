@@ -16,12 +16,12 @@ from mmllm.data.batches import make_batch, read_row
 from mmllm.data.chat import assistant, user
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
-from mmllm.experiment import train
 from mmllm.layers.lora import adapters, add_lora_, fold_lora_, merge_lora_, unmerge_lora_
 from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM
 from mmllm.storage import checkpoint as disk
-from mmllm.surgery import count_parameters, train_only_
-from mmllm.trainer import accumulate_gradients
+from mmllm.training.experiment import train
+from mmllm.training.stage import accumulate_gradients
+from mmllm.training.surgery import count_parameters, train_only_
 from official import write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by peft

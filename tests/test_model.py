@@ -12,7 +12,7 @@ from mmllm.inference.generate import generate
 from mmllm.inference.request import Prompt
 from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM
-from mmllm.surgery import count_parameters
+from mmllm.training.surgery import count_parameters
 from official import write_clip, write_model, write_qwen
 
 

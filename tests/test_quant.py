@@ -14,13 +14,13 @@ from mmllm.config.schema import ExperimentConfig, LoraConfig
 from mmllm.data.batches import make_batch, read_row
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
-from mmllm.experiment import train
 from mmllm.layers.lora import add_lora_, merge_lora_
 from mmllm.layers.quantized import Int4Linear, Int8Linear, quantize, quantize_, quantize_int4
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.storage import checkpoint as disk
-from mmllm.surgery import count_weights, train_only_
-from mmllm.trainer import accumulate_gradients
+from mmllm.training.experiment import train
+from mmllm.training.stage import accumulate_gradients
+from mmllm.training.surgery import count_weights, train_only_
 from official import write_model
 
 

@@ -12,11 +12,11 @@ from tiny_run import write_world
 
 import train
 from mmllm.config.schema import ExperimentConfig
-from mmllm.dryrun import architecture, describe
 from mmllm.errors import ConfigError
-from mmllm.plan import step_flops
 from mmllm.storage import checkpoint as disk
-from mmllm.surgery import train_only_
+from mmllm.training.dry_run import architecture, describe
+from mmllm.training.out_of_memory import step_flops
+from mmllm.training.surgery import train_only_
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,19 +14,20 @@ from safetensors.torch import load_file
 from tiny_run import directory_of, weights, write_world
 from torch.testing import assert_close
 
-from mmllm import evaluate, trainer
+from mmllm import evaluate
 from mmllm.config.schema import ExperimentConfig
 from mmllm.data.batches import make_batch, read_row
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
-from mmllm.experiment import train
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.optim import learning_rate_at
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import World
 from mmllm.storage import checkpoint as disk
-from mmllm.surgery import checkpoint_blocks_, train_only_
-from mmllm.validation import sample_captions, validation_losses
+from mmllm.training import stage as trainer
+from mmllm.training.experiment import train
+from mmllm.training.optim import learning_rate_at
+from mmllm.training.surgery import checkpoint_blocks_, train_only_
+from mmllm.training.validation import sample_captions, validation_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = ("projector", "language_model", "vision_tower")

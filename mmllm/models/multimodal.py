@@ -40,7 +40,7 @@ from mmllm.models.loss import cross_entropy_sum
 from mmllm.models.projector import Projector
 from mmllm.models.qwen import Qwen2, Qwen2Config
 from mmllm.storage.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_integers
-from mmllm.surgery import WithoutValues
+from mmllm.training.surgery import WithoutValues
 
 LOGITS_AT_ONCE = 2**23  # numbers in one piece of logits: 32 MiB in float32
 ROOM_BESIDE_A_GRADIENT = 8  # times as many where the head is trained: each piece makes a gradient of the whole head

@@ -27,7 +27,7 @@ from mmllm.reporting.log import say
 from mmllm.runtime.distributed import World, local, rows_for
 from mmllm.storage.sharded_file import Layout, create
 from mmllm.storage.weights import new_directory, publish, read_safetensors, removed_on_error, reported
-from mmllm.surgery import count_parameters, count_weights
+from mmllm.training.surgery import count_parameters, count_weights
 
 FORMAT = 1
 NAME = re.compile(r"checkpoint-epoch-(\d+)-step-(\d+)")

@@ -21,7 +21,7 @@ from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import tell
 from mmllm.runtime.device import autocast
 from mmllm.runtime.distributed import ALONE, World
-from mmllm.shard import is_sharded
+from mmllm.training.fsdp import is_sharded
 
 CAPTION_TOKENS = 40  # of a sampled caption
 

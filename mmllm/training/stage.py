@@ -25,23 +25,18 @@ from mmllm.data.chat import IGNORED
 from mmllm.data.samples import Sample
 from mmllm.errors import DataError, RunError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.optim import adamw, parameter_groups, set_learning_rates_
-from mmllm.plan import PART_OF, step_flops, trained_parts
-from mmllm.prepare import frozen_weights
 from mmllm.reporting.log import RunLog, duration, progress_line, say, warned_of_disk, write_report
 from mmllm.runtime.device import autocast, peak_memory
 from mmllm.runtime.distributed import World, full
 from mmllm.runtime.signals import StopSignal
-from mmllm.shard import gathered, is_sharded, reduce_after_
 from mmllm.storage import checkpoint as disk
 from mmllm.storage.checkpoint_writer import CheckpointWriter
-from mmllm.surgery import (
-    count_parameters,
-    count_weights,
-    hold_,
-    train_only_,
-)
-from mmllm.validation import sample_captions, validation_losses
+from mmllm.training.fsdp import gathered, is_sharded, reduce_after_
+from mmllm.training.optim import adamw, parameter_groups, set_learning_rates_
+from mmllm.training.out_of_memory import PART_OF, step_flops, trained_parts
+from mmllm.training.prepare import frozen_weights
+from mmllm.training.surgery import count_parameters, count_weights, hold_, train_only_
+from mmllm.training.validation import sample_captions, validation_losses
 
 NAMES_SHOWN = 8
 

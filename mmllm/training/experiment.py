@@ -21,8 +21,6 @@ from mmllm.data.features import FeatureCache, FeatureTable
 from mmllm.data.samples import Sample, checked_samples
 from mmllm.errors import ConfigError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.plan import named_out_of_memory, peak_flops
-from mmllm.prepare import prepare
 from mmllm.reporting.log import (
     OtherLog,
     RunLog,
@@ -33,15 +31,17 @@ from mmllm.reporting.log import (
     warned_of_disk,
     write_report,
 )
-from mmllm.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
 from mmllm.runtime.device import keep_freed_memory
 from mmllm.runtime.distributed import World
 from mmllm.runtime.signals import StopSignal
-from mmllm.shard import is_wanted, shard_
 from mmllm.storage import checkpoint as disk
 from mmllm.storage.checkpoint_writer import CheckpointWriter
 from mmllm.storage.weights import reported
-from mmllm.trainer import Position, Run, run_stage, steps_per_epoch
+from mmllm.training.fsdp import is_wanted, shard_
+from mmllm.training.out_of_memory import named_out_of_memory, peak_flops
+from mmllm.training.prepare import prepare
+from mmllm.training.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
+from mmllm.training.stage import Position, Run, run_stage, steps_per_epoch
 
 
 def train(

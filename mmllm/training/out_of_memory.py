@@ -15,7 +15,7 @@ from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.errors import RunError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.device import peak_memory
-from mmllm.surgery import count_parameters, count_weights
+from mmllm.training.surgery import count_parameters, count_weights
 
 PART_OF = {  # the words of the configuration: the model's own names
     "projector": "multi_modal_projector",

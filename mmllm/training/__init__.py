@@ -1,0 +1,1 @@
+"""Two stages of training: experiment.py starts a run, stage.py is the loop."""
