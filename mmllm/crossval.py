@@ -39,16 +39,16 @@ from mmllm.data.chat import user
 from mmllm.data.image import ImageProcessor
 from mmllm.data.samples import CAPTION_PROMPT, load_samples
 from mmllm.errors import DataError, UserError, run
-from mmllm.evaluate import at_least_one, make_directory, table, write_json
+from mmllm.evaluation.evaluate import at_least_one, make_directory, table, write_json
+from mmllm.evaluation.ptb import words
+from mmllm.evaluation.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
 from mmllm.inference.generate import GenerationConfig, Prompt, generate
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Qwen2, Qwen2Config
 from mmllm.pretrain import build_tokenizer, initialise_, write_clip, write_qwen
-from mmllm.ptb import words
 from mmllm.reporting.log import duration, say
-from mmllm.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
 from mmllm.standins import CaptionSpace, each_by_the_others, noisy
 from mmllm.training.experiment import train
 

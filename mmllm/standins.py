@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmllm.errors import DataError
-from mmllm.ptb import words
+from mmllm.evaluation.ptb import words
 
 RARE = 5  # a word in fewer pictures than this says too little
 NOISE = 0.5

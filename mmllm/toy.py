@@ -326,7 +326,17 @@ def demo(out: Path, run_directory: Path) -> None:
     for name in ("val", "held_out"):
         results = run_directory / "evaluation" / name
         options = ["--constant"] if name == "val" else ["--no-shuffled"]
-        python("-m", "mmllm.evaluate", "--model", model, "--data", data / f"{name}.json", "--out", results, *options)
+        python(
+            "-m",
+            "mmllm.evaluation.evaluate",
+            "--model",
+            model,
+            "--data",
+            data / f"{name}.json",
+            "--out",
+            results,
+            *options,
+        )
         scores[name] = json.loads((results / "scores.json").read_text())["scores"]
     pictures = sorted((data / "images").glob("held_out*.png"))[:3]
     python("sample.py", "--model", model, "--image", *pictures)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from mmllm import crossval
 from mmllm.crossval import consensus, deal, nearest, read_captions, read_features, standardised
 from mmllm.errors import DataError, UserError
-from mmllm.scoring import ngrams, weighted
+from mmllm.evaluation.scoring import ngrams, weighted
 from mmllm.standins import CaptionSpace, each_by_the_others, noisy
 from official import write_qwen
 

@@ -6,12 +6,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmllm import evaluate
 from mmllm.data.chat import assistant, user
 from mmllm.data.samples import Sample, load_samples
 from mmllm.errors import DataError, UserError
-from mmllm.evaluate import Task, constant_predictions, record_of, score, table, tasks_of, with_other_pictures
-from mmllm.scoring import MultimodalEvaluator, best_constant_caption
+from mmllm.evaluation import evaluate
+from mmllm.evaluation.evaluate import (
+    Task,
+    constant_predictions,
+    record_of,
+    score,
+    table,
+    tasks_of,
+    with_other_pictures,
+)
+from mmllm.evaluation.scoring import MultimodalEvaluator, best_constant_caption
 from official import write_model
 
 COLOURS = {"red.png": "#ff0000", "green.png": "#00ff00", "blue.png": "#0000ff"}
@@ -185,5 +193,5 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(fo
 
 
 def test_help_comes_without_torch():
-    code = "import sys, mmllm.evaluate; print('torch' in sys.modules)"
+    code = "import sys, mmllm.evaluation.evaluate; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -5,7 +5,7 @@ import json
 import torch
 from tiny_run import write_world
 
-from mmllm import precision
+from mmllm.evaluation import precision
 from mmllm.models.multimodal import MultimodalLLM
 
 

@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 
 from mmllm.errors import UserError
-from mmllm.ptb import words
-from mmllm.scoring import MultimodalEvaluator, is_answer, normalise, vqa_accuracy, vqa_accuracy_normalised
+from mmllm.evaluation.ptb import words
+from mmllm.evaluation.scoring import (
+    MultimodalEvaluator,
+    is_answer,
+    normalise,
+    vqa_accuracy,
+    vqa_accuracy_normalised,
+)
 
 HERE = Path(__file__).parent
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from tiny_run import directory_of, weights, write_world
 from torch.testing import assert_close
 
-from mmllm import evaluate
 from mmllm.config.schema import ExperimentConfig
 from mmllm.data.batches import make_batch, read_row
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
+from mmllm.evaluation import evaluate
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import World

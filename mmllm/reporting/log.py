@@ -321,7 +321,7 @@ def _verdict(evaluations: list[dict]) -> str:
 
 
 def _scores(directory: Path) -> str:
-    """What `python -m mmllm.evaluate` found of the run's models."""
+    """What `python -m mmllm.evaluation.evaluate` found of the run's models."""
     tables = []
     for path in sorted(directory.glob("evaluation/*/scores.json")):
         found = json.loads(path.read_text(encoding="utf-8"))

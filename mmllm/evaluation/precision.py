@@ -1,4 +1,4 @@
-"""How far the answers of a model move in each precision: `python -m mmllm.precision --model DIR --data FILE`.
+"""How far the answers of a model move in each precision: `python -m mmllm.evaluation.precision --model DIR --data FILE`.
 
 The surprising fact: the error of a logit says little. A model of random weights makes 20 % of it out of a rounding of
 0.8 %; what counts is how often another word comes first, and how far the distributions are apart where words are learnt.

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mmllm.errors import RunError, UserError
-from mmllm.ptb import words
+from mmllm.evaluation.ptb import words
 
 
 class MultimodalEvaluator:

@@ -1,7 +1,7 @@
 """Measure a trained model on pictures with captions, on questions, or on both.
 
-python -m mmllm.evaluate --model outputs/demo/best_model --data val.json
-python -m mmllm.evaluate --model DIR --data dataset_coco.json --image-dir coco --split test --num-beams 3
+python -m mmllm.evaluation.evaluate --model outputs/demo/best_model --data val.json
+python -m mmllm.evaluation.evaluate --model DIR --data dataset_coco.json --image-dir coco --split test --num-beams 3
 
 Everything is asked twice, the second time with the pictures exchanged. A model that looks at them does worse then; one
 that has only learnt what is usually said scores the same. `--constant` adds what needs no model at all: the one caption
@@ -22,14 +22,14 @@ from pathlib import Path
 
 from mmllm.config.schema import PRECISIONS
 from mmllm.errors import DataError, UserError, run
-from mmllm.reporting.log import write_report
-from mmllm.scoring import (
+from mmllm.evaluation.scoring import (
     MultimodalEvaluator,
     best_constant_caption,
     is_answer,
     vqa_accuracy,
     vqa_accuracy_normalised,
 )
+from mmllm.reporting.log import write_report
 
 PEOPLE = 4  # a question that this many answered is scored by VQA's rule, which needs that many for full marks
 
@@ -48,7 +48,9 @@ class Task:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m mmllm.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m mmllm.evaluation.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="DIR", help="model directory or hub name (default: newest under outputs/)")
     parser.add_argument("--data", required=True, metavar="FILE", help="samples in any supported format")

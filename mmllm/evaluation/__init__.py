@@ -1,0 +1,1 @@
+"""Scores of captions and answers, by the formulas of the official tools."""
