@@ -6,7 +6,7 @@
 
     curl -X POST "http://localhost:8000/caption" -F "image=@image.jpg" -F "prompt=Describe this image"
 
-Every limit has an environment variable: see mmllm/settings.py.
+Every limit has an environment variable: see mmllm/serving/settings.py.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def __getattr__(name: str):
 def settings_for(flags: dict[str, object]):
     """The server's Settings: a flag wins over the environment, and the model is one that is there."""
     from mmllm.inference.pipeline import default_model
-    from mmllm.settings import Settings
+    from mmllm.serving.settings import Settings
 
     settings = replace(Settings.from_environment(os.environ), **flags)
     return replace(settings, model=settings.model or str(default_model()))
@@ -48,7 +48,7 @@ def settings_for(flags: dict[str, object]):
 
 def make_app(settings):
     from mmllm.inference.pipeline import load_pipeline
-    from mmllm.server import create_app
+    from mmllm.serving.app import create_app
 
     return create_app(lambda: load_pipeline(settings.model, device=settings.device, dtype=settings.dtype), settings)
 
@@ -71,7 +71,7 @@ def main() -> int:
     listener = listen(settings.host, settings.port)
     import logging
 
-    from mmllm.server import Server
+    from mmllm.serving.app import Server
 
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     host, port = listener.getsockname()[:2]

@@ -13,8 +13,8 @@ from conftest import ROOT
 from PIL import Image
 from starlette.testclient import TestClient
 
-from mmllm.server import create_app
-from mmllm.settings import Settings
+from mmllm.serving.app import create_app
+from mmllm.serving.settings import Settings
 
 FOREVER = 30_000  # tokens: more than a minute of work for the small model
 

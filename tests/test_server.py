@@ -20,8 +20,8 @@ from mmllm.data.chat import user
 from mmllm.errors import CheckpointError, UserError, run
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.sampling import GenerationConfig
-from mmllm.server import create_app
-from mmllm.settings import Settings
+from mmllm.serving.app import create_app
+from mmllm.serving.settings import Settings
 from official import write_model
 
 

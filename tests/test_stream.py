@@ -13,11 +13,11 @@ import torch
 from serving import BASE64, FOREVER, Real, answer, app, ask, fault, head, ready, say, until
 from starlette.testclient import TestClient
 
-from mmllm.http import HttpError
 from mmllm.inference.pipeline import load_pipeline
-from mmllm.server import Server, create_app
-from mmllm.settings import Settings
-from mmllm.sse import MOST_UNSENT, EventStream, Pieces
+from mmllm.serving.app import Server, create_app
+from mmllm.serving.events import MOST_UNSENT, EventStream, Pieces
+from mmllm.serving.http import HttpError
+from mmllm.serving.settings import Settings
 from official import write_model
 
 

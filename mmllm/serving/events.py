@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mmllm.http import CLIENT_LEFT, HttpError, error_body, unless_gone
+from mmllm.serving.http import CLIENT_LEFT, HttpError, error_body, unless_gone
 
 MOST_UNSENT = 64_000  # characters that wait for a client who does not read
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from PIL import Image
 
 from mmllm.data.chat import Message, assistant, user
-from mmllm.http import HttpError
+from mmllm.serving.http import HttpError
 
 
 @dataclass(frozen=True)

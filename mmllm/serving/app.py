@@ -36,10 +36,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mmllm import __version__
-from mmllm.conversations import Conversation, Conversations
 from mmllm.data.image import decode, decode_base64
 from mmllm.errors import GenerationError, ImageError, RunError, UserError
-from mmllm.http import (
+from mmllm.inference.pipeline import DEFAULT_PROMPT, MultimodalInferencePipeline
+from mmllm.inference.request import Generated, Prompt
+from mmllm.inference.sampling import GenerationConfig
+from mmllm.serving.conversations import Conversation, Conversations
+from mmllm.serving.events import EventStream, Pieces
+from mmllm.serving.http import (
     EXCEPTION_HANDLERS,
     DeadlineH11,
     Envelope,
@@ -51,12 +55,8 @@ from mmllm.http import (
     read_body,
     unless_gone,
 )
-from mmllm.inference.pipeline import DEFAULT_PROMPT, MultimodalInferencePipeline
-from mmllm.inference.request import Generated, Prompt
-from mmllm.inference.sampling import GenerationConfig
-from mmllm.settings import Settings
-from mmllm.sse import EventStream, Pieces
-from mmllm.worker import Worker
+from mmllm.serving.settings import Settings
+from mmllm.serving.worker import Worker
 
 GENERATION_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 IMAGE_STATUS = {"unsupported_image": 415, "image_too_large": 413}  # the other faults of a picture are 400

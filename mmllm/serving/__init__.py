@@ -1,0 +1,1 @@
+"""The HTTP server: app, bounded requests, event streams, conversations, one worker thread."""
