@@ -8,15 +8,18 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mmllm import bench, bench_generate, bench_gpu, bench_train
-from mmllm.bench_rows import BEGIN, END, Goal, goal_lines, read_rows, rewritten, save_rows
-from mmllm.bench_table import tables
-from mmllm.bench_train import OURS, PEER
-from mmllm.contestant import compete, speeds
+from benchmarks import bench
+from benchmarks import generate as bench_generate
+from benchmarks import gpu as bench_gpu
+from benchmarks import train as bench_train
+from benchmarks.llama_cpp_peer import gguf_name
+from benchmarks.random_model import prompt_ids, random_tokenizer, sizes, write_model
+from benchmarks.rows import BEGIN, END, Goal, goal_lines, read_rows, rewritten, save_rows
+from benchmarks.runner import compete, speeds
+from benchmarks.table import tables
+from benchmarks.train import OURS, PEER
 from mmllm.errors import RunError, UserError
-from mmllm.llama import gguf_name
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.random_model import prompt_ids, random_tokenizer, sizes, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tiny layers on several only wait for each other
 SPEC = {"bench": "train", "size": "tiny", "layers": None, "rows": 2, "device": "cpu", "bf16": False}
@@ -34,7 +37,7 @@ ROW = {
     "date": "2026-01-01",
     "commit": "abc",
     "machine": {"cpu": "AMD", "cores": 2, "threads": 2, "torch": "2.13"},
-    "command": "python -m mmllm.bench train",
+    "command": "python -m benchmarks.bench train",
 }
 
 
@@ -195,7 +198,7 @@ def test_a_part_of_make_gpu_that_fails_or_hangs_does_not_stop_the_next(tmp_path,
 def test_the_parts_of_make_gpu_take_less_than_nine_minutes(tmp_path):
     assert sum(limit for limit, _ in bench_gpu.parts(tmp_path).values()) < 9 * 60
     for _, command in bench_gpu.parts(tmp_path).values():
-        if command[1] == "mmllm.bench":
+        if command[1] == "benchmarks.bench":
             bench.parse(command[2:])
 
 
@@ -232,14 +235,19 @@ def test_the_table_command_writes_the_rows_between_the_markers(tmp_path):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| stage 1, 8 rows | mmllm | 2 | 512 | 0.25 | - | 3.0 GB |" in text
     assert "| stage 1: speed against transformers + peft | 2 | at least 1.8 | yes |" in text
-    assert "2 threads of AMD, torch 2.13, 2026-01-01, commit abc: `python -m mmllm.bench train`." in text
+    assert "2 threads of AMD, torch 2.13, 2026-01-01, commit abc: `python -m benchmarks.bench train`." in text
     with pytest.raises(UserError, match="has no part between"):
         rewritten("no markers", "new")
 
 
 def test_make_bench_ends_with_the_tables_and_every_goal(capsys):
     recipe = (ROOT / "Makefile").read_text().partition("\nbench:")[2].partition("\n\n")[0]
-    assert [part.split()[0] for part in recipe.split("mmllm.bench ")[1:]] == ["train", "generate", "memory", "show"]
+    assert [part.split()[0] for part in recipe.split("benchmarks.bench ")[1:]] == [
+        "train",
+        "generate",
+        "memory",
+        "show",
+    ]
     assert bench.main(["show", "--out", str(ROOT / "benchmarks")]) == 0
     said = capsys.readouterr().out
     for goal in (*bench_train.GOALS, *bench_generate.GOALS):
@@ -249,7 +257,7 @@ def test_make_bench_ends_with_the_tables_and_every_goal(capsys):
 
 def test_the_tables_of_the_readme_are_those_of_the_rows():
     text = (ROOT / "README.md").read_text()
-    assert rewritten(text, tables(ROOT / "benchmarks")) == text, "run: python -m mmllm.bench table"
+    assert rewritten(text, tables(ROOT / "benchmarks")) == text, "run: python -m benchmarks.bench table"
 
 
 def test_help_answers_without_torch():

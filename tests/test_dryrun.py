@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_run import write_world
 
-from mmllm import bench_memory
+from benchmarks import memory as bench_memory
+from benchmarks.random_model import random_model, sizes
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import RunError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.random_model import random_model, sizes
 from mmllm.training import experiment
 from mmllm.training import stage as trainer
 from mmllm.training.dry_run import GAPS, stage_memory

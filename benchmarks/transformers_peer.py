@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.random_model import fill_, picture, prompt_ids
+from benchmarks.runner import Work, speeds
 from mmllm.config.schema import LoraConfig
-from mmllm.contestant import Work, speeds
 from mmllm.data.batches import Batch
 from mmllm.models.multimodal import MultimodalConfig
-from mmllm.random_model import fill_, picture, prompt_ids
 from mmllm.runtime.device import autocast, choose_device, peak_memory
 
 

@@ -1,12 +1,13 @@
 """README's tables of measurements, made from the rows under benchmarks/.
 
-`python -m mmllm.bench table` puts them between two markers of README.md; a test holds README to the rows.
+`python -m benchmarks.bench table` puts them between two markers of README.md; a test holds README to the rows.
 """
 
 from pathlib import Path
 
-from mmllm import bench_generate, bench_train
-from mmllm.bench_rows import amount, goal_lines, origin, read_rows, table
+from benchmarks import generate as bench_generate
+from benchmarks import train as bench_train
+from benchmarks.rows import amount, goal_lines, origin, read_rows, table
 
 GOALS = bench_train.GOALS + bench_generate.GOALS
 

@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mmllm import llama, peers
-from mmllm.bench_rows import Goal
+from benchmarks import llama_cpp_peer as llama
+from benchmarks import transformers_peer as peers
+from benchmarks.random_model import picture, prompt_ids, sizes, write_model
+from benchmarks.rows import Goal
+from benchmarks.runner import Work, compete, speeds
 from mmllm.config.schema import PRECISIONS
-from mmllm.contestant import Work, compete, speeds
 from mmllm.errors import RunError
 from mmllm.inference.engine import Engine
 from mmllm.inference.generate import drive
@@ -29,7 +31,6 @@ from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import Prompt
 from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.random_model import picture, prompt_ids, sizes, write_model
 from mmllm.reporting.log import say
 from mmllm.runtime.device import choose_device, peak_memory
 

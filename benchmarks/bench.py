@@ -1,11 +1,11 @@
 """Measure what this machine makes of the program, and of its peers beside it.
 
-python -m mmllm.bench train                       # one optimiser step, against transformers + peft
-python -m mmllm.bench train --case "stage 1" --rounds 5
-python -m mmllm.bench generate                    # answers, against transformers and llama.cpp where it is installed
-python -m mmllm.bench memory                      # what --dry-run predicts, and what a step really takes
-python -m mmllm.bench rehearse configs/small.py training.gradient_accumulation_steps=2
-python -m mmllm.bench table                       # README's tables, made anew from the JSON lines in benchmarks/
+python -m benchmarks.bench train                       # one optimiser step, against transformers + peft
+python -m benchmarks.bench train --case "stage 1" --rounds 5
+python -m benchmarks.bench generate                    # answers, against transformers and llama.cpp where it is installed
+python -m benchmarks.bench memory                      # what --dry-run predicts, and what a step really takes
+python -m benchmarks.bench rehearse configs/small.py training.gradient_accumulation_steps=2
+python -m benchmarks.bench table                       # README's tables, made anew from the JSON lines in benchmarks/
 
 Every row goes to benchmarks/ as one JSON line with its date, commit, machine and command; the goals are printed beside.
 """
@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from mmllm.contestant import serve_turns
+from benchmarks.runner import serve_turns
 from mmllm.errors import run
 
 
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 def worker(options: argparse.Namespace) -> int:
     """The process of one contestant."""
     spec = json.loads(options.spec)
-    module = {"train": "mmllm.bench_train", "generate": "mmllm.bench_generate", "memory": "mmllm.bench_memory"}[
+    module = {"train": "benchmarks.train", "generate": "benchmarks.generate", "memory": "benchmarks.memory"}[
         spec["bench"]
     ]
     serve_turns(spec, importlib.import_module(module).build)
@@ -87,7 +87,7 @@ def worker(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from mmllm import bench_train
+    from benchmarks import train as bench_train
     from mmllm.errors import UserError
     from mmllm.runtime.device import choose_device
 
@@ -107,7 +107,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    from mmllm import bench_generate
+    from benchmarks import generate as bench_generate
     from mmllm.runtime.device import choose_device
 
     device = choose_device(options.device)
@@ -126,7 +126,7 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def memory(options: argparse.Namespace) -> int:
-    from mmllm import bench_memory
+    from benchmarks import memory as bench_memory
     from mmllm.runtime.device import choose_device
 
     device = choose_device(options.device)
@@ -136,7 +136,7 @@ def memory(options: argparse.Namespace) -> int:
 
 
 def rehearse(options: argparse.Namespace) -> int:
-    from mmllm import bench_rehearse
+    from benchmarks import rehearse as bench_rehearse
     from mmllm.runtime.device import choose_device
 
     files = [item for item in options.settings if "=" not in item] or ["configs/full.py"]
@@ -147,13 +147,13 @@ def rehearse(options: argparse.Namespace) -> int:
 
 
 def gpu(options: argparse.Namespace) -> int:
-    from mmllm import bench_gpu
+    from benchmarks import gpu as bench_gpu
 
     return bench_gpu.measure_all(options.out)
 
 
 def show(options: argparse.Namespace) -> int:
-    from mmllm.bench_table import tables
+    from benchmarks.table import tables
     from mmllm.reporting.log import say
 
     say(tables(options.out))
@@ -162,8 +162,8 @@ def show(options: argparse.Namespace) -> int:
 
 def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:
     """Keep the rows and show the goals beside them."""
-    from mmllm import bench_table
-    from mmllm.bench_rows import goal_lines, read_rows, save_rows, stamped
+    from benchmarks import table as bench_table
+    from benchmarks.rows import goal_lines, read_rows, save_rows, stamped
     from mmllm.reporting.log import say
     from mmllm.runtime.device import choose_device
 
@@ -176,8 +176,8 @@ def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:
 
 
 def write_table(options: argparse.Namespace) -> int:
-    from mmllm.bench_rows import rewritten
-    from mmllm.bench_table import tables
+    from benchmarks.rows import rewritten
+    from benchmarks.table import tables
     from mmllm.reporting.log import say
 
     text = options.readme.read_text(encoding="utf-8")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.random_model import sizes, write_towers
 from mmllm.errors import RunError
-from mmllm.random_model import sizes, write_towers
 from mmllm.reporting.log import read_metrics, say
 
 TRAIN = Path(__file__).parent.parent / "train.py"

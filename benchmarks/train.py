@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmllm import peers
-from mmllm.bench_rows import Goal
+from benchmarks import transformers_peer as peers
+from benchmarks.random_model import random_model, sizes
+from benchmarks.rows import Goal
+from benchmarks.runner import Work, compete
 from mmllm.config.schema import ExperimentConfig, StageConfig
-from mmllm.contestant import Work, compete
 from mmllm.data.batches import Batch, collate
 from mmllm.data.chat import IGNORED, Encoded
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.shared_prefix import join
-from mmllm.random_model import random_model, sizes
 from mmllm.reporting.log import say
 from mmllm.runtime.device import choose_device, forget_peak, keep_freed_memory, peak_memory, synchronize
 from mmllm.runtime.distributed import World

@@ -16,7 +16,7 @@ import torch
 from mmllm.errors import UserError
 from mmllm.reporting.log import say
 
-BENCH = ("-m", "mmllm.bench")
+BENCH = ("-m", "benchmarks.bench")
 
 
 def parts(folder: Path) -> dict[str, tuple[int, list[str]]]:

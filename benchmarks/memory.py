@@ -6,9 +6,9 @@ three steps on random weights, its frozen weights as a validation holds them in 
 
 import torch
 
-from mmllm.bench_train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_model, steps_of
-from mmllm.contestant import Work, compete
-from mmllm.random_model import sizes
+from benchmarks.random_model import sizes
+from benchmarks.runner import Work, compete
+from benchmarks.train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_model, steps_of
 from mmllm.reporting.log import say
 from mmllm.runtime.device import choose_device, forget_peak, peak_memory
 from mmllm.training.dry_run import stage_memory

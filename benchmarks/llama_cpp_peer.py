@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from mmllm.contestant import Work, speeds
+from benchmarks.random_model import prompt_ids
+from benchmarks.runner import Work, speeds
 from mmllm.models.multimodal import MultimodalConfig
 from mmllm.pretrain import CONTROL_TOKENS
-from mmllm.random_model import prompt_ids
 from mmllm.runtime.device import peak_memory
 from mmllm.storage.weights import read_json, read_tensors
 

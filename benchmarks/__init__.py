@@ -1,0 +1,1 @@
+"""Measurements of this program beside others doing the same work; rows are kept as JSON lines."""
