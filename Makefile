@@ -31,7 +31,7 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 	@echo "ready. Next: make demo, or make test"
 
 demo: $(STAMP)  ## draw a small world, train both stages on it, measure and caption (under 6 minutes on 2 cores)
-	$(PYTHON) -m mmllm.toy demo $(ARGS)
+	$(PYTHON) -m examples.shapes.toy demo $(ARGS)
 
 test: $(STAMP)  ## run the tests (under 8 minutes on 2 cores)
 	$(PYTHON) -m pytest $(ARGS)

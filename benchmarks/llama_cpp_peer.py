@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.random_model import prompt_ids
 from benchmarks.runner import Work, speeds
+from examples.pretrain.pretrain import CONTROL_TOKENS
 from mmllm.models.multimodal import MultimodalConfig
-from mmllm.pretrain import CONTROL_TOKENS
 from mmllm.runtime.device import peak_memory
 from mmllm.storage.weights import read_json, read_tensors
 

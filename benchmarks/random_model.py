@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from examples.pretrain.pretrain import CONTROL_TOKENS, SPLIT
 from mmllm.data.image import ImageProcessor
 from mmllm.models.clip import CLIPVisionConfig
 from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM
 from mmllm.models.qwen import Qwen2Config
-from mmllm.pretrain import CONTROL_TOKENS, SPLIT
 from mmllm.storage.weights import atomic_directory
 
 QWEN_WORDS = 151643  # tokens of Qwen2.5 before its control tokens

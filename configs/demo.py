@@ -1,6 +1,6 @@
 """The drawn world of `make demo`, which has prepared its pictures and backbones: minutes on two cores.
 
-    python -m mmllm.toy demo
+    python -m examples.shapes.toy demo
 
 Many small steps learn faster here than few large ones.
 """

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from examples.pretrain.pretrain import CONTROL_TOKENS, SPLIT
 from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.pretrain import CONTROL_TOKENS, SPLIT
 
 CLIP = {
     "hidden_size": 128,

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmllm import crossval
-from mmllm.crossval import consensus, deal, nearest, read_captions, read_features, standardised
+from examples.crossval import crossval
+from examples.crossval.caption_space import CaptionSpace, each_by_the_others, noisy
+from examples.crossval.crossval import consensus, deal, nearest, read_captions, read_features, standardised
 from mmllm.errors import DataError, UserError
 from mmllm.evaluation.scoring import ngrams, weighted
-from mmllm.standins import CaptionSpace, each_by_the_others, noisy
 from official import write_qwen
 
 THINGS, PLACES = ("dog", "boat", "bird"), ("grass", "sand", "water")

@@ -10,14 +10,21 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from mmllm import pretrain
+from examples.pretrain import pretrain
+from examples.pretrain.pretrain import (
+    CONTROL_TOKENS,
+    CaptionedPictures,
+    build_tokenizer,
+    initialise_,
+    pretrain_clip,
+    pretrain_qwen,
+)
 from mmllm.data.chat import IGNORED
 from mmllm.data.image import ImageProcessor
 from mmllm.errors import UserError
 from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.pretrain import CONTROL_TOKENS, CaptionedPictures, build_tokenizer, initialise_, pretrain_clip, pretrain_qwen
 
 COLORS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
 

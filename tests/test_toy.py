@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPVisionModelWithProjection, Qwen2ForCausalLM
 
-from mmllm import toy
+from examples.shapes import toy
 from mmllm.data.samples import load_samples, share_images
 from mmllm.evaluation.evaluate import tasks_of
 from mmllm.models.multimodal import MultimodalLLM

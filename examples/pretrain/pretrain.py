@@ -310,7 +310,9 @@ def to_uint8(image) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mmllm.pretrain", description="Make both backbones from captions.")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.pretrain.pretrain", description="Make both backbones from captions."
+    )
     parser.add_argument("--data", required=True, metavar="FILE", help="pictures with captions, in any supported format")
     parser.add_argument("--image-dir", metavar="DIR", help="where the pictures are (default: beside FILE)")
     parser.add_argument("--out", required=True, metavar="DIR", help="writes DIR/clip and DIR/qwen")

@@ -1,6 +1,6 @@
 """A small drawn world and `make demo`: the whole product from two official-format folders to answers, within minutes.
 
-    python -m mmllm.toy demo
+    python -m examples.shapes.toy demo
 
 draws the world, makes a small CLIP (from pictures with captions) and a small Qwen2 (from text alone) as the real ones
 were made, and then runs the product's own commands on them: convert, train, evaluate, sample.
@@ -22,6 +22,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from examples.pretrain.pretrain import (
+    build_tokenizer,
+    initialise_,
+    pretrain_clip,
+    pretrain_qwen,
+    write_clip,
+    write_qwen,
+)
 from mmllm.data.batches import collate
 from mmllm.data.chat import ChatProcessor, assistant, user
 from mmllm.data.image import ImageProcessor
@@ -31,7 +39,6 @@ from mmllm.errors import run
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.pretrain import build_tokenizer, initialise_, pretrain_clip, pretrain_qwen, write_clip, write_qwen
 from mmllm.reporting.log import duration, say
 from mmllm.storage.weights import atomic_directory
 
@@ -405,7 +412,7 @@ def wrapped(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mmllm.toy", description="The demo, or only its parts.")
+    parser = argparse.ArgumentParser(prog="python -m examples.shapes.toy", description="The demo, or only its parts.")
     parser.add_argument("command", choices=["demo", "backbones", "data"])
     parser.add_argument("--out", default="outputs/toy", metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args()

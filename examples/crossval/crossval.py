@@ -1,6 +1,6 @@
 """Cross-validation of the one-token model on a table of image embeddings, beside what needs no training.
 
-    python -m mmllm.crossval --features clip_embeddings.npz --captions captions.jsonl
+    python -m examples.crossval.crossval --features clip_embeddings.npz --captions captions.jsonl
 
 For pictures whose embeddings are known though the encoder that made them is not at hand. They are dealt into folds; for
 each fold both stages are trained on the other pictures, by the trainer that trains everything else, and the fold is
@@ -33,6 +33,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from examples.crossval.caption_space import CaptionSpace, each_by_the_others, noisy
+from examples.pretrain.pretrain import build_tokenizer, initialise_, write_clip, write_qwen
 from mmllm.config.schema import ExperimentConfig, resolve
 from mmllm.data.batches import sample_order
 from mmllm.data.chat import user
@@ -47,9 +49,7 @@ from mmllm.inference.pipeline import load_pipeline
 from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.pretrain import build_tokenizer, initialise_, write_clip, write_qwen
 from mmllm.reporting.log import duration, say
-from mmllm.standins import CaptionSpace, each_by_the_others, noisy
 from mmllm.training.experiment import train
 
 Captions = dict[str, tuple[str, ...]]  # by picture name
@@ -337,7 +337,9 @@ def report(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m mmllm.crossval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m examples.crossval.crossval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shown = "(default: %(default)s)"
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the configuration")
