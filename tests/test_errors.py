@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from mmllm.errors import GenerationError, ImageError, RunError, UserError, run
 
 

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from mmllm import MultimodalEvaluator, MultimodalInferencePipeline, MultimodalLLM
 from mmllm.config.schema import ExperimentConfig
 from official import write_model
@@ -20,7 +20,7 @@ def test_every_link_to_a_file_leads_somewhere():
 
 def test_every_script_and_module_that_is_run_exists():
     scripts = set(re.findall(r"python (\w+\.py)", README)) | set(re.findall(r"configs/\w+\.py", README))
-    modules = set(re.findall(r"python -m (mmllm\.\w+)", README))
+    modules = set(re.findall(r"python -m ((?:mmllm|benchmarks|examples)[\w.]+)", README))
     assert scripts and modules
     files = [*scripts, *(f"{module.replace('.', '/')}.py" for module in modules)]
     assert [file for file in files if not (ROOT / file).exists()] == []

@@ -31,7 +31,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CHUNK = 64 * 1024  # the form parser takes a body in pieces 80 times faster than as one
 MAX_FIELDS, MAX_FILES, MAX_FIELD_KB = 32, 8, 64
 CLIENT_LEFT = 499  # for the log only: nobody is there to receive it
-log = logging.getLogger("mmllm.serving.app")
+log = logging.getLogger("mmllm.serving")
 
 
 class HttpError(Exception):

@@ -23,7 +23,7 @@ from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import Generated, Handle, Prompt
 from mmllm.inference.sampling import GenerationConfig
 
-log = logging.getLogger("mmllm.serving.app")
+log = logging.getLogger("mmllm.serving")
 
 Event = tuple[Callable[[object], None], object]  # what to call in the event loop, and with what
 

@@ -14,11 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from processes import KINDS, WAYS, model_for
 from safetensors.torch import load_file, save_file
-from tiny_run import write_world
 
+from conftest import ROOT
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
 from mmllm.models.multimodal import MultimodalLLM
@@ -28,6 +26,8 @@ from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
 from mmllm.training.fsdp import is_wanted
 from mmllm.training.stage import accumulate_gradients
+from processes import KINDS, WAYS, model_for
+from tiny_run import write_world
 
 pytestmark = pytest.mark.timeout(900)  # a launch runs many groups
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

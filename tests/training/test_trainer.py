@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import directory_of, weights, write_world
 from torch.testing import assert_close
 
 from mmllm.config.schema import ExperimentConfig
@@ -28,6 +27,7 @@ from mmllm.training.experiment import train
 from mmllm.training.optim import learning_rate_at
 from mmllm.training.surgery import checkpoint_blocks_, train_only_
 from mmllm.training.validation import sample_captions, validation_losses
+from tiny_run import directory_of, weights, write_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = ("projector", "language_model", "vision_tower")

@@ -9,9 +9,9 @@ import subprocess
 import time
 
 import pytest
-from serving import FOREVER, Real, answer, encoded, head, start, until
 
 from official import write_model
+from server_process import FOREVER, Real, answer, encoded, head, start, until
 
 
 @pytest.fixture(scope="module")

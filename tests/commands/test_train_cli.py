@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import write_world
 
 import train
 from mmllm.config.schema import ExperimentConfig
@@ -17,8 +16,9 @@ from mmllm.storage import checkpoint as disk
 from mmllm.training.dry_run import architecture, describe
 from mmllm.training.out_of_memory import step_flops
 from mmllm.training.surgery import train_only_
+from tiny_run import write_world
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments, **environment):

@@ -3,10 +3,10 @@
 import json
 
 import torch
-from tiny_run import write_world
 
 from mmllm.evaluation import precision
 from mmllm.models.multimodal import MultimodalLLM
+from tiny_run import write_world
 
 
 def test_distance_is_nothing_from_itself_and_the_divergence_is_that_of_kullback_and_leibler():

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 from benchmarks import bench
 from benchmarks import generate as bench_generate
@@ -18,6 +17,7 @@ from benchmarks.rows import BEGIN, END, Goal, goal_lines, read_rows, rewritten, 
 from benchmarks.runner import compete, speeds
 from benchmarks.table import tables
 from benchmarks.train import OURS, PEER
+from conftest import ROOT
 from mmllm.errors import RunError, UserError
 from mmllm.models.multimodal import MultimodalLLM
 

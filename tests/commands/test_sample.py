@@ -5,10 +5,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 import sample
+from conftest import ROOT
 from mmllm.errors import run
 from official import write_model
 

@@ -9,15 +9,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_run import break_picture, directory_of, weights, write_world
 
+from conftest import ROOT
 from mmllm.errors import ConfigError, DataError, RunError, UserError
 from mmllm.reporting.log import read_metrics
 from mmllm.storage import checkpoint as disk
 from mmllm.training import stage as trainer
 from mmllm.training.experiment import train
+from tiny_run import break_picture, directory_of, weights, write_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import write_world
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -27,6 +26,7 @@ from mmllm.training.experiment import train
 from mmllm.training.prepare import frozen_weights
 from mmllm.training.stage import accumulate_gradients
 from mmllm.training.surgery import compile_blocks_, hold_, train_only_
+from tiny_run import write_world
 
 HAS_COMPILER = any(map(shutil.which, [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]))
 

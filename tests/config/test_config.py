@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from mmllm import ExperimentConfig
 from mmllm.config.schema import explain, flat, literal, resolve
 from mmllm.errors import ConfigError
@@ -262,5 +262,6 @@ def test_pooled_is_full_but_for_the_one_token():
 
 
 def test_configurations_are_read_without_torch():
-    program = "import sys; from mmllm.config.schema import resolve as r; r('configs/full.py', {}, []); print('torch' in sys.modules)"
+    program = "import sys; from mmllm.config.schema import resolve as r; r('configs/full.py', {}, [])"
+    program += "; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True).stdout == b"False\n"

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
-from serving import BASE64, FOREVER, PICTURE, app, ask, encoded, fault, ready, say, until
 from starlette.testclient import TestClient
 
 import serve
@@ -23,6 +22,7 @@ from mmllm.inference.sampling import GenerationConfig
 from mmllm.serving.app import create_app
 from mmllm.serving.settings import Settings
 from official import write_model
+from server_process import BASE64, FOREVER, PICTURE, app, ask, encoded, fault, ready, say, until
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_run import write_world
 
 from benchmarks import memory as bench_memory
 from benchmarks.random_model import random_model, sizes
@@ -14,6 +13,7 @@ from mmllm.training import stage as trainer
 from mmllm.training.dry_run import GAPS, stage_memory
 from mmllm.training.out_of_memory import is_out_of_memory, named_out_of_memory, smaller
 from mmllm.training.step_memory import LiveBytes, step_peak
+from tiny_run import write_world
 
 CPU = torch.device("cpu")
 # torch's words, from c10/core/impl/alloc_cpu.cpp

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from serving import BASE64, FOREVER, Real, answer, app, ask, fault, head, ready, say, until
 from starlette.testclient import TestClient
 
 from mmllm.inference.pipeline import load_pipeline
@@ -19,6 +18,7 @@ from mmllm.serving.events import MOST_UNSENT, EventStream, Pieces
 from mmllm.serving.http import HttpError
 from mmllm.serving.settings import Settings
 from official import write_model
+from server_process import BASE64, FOREVER, Real, answer, app, ask, fault, head, ready, say, until
 
 
 @pytest.fixture(scope="module")

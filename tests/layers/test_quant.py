@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_run import write_world
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -22,6 +21,7 @@ from mmllm.training.experiment import train
 from mmllm.training.stage import accumulate_gradients
 from mmllm.training.surgery import count_weights, train_only_
 from official import write_model
+from tiny_run import write_world
 
 
 def some_weight() -> torch.Tensor:

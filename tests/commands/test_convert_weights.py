@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import convert_weights
+from conftest import ROOT
 from mmllm.errors import CheckpointError, UserError
 from mmllm.models.multimodal import MultimodalLLM
 from official import write_clip, write_qwen

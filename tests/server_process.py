@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT
 from PIL import Image
 from starlette.testclient import TestClient
 
+from conftest import ROOT
 from mmllm.serving.app import create_app
 from mmllm.serving.settings import Settings
 

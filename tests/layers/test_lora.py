@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_run import write_world
 from transformers import LlavaForConditionalGeneration, Qwen2ForCausalLM
 
 from mmllm.config.schema import LoraConfig
@@ -23,6 +22,7 @@ from mmllm.training.experiment import train
 from mmllm.training.stage import accumulate_gradients
 from mmllm.training.surgery import count_parameters, train_only_
 from official import write_model
+from tiny_run import write_world
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by peft
 NAMES = ("q_proj", "v_proj", "k_proj", "o_proj")

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from mmllm.errors import RunError
 from mmllm.kernels import cpu as kernels
 from mmllm.layers.quantized import quantize, quantize_int4
