@@ -50,9 +50,9 @@ def main() -> None:
 
     from mmllm.data.chat import DEFAULT_SYSTEM
     from mmllm.inference.optimize import make_int8_
+    from mmllm.layers.quantized import count_weights
     from mmllm.models.multimodal import MultimodalLLM
     from mmllm.storage.weights import refuse_not_finite
-    from mmllm.training.surgery import count_weights
 
     if options.model:
         model = MultimodalLLM.from_pretrained(options.model, dtype=None)

@@ -154,7 +154,7 @@ def gpu(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     from benchmarks.table import tables
-    from mmllm.reporting.log import say
+    from mmllm.runtime.console import say
 
     say(tables(options.out))
     return 0
@@ -164,7 +164,7 @@ def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:
     """Keep the rows and show the goals beside them."""
     from benchmarks import table as bench_table
     from benchmarks.rows import goal_lines, read_rows, save_rows, stamped
-    from mmllm.reporting.log import say
+    from mmllm.runtime.console import say
     from mmllm.runtime.device import choose_device
 
     device = choose_device(options.device)
@@ -178,7 +178,7 @@ def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:
 def write_table(options: argparse.Namespace) -> int:
     from benchmarks.rows import rewritten
     from benchmarks.table import tables
-    from mmllm.reporting.log import say
+    from mmllm.runtime.console import say
 
     text = options.readme.read_text(encoding="utf-8")
     options.readme.write_text(rewritten(text, tables(options.out)), encoding="utf-8")

@@ -31,8 +31,9 @@ from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import Prompt
 from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import say
-from mmllm.runtime.device import choose_device, peak_memory
+from mmllm.runtime.console import say
+from mmllm.runtime.device import choose_device
+from mmllm.runtime.memory import peak_memory
 
 CAPTION_TOKENS = 20
 PRECISIONS_OF = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8")}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mmllm.errors import UserError
-from mmllm.reporting.log import say
+from mmllm.runtime.console import say
 
 BENCH = ("-m", "benchmarks.bench")
 

@@ -16,8 +16,8 @@ import torch
 from benchmarks.random_model import prompt_ids
 from benchmarks.runner import Work, speeds
 from examples.pretrain.pretrain import CONTROL_TOKENS
-from mmllm.models.multimodal import MultimodalConfig
-from mmllm.runtime.device import peak_memory
+from mmllm.models.config import MultimodalConfig
+from mmllm.runtime.memory import peak_memory
 from mmllm.storage.weights import read_json, read_tensors
 
 KINDS = ("Q8_0", "BF16", "Q4_0")

@@ -9,8 +9,9 @@ import torch
 from benchmarks.random_model import sizes
 from benchmarks.runner import Work, compete
 from benchmarks.train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_model, steps_of
-from mmllm.reporting.log import say
-from mmllm.runtime.device import choose_device, forget_peak, peak_memory
+from mmllm.runtime.console import say
+from mmllm.runtime.device import choose_device
+from mmllm.runtime.memory import forget_peak, peak_memory
 from mmllm.training.dry_run import stage_memory
 from mmllm.training.surgery import hold_
 

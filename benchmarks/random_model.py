@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from examples.pretrain.pretrain import CONTROL_TOKENS, SPLIT
 from mmllm.data.image import ImageProcessor
-from mmllm.models.clip import CLIPVisionConfig
-from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM
-from mmllm.models.qwen import Qwen2Config
-from mmllm.storage.weights import atomic_directory
+from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
+from mmllm.models.multimodal import MultimodalLLM
+from mmllm.storage.atomic import atomic_directory
 
 QWEN_WORDS = 151643  # tokens of Qwen2.5 before its control tokens
 TINY_VISION = CLIPVisionConfig(64, 128, 3, 2, image_size=32, patch_size=8)

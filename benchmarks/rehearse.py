@@ -15,7 +15,8 @@ from PIL import Image
 
 from benchmarks.random_model import sizes, write_towers
 from mmllm.errors import RunError
-from mmllm.reporting.log import read_metrics, say
+from mmllm.reporting.log import read_metrics
+from mmllm.runtime.console import say
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 CAPTION = "a small red cat sits on the old wooden table beside a cup of tea"

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from mmllm.errors import UserError
-from mmllm.reporting.log import commit
+from mmllm.runtime.machine import commit
 
 FOLDER = Path("benchmarks")
 KEY = ("device", "case", "contestant")

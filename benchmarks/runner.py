@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from statistics import median
 
 from mmllm.errors import RunError
-from mmllm.reporting.log import say
+from mmllm.runtime.console import say
 
 Work = Callable[[dict], dict]  # one turn, by what is asked: what was measured in it
 Build = Callable[[dict], tuple[dict, Work]]  # a spec to what loading cost, and the work

@@ -25,11 +25,12 @@ from benchmarks.runner import Work, compete
 from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.data.batches import Batch, collate
 from mmllm.data.chat import IGNORED, Encoded
+from mmllm.data.packing import join
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.models.shared_prefix import join
-from mmllm.reporting.log import say
-from mmllm.runtime.device import choose_device, forget_peak, keep_freed_memory, peak_memory, synchronize
+from mmllm.runtime.console import say
+from mmllm.runtime.device import choose_device, synchronize
 from mmllm.runtime.distributed import World
+from mmllm.runtime.memory import forget_peak, keep_freed_memory, peak_memory
 from mmllm.training.optim import adamw
 from mmllm.training.out_of_memory import peak_flops, step_flops, trained_parts
 from mmllm.training.prepare import frozen_weights, prepare

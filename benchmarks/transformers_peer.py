@@ -16,8 +16,9 @@ from benchmarks.random_model import fill_, picture, prompt_ids
 from benchmarks.runner import Work, speeds
 from mmllm.config.schema import LoraConfig
 from mmllm.data.batches import Batch
-from mmllm.models.multimodal import MultimodalConfig
-from mmllm.runtime.device import autocast, choose_device, peak_memory
+from mmllm.models.config import MultimodalConfig
+from mmllm.runtime.device import autocast, choose_device
+from mmllm.runtime.memory import peak_memory
 
 
 def has_transformers() -> bool:

@@ -21,9 +21,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor, nn
 
 from examples.pretrain.pretrain import CONTROL_TOKENS, SPLIT
-from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.models.clip import CLIPVisionTower
+from mmllm.models.config import CLIPVisionConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.models.qwen import Qwen2, Qwen2Config
+from mmllm.models.qwen import Qwen2
 
 CLIP = {
     "hidden_size": 128,

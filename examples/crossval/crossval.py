@@ -46,10 +46,11 @@ from mmllm.evaluation.ptb import words
 from mmllm.evaluation.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
 from mmllm.inference.generate import GenerationConfig, Prompt, generate
 from mmllm.inference.pipeline import load_pipeline
-from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.models.clip import CLIPVisionTower
+from mmllm.models.config import CLIPVisionConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.reporting.log import duration, say
+from mmllm.models.qwen import Qwen2
+from mmllm.runtime.console import duration, say
 from mmllm.training.experiment import train
 
 Captions = dict[str, tuple[str, ...]]  # by picture name

@@ -32,12 +32,13 @@ from mmllm.data.image import ImageProcessor, decode
 from mmllm.data.samples import CAPTION_PROMPT, Sample, load_samples
 from mmllm.data.tokenizer import Tokenizer as ModelTokenizer
 from mmllm.errors import UserError, run
-from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.models.clip import CLIPVisionTower
+from mmllm.models.config import CLIPVisionConfig, Qwen2Config
 from mmllm.models.multimodal import IGNORED
-from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.reporting.log import say
+from mmllm.models.qwen import Qwen2
+from mmllm.runtime.console import say
 from mmllm.runtime.device import autocast, choose_device
-from mmllm.storage.weights import atomic_directory
+from mmllm.storage.atomic import atomic_directory
 from mmllm.training.optim import adamw, parameter_groups, set_learning_rates_
 
 CONTROL_TOKENS = (

@@ -37,10 +37,11 @@ from mmllm.data.samples import CAPTION_PROMPT
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import run
 from mmllm.inference.pipeline import load_pipeline
-from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
-from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.reporting.log import duration, say
-from mmllm.storage.weights import atomic_directory
+from mmllm.models.clip import CLIPVisionTower
+from mmllm.models.config import CLIPVisionConfig, Qwen2Config
+from mmllm.models.qwen import Qwen2
+from mmllm.runtime.console import duration, say
+from mmllm.storage.atomic import atomic_directory
 
 COLORS = {
     "red": (220, 40, 40),

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmllm.models.shared_prefix import PADDING, join
-from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Encoded
 from mmllm.config.schema import DataConfig
+from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Encoded
+from mmllm.data.packing import PADDING, encode_shared
 from mmllm.data.samples import Sample
 from mmllm.errors import DataError, ImageError
-from mmllm.reporting.log import tell
+from mmllm.runtime.console import tell
 
 
 def sample_order(num_samples: int, seed: int, epoch: int) -> list[int]:
@@ -213,12 +213,6 @@ def read_rows(
     """The rows of a sample and of those that share its pictures: one, or as few as they fit into."""
     pixels = [(read_image or processor.image_processor)(path) for path in sample.images]
     return [(row, pixels) for row in encode_shared(sample, processor, max_length)]
-
-
-def encode_shared(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> list[Encoded]:
-    """The texts of `read_rows`."""
-    texts = [processor.encode(list(one.messages), max_length) for one in (sample, *sample.shared)]
-    return join(texts, processor.tokenizer.image_id, max_length)
 
 
 def make_batch(rows: list[Row], processor: ChatProcessor) -> Batch:

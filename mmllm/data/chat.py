@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from mmllm.errors import CheckpointError, DataError, run
 from mmllm.data.image import ImageProcessor
 from mmllm.data.tokenizer import Tokenizer
+from mmllm.errors import CheckpointError, DataError, run
 
 IGNORED = -100  # the label of a position that is not learnt
 MARK = "<image>"  # stands for a picture in the text of a data file
@@ -265,7 +265,7 @@ def main() -> None:
         "--no-share", action="store_true", help="each text of a picture alone (data.share_images=false)"
     )
     options = parser.parse_args()
-    from mmllm.data.batches import encode_shared  # the modules above this one that the command needs
+    from mmllm.data.packing import encode_shared  # the modules above this one that the command needs
     from mmllm.data.samples import load_samples, share_images
     from mmllm.models.multimodal import read_config
 

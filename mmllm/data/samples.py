@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmllm.data.chat import IMAGE, ChatProcessor, Message, assistant, parse_text
 from mmllm.config.schema import DataConfig
-from mmllm.errors import DataError, ImageError
+from mmllm.data.chat import IMAGE, ChatProcessor, Message, assistant, parse_text
 from mmllm.data.image import decode, open_checked
+from mmllm.errors import DataError, ImageError
 
 CAPTION_PROMPT = "Describe this image."
 HEAD_BYTES = 1 << 16

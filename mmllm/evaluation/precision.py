@@ -21,7 +21,7 @@ from mmllm.data.samples import load_samples
 from mmllm.errors import run
 from mmllm.inference.optimize import load_model
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import say
+from mmllm.runtime.console import say
 
 
 def compare(source: str | Path, batches: list[Batch], precisions: tuple[str, ...] = PRECISIONS) -> list[dict]:

@@ -19,7 +19,7 @@ from mmllm.inference.request import EncodedImage, Generated, Prompt
 from mmllm.inference.sampling import GenerationConfig
 from mmllm.kernels import cpu as kernels
 from mmllm.models.multimodal import MultimodalLLM, read_surgery
-from mmllm.reporting.log import note
+from mmllm.runtime.console import note
 from mmllm.runtime.device import choose_device
 from mmllm.storage.weights import locate
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmllm.kernels.cpu import cache_folder
 from mmllm.models.kv_cache import AllRows, KVCache
 from mmllm.models.qwen import Qwen2
+from mmllm.runtime.machine import cache_folder
 
 BUCKET = 256  # attention goes over a multiple of so many positions: few shapes, little waste
 

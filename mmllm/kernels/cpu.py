@@ -10,7 +10,6 @@ Formulas: M rows x (K numbers each), O outputs. Next: packed.py.
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from mmllm.errors import RunError
 from mmllm.layers.quantized import quantize_int4
-from mmllm.reporting.log import note
+from mmllm.runtime.console import note
+from mmllm.runtime.machine import cache_folder, processor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 DIGIT = 8  # bits of one signed digit of an activation
@@ -33,17 +33,6 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fPIC", "-
 
 
 # Build ----------------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmllm"
-
-
-def processor() -> str:
-    """What -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    flags = [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.exists() else []
-    return flags[0] if flags else platform.platform() + platform.processor()
 
 
 def build(flags: tuple[str, ...] = FLAGS) -> Path:

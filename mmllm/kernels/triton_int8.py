@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.errors import RunError
-from mmllm.reporting.log import note
+from mmllm.runtime.console import note
 
 MOST_ROWS = 16  # more rows share a matrix product well enough to pay for widened weights
 BLOCK_O = 16

@@ -139,3 +139,14 @@ def quantize_(language_model: nn.Module, rounding: str = "int8") -> None:
         if isinstance(layer, nn.Linear) and name != "lm_head":
             parent, _, last = name.rpartition(".")
             setattr(language_model.get_submodule(parent), last, ROUNDINGS[rounding](layer))
+
+
+def count_weights(module: nn.Module) -> int:
+    """Number of parameters, those that are held as int8 or int4 included."""
+    frozen = (layer for layer in module.modules() if isinstance(layer, FrozenLinear))
+    return count_parameters(module) + sum(layer.in_features * layer.out_features for layer in frozen)
+
+
+def count_parameters(module: nn.Module, only_trainable: bool = False) -> int:
+    """Number of parameters; one that is used twice (a tied head) counts once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_trainable)

@@ -11,60 +11,18 @@ P projection size.
 Next: projector.py.
 """
 
-from dataclasses import asdict, dataclass, fields
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class CLIPVisionConfig:
-    """Sizes of the tower, in the words of the official config.json; the defaults are ViT-B/32."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 32
-    projection_dim: int = 512
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        if self.hidden_act not in ACTIVATIONS:
-            raise CheckpointError(f"CLIP config: hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
-            raise CheckpointError(
-                f"CLIP config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
-                f"{self.num_attention_heads}, image_size {self.image_size} of patch_size {self.patch_size}"
-            )
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "CLIPVisionConfig":
-        """Reads a whole CLIP config.json or its vision part; absent fields mean ViT-B/32, as in the official files."""
-        vision = config.get("vision_config", config)
-        values = {field.name: vision[field.name] for field in fields(cls) if field.name in vision}
-        if "vision_config" in config and "projection_dim" in config:
-            values["projection_dim"] = config["projection_dim"]
-        return cls(**values)
-
-    def to_dict(self) -> dict:
-        return {"model_type": "clip_vision_model", "num_channels": 3, **asdict(self)}
+from mmllm.models.config import CLIPVisionConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)  # the sigmoid approximation that OpenAI's CLIP was trained with
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # LAION's CLIPs use the exact one
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # the names in config.py
 
 
 class CLIPAttention(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmllm.models.qwen import Qwen2Config
+from mmllm.models.config import Qwen2Config
 
 
 class KVCache:

@@ -12,15 +12,12 @@ Next: chat.py (what the text looks like), trainer.py, generate.py.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmllm.models.shared_prefix import attention_of, positions_of, sources_of
-from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
 from mmllm.config.schema import LoraConfig
 from mmllm.data.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
 from mmllm.data.image import ImageProcessor
@@ -36,84 +33,18 @@ from mmllm.layers.lora import (
 )
 from mmllm.layers.packed import blank_, settle_
 from mmllm.layers.quantized import ROUNDINGS, quantize_
+from mmllm.models.clip import CLIPVisionTower
+from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
 from mmllm.models.loss import cross_entropy_sum
 from mmllm.models.projector import Projector
-from mmllm.models.qwen import Qwen2, Qwen2Config
-from mmllm.storage.weights import atomic_directory, load_strict_, locate, read_json, read_tensors, refuse_integers
+from mmllm.models.qwen import Qwen2
+from mmllm.models.shared_prefix import attention_of, positions_of, sources_of
+from mmllm.storage.atomic import atomic_directory
+from mmllm.storage.weights import load_strict_, locate, read_json, read_tensors, refuse_integers
 from mmllm.training.surgery import WithoutValues
 
 LOGITS_AT_ONCE = 2**23  # numbers in one piece of logits: 32 MiB in float32
 ROOM_BESIDE_A_GRADIENT = 8  # times as many where the head is trained: each piece makes a gradient of the whole head
-
-
-@dataclass(frozen=True)
-class MultimodalConfig:
-    """`features`: "patch" (every patch of the layer before the last) or "pooled" (CLIP's one image embedding)."""
-
-    vision: CLIPVisionConfig = CLIPVisionConfig()
-    text: Qwen2Config = Qwen2Config()
-    features: str = "patch"
-    image_token_id: int = 151655  # <|image_pad|> of Qwen2.5
-
-    def __post_init__(self):
-        if self.features not in ("patch", "pooled"):
-            raise CheckpointError(f"features {self.features!r}; it can be 'patch' or 'pooled'")
-
-    @property
-    def num_image_tokens(self) -> int:
-        return self.vision.num_patches if self.features == "patch" else 1
-
-    @property
-    def feature_shape(self) -> tuple[int, int]:
-        """Visual tokens of a picture, and numbers in each before the projector."""
-        width = self.vision.hidden_size if self.features == "patch" else self.vision.projection_dim
-        return self.num_image_tokens, width
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "MultimodalConfig":
-        """Reads the config.json that `to_dict` wrote, or the one of a LLaVA checkpoint of the same architecture."""
-        kinds = {"llava": "patch", "mmllm_pooled": "pooled"}
-        if config.get("model_type") not in kinds:
-            raise CheckpointError(
-                f"config.json: model_type {config.get('model_type')!r}; supported: {', '.join(kinds)}"
-            )
-        fixed = {
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-            "projector_hidden_act": "gelu",
-            "multimodal_projector_bias": True,
-        }
-        for name, wanted in fixed.items():
-            if config.get(name, wanted) != wanted:
-                raise CheckpointError(f"config.json: {name} is {config[name]!r}; only {wanted!r} is supported")
-        for part, kind in (("text_config", "qwen2"), ("vision_config", "clip_vision_model")):
-            found = config.get(part, {}).get("model_type")
-            if found != kind:
-                raise CheckpointError(f"config.json: {part}.model_type is {found!r}; only {kind!r} is supported")
-        token = config.get("image_token_index", config.get("image_token_id"))
-        if token is None:
-            raise CheckpointError("config.json: image_token_index is missing")
-        text = dict(config["text_config"])
-        text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
-        vision, text = CLIPVisionConfig.from_dict(config["vision_config"]), Qwen2Config.from_dict(text)
-        return cls(vision, text, kinds[config["model_type"]], token)
-
-    def to_dict(self) -> dict:
-        """The config.json of the saved model: LLaVA's in patch mode; a kind of our own for one pooled token."""
-        is_patch = self.features == "patch"
-        return {
-            "architectures": ["LlavaForConditionalGeneration" if is_patch else "MultimodalLLM"],
-            "model_type": "llava" if is_patch else "mmllm_pooled",
-            "image_token_index": self.image_token_id,
-            "image_seq_length": self.num_image_tokens,
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-            "projector_hidden_act": "gelu",
-            "multimodal_projector_bias": True,
-            "tie_word_embeddings": self.text.tie_word_embeddings,
-            "text_config": self.text.to_dict(),
-            "vision_config": self.vision.to_dict(),
-        }
 
 
 class MultimodalLLM(nn.Module):

@@ -10,65 +10,13 @@ B rows, T tokens, S positions that may be seen, D hidden size, H query heads, G 
 V vocabulary. Next: projector.py, model.py; cache.py for decoding.
 """
 
-from dataclasses import asdict, dataclass, fields
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Qwen2Config:
-    """Sizes of the model, in the words of the official config.json; the defaults are Qwen2.5-0.5B."""
-
-    vocab_size: int = 151936
-    hidden_size: int = 896
-    intermediate_size: int = 4864
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 14
-    num_key_value_heads: int = 2
-    head_dim: int = 64
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    tie_word_embeddings: bool = True
-    max_position_embeddings: int = 32768
-
-    def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise CheckpointError(
-                f"Qwen2 config: num_attention_heads {self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}, and head_dim {self.head_dim} even"
-            )
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "Qwen2Config":
-        """Reads a config.json as published or as transformers 5 writes it; refuses what would change the numbers."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(f"Qwen2 config: rope scaling {kind!r} is not supported; use the plain model")
-        if config.get("use_sliding_window"):
-            raise CheckpointError("Qwen2 config: use_sliding_window is on; only full attention is supported")
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"Qwen2 config: hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
-        missing = [name for name in ("vocab_size", "hidden_size", "num_attention_heads") if name not in config]
-        if missing:
-            raise CheckpointError(
-                f"Qwen2 config: {', '.join(missing)} missing; is this the config.json of a Qwen2 model?"
-            )
-        values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
-        values.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-        values.setdefault("num_key_value_heads", config["num_attention_heads"])
-        values.setdefault("tie_word_embeddings", False)  # what absence means in the format
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-        return cls(**values)
-
-    def to_dict(self) -> dict:
-        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(self)}
+from mmllm.models.config import Qwen2Config
 
 
 class Cache(Protocol):

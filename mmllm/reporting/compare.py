@@ -9,7 +9,8 @@ from html import escape
 from pathlib import Path
 
 from mmllm.errors import UserError
-from mmllm.reporting.log import duration, read_metrics, short, smooth
+from mmllm.reporting.log import read_metrics, smooth
+from mmllm.runtime.console import duration, short
 
 COLOURS = ("#0969da", "#bf3989", "#1a7f37", "#bf8700")  # of the runs in their order
 STYLE = """<style>text{font:12px system-ui,sans-serif;fill:#57606a}.grid{stroke:#d0d7de;stroke-width:1}path{fill:none;

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,37 +21,10 @@ from pathlib import Path
 from types import ModuleType
 
 from mmllm.errors import run
+from mmllm.runtime.console import duration, say, short, warned_of_disk
+from mmllm.runtime.machine import commit
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
-
-
-def say(text: str) -> None:
-    """One console line, at once: the reader may be a file that somebody follows. Of several processes the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-
-
-def note(text: str) -> None:
-    """One line beside the output proper, which may be an answer that somebody reads from a pipe."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-
-
-def tell(text: str) -> None:
-    """One line of whichever process has something to say."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-@contextmanager
-def warned_of_disk(path: Path) -> Iterator[Path]:
-    """What cannot be written to `path` is told, and stops no training: the weights are worth more than the notes."""
-    try:
-        yield path
-    except OSError as error:
-        tell(f"warning: {path}: cannot be written ({error.strerror}); the run goes on")
 
 
 class RunLog:
@@ -152,34 +124,6 @@ def record_start(directory: Path, *, device: str, origins: dict[str, str], resum
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"starts": starts}, indent=2), encoding="utf-8")
     temporary.replace(path)
-
-
-def commit() -> str | None:
-    """The commit of this code, "-dirty" when files were changed since; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
-
-
-def duration(seconds: float) -> str:
-    """`12m40s`: two units are enough for a reader."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-
-
-def short(number: float) -> str:
-    """`9.9k`, `412`, `1.2M`: three digits of a rate."""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{letter}" if number < 100 * size else f"{number / size:.0f}{letter}"
-    return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
 
 
 def progress_line(row: dict, loss: float, total_steps: int) -> str:

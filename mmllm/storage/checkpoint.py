@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.errors import CheckpointError, RunError
-from mmllm.reporting.log import say
+from mmllm.layers.quantized import count_parameters, count_weights
+from mmllm.runtime.console import say
 from mmllm.runtime.distributed import World, local, rows_for
+from mmllm.storage.atomic import new_directory, publish, removed_on_error, reported
 from mmllm.storage.sharded_file import Layout, create
-from mmllm.storage.weights import new_directory, publish, read_safetensors, removed_on_error, reported
-from mmllm.training.surgery import count_parameters, count_weights
+from mmllm.storage.weights import read_safetensors
 
 FORMAT = 1
 NAME = re.compile(r"checkpoint-epoch-(\d+)-step-(\d+)")

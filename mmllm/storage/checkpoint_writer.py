@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from mmllm.errors import RunError
-from mmllm.runtime.device import free_memory
 from mmllm.runtime.distributed import World
+from mmllm.runtime.memory import free_memory
 from mmllm.storage import checkpoint as disk
+from mmllm.storage.atomic import reported
 from mmllm.storage.sharded_file import Piece, layout, own_pieces, write_pieces
-from mmllm.storage.weights import reported
 
 IDLE, BUSY, FAILED = 0, 1, 2
 MARGIN = 1.5  # of free memory over what a copy takes

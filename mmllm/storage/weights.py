@@ -10,16 +10,13 @@ Next: model.py.
 import json
 import os
 import pickle
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmllm.errors import CheckpointError, RunError
+from mmllm.errors import CheckpointError
 
 SMALL_FILES = ["*.json", "*.jinja", "merges.txt"]
 NAMES_SHOWN = 3
@@ -159,65 +156,3 @@ def refuse_not_finite(tensors: dict[str, Tensor], where: str | Path) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(f"{where}: {name} holds numbers that are not finite; these weights are broken")
-
-
-@contextmanager
-def atomic_directory(folder: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new folder to write into; it takes the name `folder` only when all of it is on disk, and vanishes on any error."""
-    folder = Path(folder)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-    if folder.exists() and not replace:
-        raise CheckpointError(f"{folder}: exists already; choose another name, or replace it with --force")
-    with reported(folder), removed_on_error(new_directory(folder)) as temporary:
-        yield temporary
-        publish(temporary, folder)
-
-
-def new_directory(folder: Path) -> Path:
-    """An empty folder beside `folder`, under a hidden name, for what shall become it."""
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def publish(temporary: Path, folder: Path) -> None:
-    """Waits until all of `temporary` is on disk, and gives it the name `folder`; an old folder of that name goes."""
-    for file in [*temporary.rglob("*"), temporary]:
-        fsync(file)
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
-    fsync(folder.parent)
-
-
-@contextmanager
-def removed_on_error(folder: Path) -> Iterator[Path]:
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def reported(folder: Path) -> Iterator[None]:
-    """An error of the disk as the one line that says what could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); nothing was left behind") from error
-
-
-def fsync(path: Path) -> None:
-    """Waits until the file, or the folder's list of files, is on disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -14,15 +14,15 @@ from torch import nn
 from mmllm.config.schema import ExperimentConfig, ModelConfig, StageConfig
 from mmllm.data.samples import read_samples, share_images
 from mmllm.errors import ConfigError, DataError
-from mmllm.models.clip import CLIPVisionConfig
-from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM, read_config
-from mmllm.models.qwen import Qwen2Config
+from mmllm.layers.quantized import count_parameters, count_weights
+from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
+from mmllm.models.multimodal import MultimodalLLM, read_config
 from mmllm.runtime.device import choose_device
 from mmllm.storage.weights import read_json
 from mmllm.training.out_of_memory import trained_parts
 from mmllm.training.prepare import prepare
 from mmllm.training.step_memory import step_peak
-from mmllm.training.surgery import count_parameters, count_weights, hold_, train_only_
+from mmllm.training.surgery import hold_, train_only_
 
 PUBLISHED_CLIP = {"openai/clip-vit-base-patch32": CLIPVisionConfig()}
 PUBLISHED_QWEN = {"Qwen/Qwen2.5-0.5B": Qwen2Config(), "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config()}

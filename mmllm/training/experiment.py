@@ -15,28 +15,21 @@ from pathlib import Path
 import torch
 
 from mmllm.config.schema import ExperimentConfig, explain
-from mmllm.data.batches import encode_shared, sample_order
+from mmllm.data.batches import sample_order
 from mmllm.data.chat import marked
 from mmllm.data.features import FeatureCache, FeatureTable
+from mmllm.data.packing import encode_shared
 from mmllm.data.samples import Sample, checked_samples
 from mmllm.errors import ConfigError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import (
-    OtherLog,
-    RunLog,
-    duration,
-    record_start,
-    say,
-    start_wandb,
-    warned_of_disk,
-    write_report,
-)
-from mmllm.runtime.device import keep_freed_memory
+from mmllm.reporting.log import OtherLog, RunLog, record_start, start_wandb, write_report
+from mmllm.runtime.console import duration, say, warned_of_disk
 from mmllm.runtime.distributed import World
+from mmllm.runtime.memory import keep_freed_memory
 from mmllm.runtime.signals import StopSignal
 from mmllm.storage import checkpoint as disk
+from mmllm.storage.atomic import reported
 from mmllm.storage.checkpoint_writer import CheckpointWriter
-from mmllm.storage.weights import reported
 from mmllm.training.fsdp import is_wanted, shard_
 from mmllm.training.out_of_memory import named_out_of_memory, peak_flops
 from mmllm.training.prepare import prepare

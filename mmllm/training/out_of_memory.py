@@ -13,9 +13,9 @@ from torch import nn
 
 from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.errors import RunError
+from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.runtime.device import peak_memory
-from mmllm.training.surgery import count_parameters, count_weights
+from mmllm.runtime.memory import peak_memory
 
 PART_OF = {  # the words of the configuration: the model's own names
     "projector": "multi_modal_projector",

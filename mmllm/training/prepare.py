@@ -14,7 +14,7 @@ from mmllm.errors import ConfigError
 from mmllm.layers.lora import adapters, add_lora_, fold_lora_, target_layers
 from mmllm.layers.quantized import quantize_
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import say
+from mmllm.runtime.console import say
 from mmllm.training.out_of_memory import is_trained, trained_parts
 from mmllm.training.surgery import checkpoint_blocks_, compile_blocks_, exact_in_bfloat16, train_only_
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from mmllm.config.schema import ExperimentConfig, flat
 from mmllm.data.samples import answers_beside
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
-from mmllm.reporting.log import say
+from mmllm.runtime.console import say
 from mmllm.storage import checkpoint as disk
 
 DATA_FILES = {"train": "data.train_data_path", "val": "data.val_data_path", "features": "data.features_path"}

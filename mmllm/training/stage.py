@@ -24,10 +24,13 @@ from mmllm.data.batches import Batch, BatchLoader, ReadImage, allowed_broken, sa
 from mmllm.data.chat import IGNORED
 from mmllm.data.samples import Sample
 from mmllm.errors import DataError, RunError
+from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import RunLog, duration, progress_line, say, warned_of_disk, write_report
-from mmllm.runtime.device import autocast, peak_memory
+from mmllm.reporting.log import RunLog, progress_line, write_report
+from mmllm.runtime.console import duration, say, warned_of_disk
+from mmllm.runtime.device import autocast
 from mmllm.runtime.distributed import World, full
+from mmllm.runtime.memory import peak_memory
 from mmllm.runtime.signals import StopSignal
 from mmllm.storage import checkpoint as disk
 from mmllm.storage.checkpoint_writer import CheckpointWriter
@@ -35,7 +38,7 @@ from mmllm.training.fsdp import gathered, is_sharded, reduce_after_
 from mmllm.training.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.training.out_of_memory import PART_OF, step_flops, trained_parts
 from mmllm.training.prepare import frozen_weights
-from mmllm.training.surgery import count_parameters, count_weights, hold_, train_only_
+from mmllm.training.surgery import hold_, train_only_
 from mmllm.training.validation import sample_captions, validation_losses
 
 NAMES_SHOWN = 8

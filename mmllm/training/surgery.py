@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from mmllm.errors import ConfigError
-from mmllm.layers.quantized import FrozenLinear
-from mmllm.runtime.device import blocks_apart
+from mmllm.runtime.memory import blocks_apart
 
 
 class WithoutValues(TorchFunctionMode):
@@ -100,14 +99,3 @@ def hold_(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
     with blocks_apart():
         for weight in weights if dtype.itemsize == 2 else reversed(weights):
             weight.data = weight.data.to(dtype)
-
-
-def count_weights(module: nn.Module) -> int:
-    """Number of parameters, those that are held as int8 or int4 included."""
-    frozen = (layer for layer in module.modules() if isinstance(layer, FrozenLinear))
-    return count_parameters(module) + sum(layer.in_features * layer.out_features for layer in frozen)
-
-
-def count_parameters(module: nn.Module, only_trainable: bool = False) -> int:
-    """Number of parameters; one that is used twice (a tied head) counts once."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_trainable)

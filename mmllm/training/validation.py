@@ -18,7 +18,7 @@ from mmllm.inference.generate import generate
 from mmllm.inference.request import Prompt
 from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import tell
+from mmllm.runtime.console import tell
 from mmllm.runtime.device import autocast
 from mmllm.runtime.distributed import ALONE, World
 from mmllm.training.fsdp import is_sharded

@@ -6,10 +6,10 @@ import sys
 
 import jinja2
 import pytest
-from conftest import ROOT
 from PIL import Image
 from transformers import AutoTokenizer
 
+from conftest import ROOT
 from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, marked, parse_text, user
 from mmllm.data.image import ImageProcessor
 from mmllm.data.tokenizer import Tokenizer

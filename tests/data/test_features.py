@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import write_world
 from torch.testing import assert_close
 
 from mmllm.config.schema import ExperimentConfig
@@ -19,6 +18,7 @@ from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.device import autocast
 from mmllm.training.experiment import train
+from tiny_run import write_world
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ from examples.pretrain.pretrain import (
 from mmllm.data.chat import IGNORED
 from mmllm.data.image import ImageProcessor
 from mmllm.errors import UserError
-from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.models.clip import CLIPVisionTower
+from mmllm.models.config import CLIPVisionConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.models.qwen import Qwen2, Qwen2Config
+from mmllm.models.qwen import Qwen2
 
 COLORS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
 

@@ -11,7 +11,7 @@ from mmllm.data.chat import IMAGE, user
 from mmllm.errors import ImageError, UserError
 from mmllm.inference.pipeline import default_model, load_pipeline
 from mmllm.inference.sampling import GenerationConfig
-from mmllm.models.multimodal import MultimodalConfig
+from mmllm.models.config import MultimodalConfig
 from official import write_model
 
 SHORT = GenerationConfig(max_new_tokens=6)

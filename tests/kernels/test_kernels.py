@@ -11,6 +11,7 @@ from mmllm.errors import RunError
 from mmllm.kernels import cpu as kernels
 from mmllm.layers.quantized import quantize, quantize_int4
 from mmllm.models.qwen import rotate
+from mmllm.runtime.machine import processor
 
 SHAPES = [(16, 32), (37, 64), (200, 896), (1152, 160)]
 needs_compiler = pytest.mark.usefixtures("compiler")
@@ -58,7 +59,7 @@ def test_the_int8_kernel_gives_the_bits_of_torchs_integer_product(outputs, input
 @pytest.mark.parametrize("name", ["avx2", "portable"])
 def test_other_processors_get_the_same_products(name):
     """What runs where there is less than this processor has, in a process of its own; `prove` holds it to the formulas."""
-    if name == "avx2" and "avx2" not in kernels.processor().split():
+    if name == "avx2" and "avx2" not in processor().split():
         pytest.skip("this processor has no AVX2")
     less = {"avx2": ("-mavx2", "-mfma"), "portable": ()}[name]
     flags = ("-O1", *(flag for flag in kernels.FLAGS if flag not in ("-O3", "-march=native")), *less)

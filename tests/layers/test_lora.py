@@ -16,11 +16,13 @@ from mmllm.data.chat import assistant, user
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.layers.lora import adapters, add_lora_, fold_lora_, merge_lora_, unmerge_lora_
-from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM
+from mmllm.layers.quantized import count_parameters
+from mmllm.models.config import MultimodalConfig
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
 from mmllm.training.stage import accumulate_gradients
-from mmllm.training.surgery import count_parameters, train_only_
+from mmllm.training.surgery import train_only_
 from official import write_model
 from tiny_run import write_world
 

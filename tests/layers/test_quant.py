@@ -14,12 +14,12 @@ from mmllm.data.batches import make_batch, read_row
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.layers.lora import add_lora_, merge_lora_
-from mmllm.layers.quantized import Int4Linear, Int8Linear, quantize, quantize_, quantize_int4
+from mmllm.layers.quantized import Int4Linear, Int8Linear, count_weights, quantize, quantize_, quantize_int4
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
 from mmllm.training.stage import accumulate_gradients
-from mmllm.training.surgery import count_weights, train_only_
+from mmllm.training.surgery import train_only_
 from official import write_model
 from tiny_run import write_world
 

@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import write_world
 from torch.testing import assert_close
 
-from mmllm.data.batches import BatchLoader, encode_shared, make_batch, ordered_batches, read_row, read_rows
+from mmllm.data.batches import BatchLoader, make_batch, ordered_batches, read_row, read_rows
 from mmllm.data.chat import IGNORED, assistant, user
+from mmllm.data.packing import encode_shared, join
 from mmllm.data.samples import Sample, share_images
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.models.shared_prefix import attention_of, join, positions_of, sources_of
+from mmllm.models.shared_prefix import attention_of, positions_of, sources_of
 from mmllm.training.stage import accumulate_gradients, count_targets
 from mmllm.training.validation import validation_losses
+from tiny_run import write_world
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from mmllm.models.config import Qwen2Config
 from mmllm.models.kv_cache import AllRows, EachRow, KVCache
-from mmllm.models.qwen import Qwen2, Qwen2Config
+from mmllm.models.qwen import Qwen2
 from official import QWEN, spread_
 
 CPU = torch.device("cpu")

@@ -5,7 +5,8 @@ import torch
 from transformers import CLIPVisionModelWithProjection
 
 from mmllm.errors import CheckpointError
-from mmllm.models.clip import CLIPVisionConfig, CLIPVisionTower
+from mmllm.models.clip import CLIPVisionTower
+from mmllm.models.config import CLIPVisionConfig
 from mmllm.models.multimodal import vision_tensors
 from mmllm.storage.weights import load_strict_, read_json
 from official import write_clip

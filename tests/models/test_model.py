@@ -11,8 +11,9 @@ from mmllm.errors import CheckpointError
 from mmllm.inference.generate import generate
 from mmllm.inference.request import Prompt
 from mmllm.inference.sampling import GenerationConfig
-from mmllm.models.multimodal import MultimodalConfig, MultimodalLLM
-from mmllm.training.surgery import count_parameters
+from mmllm.layers.quantized import count_parameters
+from mmllm.models.config import MultimodalConfig
+from mmllm.models.multimodal import MultimodalLLM
 from official import write_clip, write_model, write_qwen
 
 

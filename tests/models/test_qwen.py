@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from transformers import Qwen2ForCausalLM
 
 from mmllm.errors import CheckpointError
+from mmllm.models.config import Qwen2Config
 from mmllm.models.multimodal import language_tensors
-from mmllm.models.qwen import Qwen2, Qwen2Config, SwiGLU
+from mmllm.models.qwen import Qwen2, SwiGLU
 from mmllm.storage.weights import load_strict_, read_json
 from official import write_qwen
 

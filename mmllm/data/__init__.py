@@ -1,0 +1,1 @@
+"""From a data file to batches: records, images, tokens, rows."""

@@ -1,0 +1,27 @@
+"""What this machine and this code are: commit, processor, cache folder."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+
+def commit() -> str | None:
+    """The commit of this code, "-dirty" when files were changed since; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmllm"
+
+
+def processor() -> str:
+    """What -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    flags = [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.exists() else []
+    return flags[0] if flags else platform.platform() + platform.processor()
