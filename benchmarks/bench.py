@@ -154,9 +154,9 @@ def gpu(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     from benchmarks.table import tables
-    from mmllm.runtime.console import say
+    from mmllm.runtime.console import print_rank0
 
-    say(tables(options.out))
+    print_rank0(tables(options.out))
     return 0
 
 
@@ -164,25 +164,25 @@ def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:
     """Keep the rows and show the goals beside them."""
     from benchmarks import table as bench_table
     from benchmarks.rows import goal_lines, read_rows, save_rows, stamped
-    from mmllm.runtime.console import say
+    from mmllm.runtime.console import print_rank0
     from mmllm.runtime.device import choose_device
 
     device = choose_device(options.device)
     path = save_rows(options.out, kind, stamped(rows, device, sys.argv[1:]))
     for what, measured, goal, is_met in goal_lines(bench_table.GOALS, kind, read_rows(options.out, kind), device.type):
-        say(f"{what}: {measured} ({goal}: {is_met})")
-    say(f"{len(rows)} rows in {path}")
+        print_rank0(f"{what}: {measured} ({goal}: {is_met})")
+    print_rank0(f"{len(rows)} rows in {path}")
     return 0
 
 
 def write_table(options: argparse.Namespace) -> int:
     from benchmarks.rows import rewritten
     from benchmarks.table import tables
-    from mmllm.runtime.console import say
+    from mmllm.runtime.console import print_rank0
 
     text = options.readme.read_text(encoding="utf-8")
     options.readme.write_text(rewritten(text, tables(options.out)), encoding="utf-8")
-    say(f"{options.readme}: its tables are those of {options.out}")
+    print_rank0(f"{options.readme}: its tables are those of {options.out}")
     return 0
 
 

@@ -31,7 +31,7 @@ from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import Prompt
 from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device
 from mmllm.runtime.memory import peak_memory
 
@@ -111,7 +111,7 @@ def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, 
     for row in rows:
         if "steps_per_s" in row:
             row["bandwidth_share"] = row["steps_per_s"] * row["weight_bytes"] / bandwidth
-        say("  " + told(row))
+        print_rank0("  " + told(row))
     return rows
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mmllm.errors import UserError
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 
 BENCH = ("-m", "benchmarks.bench")
 
@@ -57,6 +57,6 @@ def run_parts(commands: dict[str, tuple[int, list[str]]], folder: Path) -> int:
             except subprocess.TimeoutExpired:
                 code = None
         outcome = "took too long" if code is None else "ok" if code == 0 else f"failed with code {code}"
-        say(f"{name}: {outcome}, {time.perf_counter() - begin:.0f} s; {folder / name}.txt")
+        print_rank0(f"{name}: {outcome}, {time.perf_counter() - begin:.0f} s; {folder / name}.txt")
         failed += code != 0
     return 1 if failed else 0

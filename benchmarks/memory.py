@@ -9,11 +9,11 @@ import torch
 from benchmarks.random_model import sizes
 from benchmarks.runner import Work, compete
 from benchmarks.train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_model, steps_of
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device
 from mmllm.runtime.memory import forget_peak, peak_memory
 from mmllm.training.dry_run import stage_memory
-from mmllm.training.surgery import hold_
+from mmllm.training.surgery import cast_
 
 CASES = ("stage 1", "stage 2, full", "stage 2, LoRA", "stage 2, LoRA on int8")
 VARIANTS = tuple((bf16, checkpointing) for bf16 in (True, False) for checkpointing in (False, True))
@@ -34,7 +34,7 @@ def measure(names: list[str], spec: dict, variants: tuple[tuple[bool, bool], ...
             (row,) = compete([mine | {"turns": [{"case": name}]}], rounds=2)
             predicted = predicted_bytes(mine)
             row |= {"predicted_bytes": predicted, "error": predicted / row["peak_bytes"] - 1}
-            say(
+            print_rank0(
                 f"  {name}: {predicted / 1e9:.2f} GB predicted, {row['peak_bytes'] / 1e9:.2f} measured ({row['error']:+.0%})"
             )
             rows.append(row)
@@ -60,7 +60,7 @@ def build(spec: dict) -> tuple[dict, Work]:
     def turn(asked: dict) -> dict:
         step()
         for dtype in (torch.float32, torch.bfloat16):  # as before and after a validation
-            hold_(held, dtype)
+            cast_(held, dtype)
         return {"peak_bytes": peak_memory(device)}
 
     return {"rows": spec["rows"]}, turn

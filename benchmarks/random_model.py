@@ -59,14 +59,14 @@ def fill_(model: nn.Module) -> None:
     Those of the language model lose nothing as bfloat16: so are the published ones, and CLIP's are not.
     """
     for name, parameter in model.named_parameters():
-        chance = torch.Generator(parameter.device).manual_seed(zlib.crc32(published_name(name).encode()))
+        rng = torch.Generator(parameter.device).manual_seed(zlib.crc32(published_name(name).encode()))
         if parameter.ndim >= 2:
             is_table = "embed" in name and "patch" not in name
-            parameter.normal_(0, 0.1 if is_table else 1 / math.sqrt(parameter[0].numel()), generator=chance)
+            parameter.normal_(0, 0.1 if is_table else 1 / math.sqrt(parameter[0].numel()), generator=rng)
         elif "norm" in name and name.endswith("weight"):
             parameter.fill_(1)
         else:
-            parameter.normal_(0, 0.1, generator=chance)
+            parameter.normal_(0, 0.1, generator=rng)
         if "vision_tower" not in name:
             parameter.copy_(parameter.bfloat16())
 
@@ -128,8 +128,8 @@ def write_model(folder: Path, config: MultimodalConfig) -> Path:
 def prompt_ids(spec: dict, row: int) -> list[int]:
     """A row's prompt: the places of a picture, then words; each row has its own."""
     config = sizes(spec["size"], spec["layers"])
-    chance = torch.Generator().manual_seed(row)
-    words = torch.randint(0, config.image_token_id - 12, (TEXT_TOKENS,), generator=chance).tolist()
+    rng = torch.Generator().manual_seed(row)
+    words = torch.randint(0, config.image_token_id - 12, (TEXT_TOKENS,), generator=rng).tolist()
     return [*words[:4], *[config.image_token_id] * config.num_image_tokens, *words[4:]]
 
 

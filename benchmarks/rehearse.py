@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.random_model import sizes, write_towers
 from mmllm.errors import RunError
 from mmllm.reporting.log import read_metrics
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 CAPTION = "a small red cat sits on the old wooden table beside a cup of tea"
@@ -70,5 +70,5 @@ def measure(spec: dict, config: str, samples: int, settings: list[str], folder: 
         "peak_bytes": max(step["peak_bytes"] for step in steps),
         "loss": [round(step["loss"], 4) for step in steps],
     }
-    say(f"{config}: {len(steps)} steps in {seconds:.0f} s, {row['peak_bytes'] / 1e9:.2f} GB at most")
+    print_rank0(f"{config}: {len(steps)} steps in {seconds:.0f} s, {row['peak_bytes'] / 1e9:.2f} GB at most")
     return [row]

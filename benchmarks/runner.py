@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from statistics import median
 
 from mmllm.errors import RunError
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 
 Work = Callable[[dict], dict]  # one turn, by what is asked: what was measured in it
 Build = Callable[[dict], tuple[dict, Work]]  # a spec to what loading cost, and the work
@@ -109,7 +109,7 @@ def compete(specs: list[dict], rounds: int, *, together: bool = True) -> list[di
             contestants = []
             for i, spec in enumerate(specs):
                 contestants.append(stack.enter_context(start(i)))
-                say(f"  {spec['contestant']}: ready")
+                print_rank0(f"  {spec['contestant']}: ready")
             for _ in range(rounds):
                 for i, contestant in enumerate(contestants):
                     take(i, contestant)
@@ -118,7 +118,7 @@ def compete(specs: list[dict], rounds: int, *, together: bool = True) -> list[di
             for i, spec in enumerate(specs):
                 with start(i) as contestant:
                     take(i, contestant)
-                say(f"  {spec['contestant']}: round {number + 1} of {rounds}")
+                print_rank0(f"  {spec['contestant']}: round {number + 1} of {rounds}")
     return [
         {"case": asked["case"], "contestant": spec["contestant"], **cost, **summary(turns)}
         for spec, cost, found in zip(specs, loaded, results, strict=True)

@@ -25,9 +25,9 @@ from benchmarks.runner import Work, compete
 from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.data.batches import Batch, collate
 from mmllm.data.chat import IGNORED, Encoded
-from mmllm.data.packing import join
+from mmllm.data.packing import pack
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device, synchronize
 from mmllm.runtime.distributed import World
 from mmllm.runtime.memory import forget_peak, keep_freed_memory, peak_memory
@@ -35,7 +35,7 @@ from mmllm.training.optim import adamw
 from mmllm.training.out_of_memory import peak_flops, step_flops, trained_parts
 from mmllm.training.prepare import frozen_weights, prepare
 from mmllm.training.stage import stage_groups, step_counts, update_
-from mmllm.training.surgery import hold_, train_only_
+from mmllm.training.surgery import cast_, train_only_
 
 TOKENS, LEARNT = 128, 40
 RATE = 1e-5
@@ -98,12 +98,12 @@ def measure(names: list[str], spec: dict, rounds: int) -> list[dict]:
     """The rows of the cases called `names`; `spec` says size, layers, rows of a step, and device."""
     rows = []
     for case in (BY_NAME[name] for name in names):
-        say(f"{case.name}:")
+        print_rank0(f"{case.name}:")
         together = not case.is_large or spec["device"] != "cpu" or spec["size"] != "full"
         specs = [one | {"turns": [{"case": case.name}]} for one in contestants(case, spec)]
         found = compete(specs, rounds, together=together)
         for row in found:
-            say(
+            print_rank0(
                 f"  {row['contestant']}: {row['seconds']:.2f} s a step, {row['tokens_per_s']:.0f} tokens/s, "
                 f"{row['peak_bytes'] / 1e9:.2f} GB at most, loss {row['loss']:.4f}"
             )
@@ -176,15 +176,15 @@ def batches_of(spec: dict) -> list[Batch]:
 def captions_batch(spec: dict, share_images: bool) -> Batch:
     """Half as many pictures, five captions each: in one row for a picture, or a row for a caption."""
     shape = sizes(spec["size"], spec["layers"])
-    chance, places = torch.Generator().manual_seed(0), shape.num_image_tokens
+    rng, places = torch.Generator().manual_seed(0), shape.num_image_tokens
     rows, pixels = [], []
     for _ in range(max(1, spec["rows"] // 2)):
-        picture = torch.randn(3, shape.vision.image_size, shape.vision.image_size, generator=chance)
-        words = torch.randint(1, shape.image_token_id - 12, (PREFIX + CAPTIONS * CAPTION,), generator=chance).tolist()
+        picture = torch.randn(3, shape.vision.image_size, shape.vision.image_size, generator=rng)
+        words = torch.randint(1, shape.image_token_id - 12, (PREFIX + CAPTIONS * CAPTION,), generator=rng).tolist()
         start = [*words[:4], *[shape.image_token_id] * places, *words[4 : PREFIX - places]]
         captions = [words[PREFIX + i * CAPTION :][:CAPTION] for i in range(CAPTIONS)]
         texts = [Encoded(start + caption, [IGNORED] * len(start) + caption, 1) for caption in captions]
-        mine = join(texts, shape.image_token_id) if share_images else texts
+        mine = pack(texts, shape.image_token_id) if share_images else texts
         rows += mine
         pixels += [picture] * len(mine)
     return collate(rows, pixels, 0, shape.vision.image_size)
@@ -206,13 +206,13 @@ def batches_of_lengths(spec: dict, group_by_length: bool) -> list[Batch]:
 def synthetic_batch(spec: dict, length: int = TOKENS) -> Batch:
     """The rows of a step: a few words, the picture's places, a question, an answer that is learnt."""
     architecture = sizes(spec["size"], spec["layers"])
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     rows, side, places = spec["rows"], architecture.vision.image_size, architecture.num_image_tokens
-    ids_BT = torch.randint(0, architecture.image_token_id - 12, (rows, length), generator=chance)
+    ids_BT = torch.randint(0, architecture.image_token_id - 12, (rows, length), generator=rng)
     ids_BT[:, 16 : 16 + places] = architecture.image_token_id
     labels_BT = torch.full_like(ids_BT, IGNORED)
     labels_BT[:, -LEARNT:] = ids_BT[:, -LEARNT:]
-    return Batch(ids_BT, labels_BT, torch.randn(rows, 3, side, side, generator=chance))
+    return Batch(ids_BT, labels_BT, torch.randn(rows, 3, side, side, generator=rng))
 
 
 def own_step(spec: dict) -> Callable[[], float]:
@@ -228,7 +228,7 @@ def own_model(spec: dict, config: ExperimentConfig) -> tuple[MultimodalLLM, Stag
     prepare(model, config)
     train_only_(model, trained_parts(stage))
     if config.training.bf16:
-        hold_(frozen_weights(model), torch.bfloat16)
+        cast_(frozen_weights(model), torch.bfloat16)
     keep_freed_memory(model.device)
     return model, stage
 
@@ -246,7 +246,7 @@ def steps_of(spec: dict, config: ExperimentConfig, model: MultimodalLLM, stage: 
 
 
 def loss_of_all_logits(
-    model: MultimodalLLM, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, branches_BT: None
+    model: MultimodalLLM, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, segment_ids_BT: None
 ) -> tuple[Tensor, Tensor]:
     """What `MultimodalLLM.forward` gives, by the textbook: logits of every token, of which a few are learnt."""
     logits_MV, labels_M = model.logits(ids_BT, pixels_N3SS)[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()

@@ -50,8 +50,8 @@ QWEN = {
 def spread_(module: nn.Module) -> None:
     """Fills every parameter so that a mistake in any of them shows."""
     for name, parameter in module.named_parameters():
-        chance = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        noise = torch.randn(parameter.shape, generator=chance)
+        rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        noise = torch.randn(parameter.shape, generator=rng)
         if name.endswith("embed_tokens.weight"):
             value = 0.1 * noise  # logits of a tied head then have a standard deviation of about 3
         elif parameter.ndim >= 2:

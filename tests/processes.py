@@ -216,11 +216,11 @@ def kill_at_random_moments(config: str, times: int, seed: int, whole_s: float, s
 
     A kill comes after a random part of `whole_s`, the time of an uninterrupted run.
     """
-    chance, killed, ends = random.Random(seed), 0, []
+    rng, killed, ends = random.Random(seed), 0, []
     directory = Path(json.loads(Path(config).read_text())["output_dir"]) / "tiny"
     while killed < times or directory.exists():
         [number] = start_group(1, partial(training, config, resume="auto"), said)
-        patience_s = chance.uniform(0.1, 0.9) * whole_s if killed < times else None
+        patience_s = rng.uniform(0.1, 0.9) * whole_s if killed < times else None
         with os.fdopen(os.pidfd_open(number)) as watched:
             has_ended = select.select([watched], [], [], patience_s)[0]
         if not has_ended:

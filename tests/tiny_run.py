@@ -51,10 +51,10 @@ def write_world(folder: Path, **qwen) -> World:
     write_clip(folder / "clip", num_hidden_layers=2)
     write_qwen(folder / "qwen", num_hidden_layers=2, **qwen)
     (folder / "images").mkdir()
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     records = []
     for i in range(26):
-        Image.fromarray(chance.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
         records.append({"id": f"s{i}", "image": f"{i}.png", "text": CAPTIONS[i % 4]})
     (folder / "train.json").write_text(json.dumps(records[:20]))
     (folder / "val.json").write_text(json.dumps(records[20:]))

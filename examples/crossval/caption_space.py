@@ -65,8 +65,8 @@ class CaptionSpace:
 
 def noisy(embedding_F: Tensor, seed: int) -> Tensor:
     """The embedding with noise of a quarter of its variance: what a projector will make of a picture is not exact."""
-    chance = torch.Generator().manual_seed(seed)
-    return embedding_F + NOISE * torch.randn(embedding_F.shape, generator=chance)
+    rng = torch.Generator().manual_seed(seed)
+    return embedding_F + NOISE * torch.randn(embedding_F.shape, generator=rng)
 
 
 def each_by_the_others(captions: Sequence[str]) -> list[tuple[list[str], str]]:

@@ -50,7 +50,7 @@ from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Qwen2
-from mmllm.runtime.console import duration, say
+from mmllm.runtime.console import duration, print_rank0
 from mmllm.training.experiment import train
 
 Captions = dict[str, tuple[str, ...]]  # by picture name
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     if len(names) < 2 * options.folds:
         raise DataError(f"{len(names)} pictures of {options.features} have captions in {options.captions}; too few")
     others = {name: texts for name, texts in captions.items() if name not in features}
-    say(f"{len(names)} pictures in {options.folds} folds; {len(others)} more have captions alone")
+    print_rank0(f"{len(names)} pictures in {options.folds} folds; {len(others)} more have captions alone")
     if options.qwen is None and not others:
         raise UserError("no captions are left to pretrain a language model on; name one that has seen none: --qwen DIR")
     config.model.qwen = options.qwen or str(make_language_model(out / "language", others, config, options))
@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     said: dict[str, dict[str, str]] = {row: {} for row in rows}
     for number, tested in enumerate(deal(names, options.folds, config.seed)):
         training = [name for name in names if name not in set(tested)]
-        say(f"fold {number + 1} of {options.folds}")
+        print_rank0(f"fold {number + 1} of {options.folds}")
         known = standardised(features, training)
         chosen = training[:: round(1 / VALIDATION_SHARE)]
         folder = out / f"fold{number + 1}"
@@ -332,8 +332,8 @@ def report(
     about = {"options": vars(options), "config": config.to_dict(), "seconds": round(seconds, 1)}
     write_json(out / "scores.json", about | {"scores": scores})
     write_json(out / "captions.json", said)
-    say("\n".join(table(scores)))
-    say(f"{duration(seconds)}; captions.json and scores.json in {out}")
+    print_rank0("\n".join(table(scores)))
+    print_rank0(f"{duration(seconds)}; captions.json and scores.json in {out}")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

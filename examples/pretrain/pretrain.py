@@ -36,7 +36,7 @@ from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, Qwen2Config
 from mmllm.models.multimodal import IGNORED
 from mmllm.models.qwen import Qwen2
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import autocast, choose_device
 from mmllm.storage.atomic import atomic_directory
 from mmllm.training.optim import adamw, parameter_groups, set_learning_rates_
@@ -77,10 +77,10 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 @torch.no_grad()
 def initialise_(model: CLIPVisionTower | Qwen2, seed: int) -> None:
     """Random weights from which small models learn fast: positions as loud as patches, attention that starts selective."""
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
 
     def normal_(weight: Tensor, std: float) -> None:
-        weight.copy_(torch.randn(weight.shape, generator=chance) * std)
+        weight.copy_(torch.randn(weight.shape, generator=rng) * std)
 
     for name, parameter in model.named_parameters():
         if "position_embedding" in name:
@@ -181,7 +181,7 @@ def pretrain_clip(
         if (step + 1) % report_every == 0 or step + 1 == steps:
             seconds = time.perf_counter() - start
             recent = hits[-report_every:]
-            say(
+            print_rank0(
                 f"clip {step + 1}/{steps} | loss {loss.item():.3f} | matched {sum(recent) / len(recent):.2f} | {seconds:.0f} s"
             )
     last = hits[-max(1, steps // 10) :]
@@ -216,7 +216,9 @@ def pretrain_qwen(
         losses.append(loss.item())
         if (step + 1) % report_every == 0 or step + 1 == steps:
             recent = losses[-report_every:]
-            say(f"text {step + 1}/{steps} | loss {sum(recent) / len(recent):.3f} | {time.perf_counter() - start:.0f} s")
+            print_rank0(
+                f"text {step + 1}/{steps} | loss {sum(recent) / len(recent):.3f} | {time.perf_counter() - start:.0f} s"
+            )
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
@@ -290,14 +292,14 @@ class CaptionedPictures:
         self.mean = torch.tensor(image_processor.mean)[:, None, None]
         self.std = torch.tensor(image_processor.std)[:, None, None]
 
-    def batch(self, size: int, chance: random.Random) -> tuple[Tensor, list[list[list[int]]]]:
+    def batch(self, size: int, rng: random.Random) -> tuple[Tensor, list[list[list[int]]]]:
         """A random batch: random crops, half of them mirrored where no caption says left or right, with all captions."""
         crops, captions = [], []
         room = self.pixels.shape[-1] - self.size
-        for i in chance.sample(range(len(self.pixels)), size):
-            top, left = chance.randint(0, room), chance.randint(0, room)
+        for i in rng.sample(range(len(self.pixels)), size):
+            top, left = rng.randint(0, room), rng.randint(0, room)
             crop = self.pixels[i, :, top : top + self.size, left : left + self.size]
-            crops.append(crop.flip(-1) if self.can_flip[i] and chance.random() < 0.5 else crop)
+            crops.append(crop.flip(-1) if self.can_flip[i] and rng.random() < 0.5 else crop)
             captions.append(self.captions[i])
         return (torch.stack(crops).float() / 255 - self.mean) / self.std, captions
 
@@ -357,11 +359,11 @@ def make_backbones(samples: list[Sample], options: argparse.Namespace) -> None:
     initialise_(tower, options.seed)
     vocab = tokenizer.get_vocab_size()
     pictures = CaptionedPictures(samples, lambda text: tokenizer.encode(text.lower()).ids, images)
-    say(f"{len(pictures.pixels)} pictures, {len(texts)} captions, {vocab} tokens")
-    chance = random.Random(options.seed)
+    print_rank0(f"{len(pictures.pixels)} pictures, {len(texts)} captions, {vocab} tokens")
+    rng = random.Random(options.seed)
     matched = pretrain_clip(
         tower,
-        lambda step: pictures.batch(options.clip_batch, chance),
+        lambda step: pictures.batch(options.clip_batch, rng),
         vocab,
         steps=options.clip_steps,
         learning_rate=1e-3,
@@ -389,15 +391,15 @@ def make_backbones(samples: list[Sample], options: argparse.Namespace) -> None:
     rows = [processor.encode([user(CAPTION_PROMPT), assistant(caption)]) for caption in texts]
 
     def next_rows(step: int) -> tuple[Tensor, Tensor]:
-        batch = collate(chance.sample(rows, min(64, len(rows))), [], processor.tokenizer.pad_id, images.size)
+        batch = collate(rng.sample(rows, min(64, len(rows))), [], processor.tokenizer.pad_id, images.size)
         return batch.ids_BT, batch.labels_BT
 
     loss = pretrain_qwen(lm, next_rows, steps=options.qwen_steps, learning_rate=1e-3, bf16=options.bf16)
     write_qwen(out / "qwen", lm, tokenizer)
-    say(
+    print_rank0(
         f"{out}/clip matches {matched:.0%} of a batch of {options.clip_batch}; {out}/qwen has a loss of {loss:.2f} a token"
     )
-    say(f"next: python train.py CONFIG model.clip={out}/clip model.qwen={out}/qwen")
+    print_rank0(f"next: python train.py CONFIG model.clip={out}/clip model.qwen={out}/qwen")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from mmllm.inference.pipeline import load_pipeline
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, Qwen2Config
 from mmllm.models.qwen import Qwen2
-from mmllm.runtime.console import duration, say
+from mmllm.runtime.console import duration, print_rank0
 from mmllm.storage.atomic import atomic_directory
 
 COLORS = {
@@ -96,18 +96,18 @@ class Question:
     answer: str
 
 
-def random_scene(chance: random.Random, num_things: int, *, held_out: bool = False) -> Scene:
+def random_scene(rng: random.Random, num_things: int, *, held_out: bool = False) -> Scene:
     """A scene without held-out combinations, or with at least one of them."""
     while True:
-        places = sorted(chance.sample(sorted(PLACES), num_things), key=list(PLACES).index)
+        places = sorted(rng.sample(sorted(PLACES), num_things), key=list(PLACES).index)
         scene = tuple(
             Thing(
-                chance.choice(list(COLORS)),
-                chance.choice(SHAPES),
-                chance.choice(list(SIZES)),
+                rng.choice(list(COLORS)),
+                rng.choice(SHAPES),
+                rng.choice(list(SIZES)),
                 place,
-                chance.randint(-SHIFT, SHIFT),
-                chance.randint(-SHIFT, SHIFT),
+                rng.randint(-SHIFT, SHIFT),
+                rng.randint(-SHIFT, SHIFT),
             )
             for place in places
         )
@@ -115,18 +115,18 @@ def random_scene(chance: random.Random, num_things: int, *, held_out: bool = Fal
             return scene
 
 
-def any_scene(chance: random.Random, *, held_out: bool = False) -> Scene:
+def any_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
     """A scene of one thing or of two."""
-    return random_scene(chance, 2 if chance.random() < TWO_THINGS else 1, held_out=held_out)
+    return random_scene(rng, 2 if rng.random() < TWO_THINGS else 1, held_out=held_out)
 
 
-def one_attribute_changed(scene: Scene, chance: random.Random) -> Scene:
+def one_attribute_changed(scene: Scene, rng: random.Random) -> Scene:
     """Another scene of the training world that differs in one attribute of one thing; shape as often as the rest."""
     while True:
-        i = chance.randrange(len(scene))
-        attribute = chance.choice(("color", "shape", "shape", "size", "place"))
+        i = rng.randrange(len(scene))
+        attribute = rng.choice(("color", "shape", "shape", "size", "place"))
         values = {"color": COLORS, "shape": SHAPES, "size": SIZES, "place": PLACES}[attribute]
-        changed = replace(scene[i], **{attribute: chance.choice(list(values))})
+        changed = replace(scene[i], **{attribute: rng.choice(list(values))})
         others = scene[:i] + scene[i + 1 :]
         is_free = changed.place not in [thing.place for thing in others]
         if changed != scene[i] and is_free and not changed.is_held_out:
@@ -173,12 +173,12 @@ def questions(scene: Scene) -> list[Question]:
     return found
 
 
-def conversation(scene: Scene, chance: random.Random) -> list[tuple[str, str]]:
+def conversation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Some questions with their answers in random order, now and then with the caption among them."""
     asked = questions(scene)
-    turns = [(q.text, q.answer) for q in chance.sample(asked, min(NUM_QUESTIONS, len(asked)))]
-    if chance.random() < CAPTION_SHARE:
-        turns.insert(chance.randint(0, len(turns)), (CAPTION_PROMPT, caption(scene)))
+    turns = [(q.text, q.answer) for q in rng.sample(asked, min(NUM_QUESTIONS, len(asked)))]
+    if rng.random() < CAPTION_SHARE:
+        turns.insert(rng.randint(0, len(turns)), (CAPTION_PROMPT, caption(scene)))
     return turns
 
 
@@ -205,8 +205,8 @@ VISION = CLIPVisionConfig(
 
 def make_backbones(out: Path) -> None:
     """Trains a CLIP and a Qwen2 of this world and writes them to `out`/clip and `out`/qwen, official files both."""
-    chance = random.Random(0)
-    scenes = [any_scene(chance) for _ in range(4000)]
+    rng = random.Random(0)
+    scenes = [any_scene(rng) for _ in range(4000)]
     texts = [text for scene in scenes for q in questions(scene) for text in (caption(scene), q.text, q.answer)]
     inner = build_tokenizer(
         [*texts, CAPTION_PROMPT, "system\nYou are a helpful assistant.", "user\n", "assistant\n"], 450
@@ -219,15 +219,15 @@ def make_backbones(out: Path) -> None:
         """Scenes, each with three of one attribute changed: what must be told apart."""
         batch = []
         for _ in range(RECIPE["clip_groups"]):
-            group = [any_scene(chance)]
+            group = [any_scene(rng)]
             while len(group) < 4:
-                if (other := one_attribute_changed(group[0], chance)) not in group:
+                if (other := one_attribute_changed(group[0], rng)) not in group:
                     group.append(other)
             batch += group
         pixels = torch.stack([images(draw(scene)) for scene in batch])
         return pixels, [[inner.encode(caption(scene)).ids] for scene in batch]
 
-    say("a small CLIP, from pictures with captions")
+    print_rank0("a small CLIP, from pictures with captions")
     steps, rate = RECIPE["clip_steps"], RECIPE["clip_rate"]
     pretrain_clip(clip, groups, inner.get_vocab_size(), steps=steps, learning_rate=rate)
     write_clip(out / "clip", clip, images)
@@ -250,7 +250,7 @@ def make_backbones(out: Path) -> None:
 
     def written(scene: Scene):
         """A conversation about a description in place of the picture."""
-        (first, answer), *others = conversation(scene, chance)
+        (first, answer), *others = conversation(scene, rng)
         if first == CAPTION_PROMPT:
             return processor.encode([user(first), assistant(answer)])
         messages = [user(f"{caption(scene)}\n{first}"), assistant(answer)]
@@ -259,11 +259,11 @@ def make_backbones(out: Path) -> None:
         return processor.encode(messages)
 
     def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [written(chance.choice(scenes)) for _ in range(RECIPE["text_batch"])]
+        rows = [written(rng.choice(scenes)) for _ in range(RECIPE["text_batch"])]
         batch = collate(rows, [], processor.tokenizer.pad_id, SIDE)
         return batch.ids_BT, batch.labels_BT
 
-    say("a small Qwen2, from text alone")
+    print_rank0("a small Qwen2, from text alone")
     steps, rate = RECIPE["text_steps"], RECIPE["text_rate"]
     pretrain_qwen(qwen, rows, steps=steps, learning_rate=rate)
     write_qwen(out / "qwen", qwen, inner)
@@ -276,7 +276,7 @@ TRAIN_PICTURES, NEW_PICTURES, SHEET_PICTURES = 2400, 200, 12
 
 def write_data(out: Path) -> None:
     """Writes train.json, val.json (new pictures), held_out.json (combinations never seen) and images/ to `out`."""
-    chance = random.Random(1)
+    rng = random.Random(1)
     with atomic_directory(out, replace=True) as folder:
         (folder / "images").mkdir()
 
@@ -286,7 +286,7 @@ def write_data(out: Path) -> None:
 
         train = []
         for i in range(TRAIN_PICTURES):
-            scene = any_scene(chance)
+            scene = any_scene(rng)
             image = picture(f"train{i:04}", scene)
             for turn in [(CAPTION_PROMPT, caption(scene)), *((q.text, q.answer) for q in questions(scene))]:
                 train.append(record(len(train), image, [turn]))  # those of a picture share its row
@@ -294,10 +294,10 @@ def write_data(out: Path) -> None:
         for name, held_out in (("val", False), ("held_out", True)):
             records = []
             for i in range(NEW_PICTURES):
-                scene = any_scene(chance, held_out=held_out)
+                scene = any_scene(rng, held_out=held_out)
                 image = picture(f"{name}{i:03}", scene)
                 records.append(record(len(records), image, [(CAPTION_PROMPT, caption(scene))], "caption"))
-                for q in chance.sample(asked := questions(scene), min(3, len(asked))):
+                for q in rng.sample(asked := questions(scene), min(3, len(asked))):
                     things = "two" if len(scene) == 2 else "one"
                     records.append(record(len(records), image, [(q.text, q.answer)], f"{things}: {q.kind}"))
             write_json(folder / f"{name}.json", records)
@@ -319,12 +319,12 @@ def demo(out: Path, run_directory: Path) -> None:
     recipe = {"recipe": RECIPE, "vision": VISION.to_dict(), "world": [SIDE, PATCH, SHIFT, TWO_THINGS]}
     noted = out / "backbones" / "recipe.json"
     if noted.is_file() and json.loads(noted.read_text()) == recipe:
-        say(f"the backbones in {noted.parent} are those of an earlier demo")
+        print_rank0(f"the backbones in {noted.parent} are those of an earlier demo")
     else:
         noted.unlink(missing_ok=True)
         make_backbones(noted.parent)
         write_json(noted, recipe)
-    say(f"drawing {TRAIN_PICTURES} pictures to train on, {2 * NEW_PICTURES} to ask about")
+    print_rank0(f"drawing {TRAIN_PICTURES} pictures to train on, {2 * NEW_PICTURES} to ask about")
     write_data(data := out / "data")
     clip, qwen, joined = out / "backbones" / "clip", out / "backbones" / "qwen", out / "start"
     python("convert_weights.py", "--clip", clip, "--qwen", qwen, "--out", joined, "--force")
@@ -351,21 +351,21 @@ def demo(out: Path, run_directory: Path) -> None:
     sheet = contact_sheet(model, run_directory / "contact_sheet.png")
     accuracy = {name: scores["val"][name]["answers"] for name in scores["val"]}
     held_out = scores["held_out"]["true pictures"]["answers"]
-    say(f"\n{'right answers':34}{'one shape':>12}{'two shapes':>12}{'together':>12}")
+    print_rank0(f"\n{'right answers':34}{'one shape':>12}{'two shapes':>12}{'together':>12}")
     for name, answers in (*accuracy.items(), ("never seen together", held_out)):
         one, two = (by_number(answers, things) for things in ("one", "two"))
-        say(f"{name:34}{one:>12.1%}{two:>12.1%}{answers['accuracy']:>12.1%}")
-    say(f"look at {sheet}; all of it took {duration(time.perf_counter() - start)}")
-    say("next: talk to it:")
-    say(f"  python sample.py --image {pictures[0]} --chat")
-    say("  python serve.py")
-    say("then your own pictures, with the published models:")
-    say("  python train.py configs/full.py data.train_data_path=... data.val_data_path=... data.image_dir=...")
+        print_rank0(f"{name:34}{one:>12.1%}{two:>12.1%}{answers['accuracy']:>12.1%}")
+    print_rank0(f"look at {sheet}; all of it took {duration(time.perf_counter() - start)}")
+    print_rank0("next: talk to it:")
+    print_rank0(f"  python sample.py --image {pictures[0]} --chat")
+    print_rank0("  python serve.py")
+    print_rank0("then your own pictures, with the published models:")
+    print_rank0("  python train.py configs/full.py data.train_data_path=... data.val_data_path=... data.image_dir=...")
 
 
 def python(*arguments: str | Path) -> None:
     """Runs one of the product's commands, shown as it would be typed; ends the demo when it fails."""
-    say("\n$ python " + " ".join(map(str, arguments)))
+    print_rank0("\n$ python " + " ".join(map(str, arguments)))
     code = subprocess.run([sys.executable, *map(str, arguments)]).returncode
     if code:
         sys.exit(code)
@@ -379,18 +379,18 @@ def by_number(answers: dict, things: str) -> float:
 
 def contact_sheet(model: Path, file: Path) -> Path:
     """Draws new scenes with what the model says of them; what is wrong is red, with the truth behind it."""
-    chance, pipeline, font = random.Random(2), load_pipeline(model), ImageFont.load_default(13)
+    rng, pipeline, font = random.Random(2), load_pipeline(model), ImageFont.load_default(13)
     width, height, columns, scale = 360, 315, 4, 1.2
     rows = -(-SHEET_PICTURES // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     pen = ImageDraw.Draw(sheet)
     for i in range(SHEET_PICTURES):
-        scene = any_scene(chance, held_out=i >= SHEET_PICTURES - columns)
+        scene = any_scene(rng, held_out=i >= SHEET_PICTURES - columns)
         x, y, side = i % columns * width + 16, i // columns * height + 16, round(scale * SIDE)
         picture = draw(scene)
         sheet.paste(picture.resize((side, side)), (x, y))
         lines = [(CAPTION_PROMPT, caption(scene))]
-        lines += [(q.text, q.answer) for q in chance.sample(questions(scene), 3)]
+        lines += [(q.text, q.answer) for q in rng.sample(questions(scene), 3)]
         below = y + side + 8
         for n, (question, truth) in enumerate(lines):
             answer = pipeline.answer_question(picture, question)

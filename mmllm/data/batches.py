@@ -19,7 +19,7 @@ from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Encoded
 from mmllm.data.packing import PADDING, encode_shared
 from mmllm.data.samples import Sample
 from mmllm.errors import DataError, ImageError
-from mmllm.runtime.console import tell
+from mmllm.runtime.console import stderr
 
 
 def sample_order(num_samples: int, seed: int, epoch: int) -> list[int]:
@@ -52,7 +52,7 @@ class Batch:
     ids_BT: Tensor
     labels_BT: Tensor
     pixels_N3SS: Tensor
-    branches_BT: Tensor | None = None
+    segment_ids_BT: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
@@ -63,14 +63,14 @@ def collate(rows: list[Encoded], pixels: list[Tensor], pad_id: int, image_size: 
     length = max(len(row.ids) for row in rows)
     ids_BT = torch.full((len(rows), length), pad_id)
     labels_BT = torch.full((len(rows), length), IGNORED)
-    branches_BT = torch.full((len(rows), length), PADDING) if any(row.branches for row in rows) else None
+    segment_ids_BT = torch.full((len(rows), length), PADDING) if any(row.segment_ids for row in rows) else None
     for i, row in enumerate(rows):
         ids_BT[i, : len(row.ids)] = torch.tensor(row.ids)
         labels_BT[i, : len(row.labels)] = torch.tensor(row.labels)
-        if branches_BT is not None:
-            branches_BT[i, : len(row.ids)] = torch.tensor(row.branches or [0] * len(row.ids))
+        if segment_ids_BT is not None:
+            segment_ids_BT[i, : len(row.ids)] = torch.tensor(row.segment_ids or [0] * len(row.ids))
     pixels_N3SS = torch.stack(pixels) if pixels else torch.zeros(0, 3, image_size, image_size)
-    return Batch(ids_BT, labels_BT, pixels_N3SS, branches_BT)
+    return Batch(ids_BT, labels_BT, pixels_N3SS, segment_ids_BT)
 
 
 Row = tuple[Encoded, list[Tensor]]  # a conversation and the pixels of its pictures
@@ -161,7 +161,7 @@ def first_readable(
             if len(broken) > min(max_broken, len(samples) - 1):
                 raise DataError(f"sample {index} ({samples[index].id}): {error}") from error
             if is_new:
-                tell(f"warning: sample {index} ({samples[index].id}) is replaced by the next one: {error}")
+                stderr(f"warning: sample {index} ({samples[index].id}) is replaced by the next one: {error}")
         index = (index + 1) % len(samples)
 
 

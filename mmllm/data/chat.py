@@ -74,7 +74,7 @@ class Encoded:
     ids: list[int]
     labels: list[int]
     num_images: int
-    branches: list[int] = field(default_factory=list)
+    segment_ids: list[int] = field(default_factory=list)
 
 
 class ChatProcessor:
@@ -276,7 +276,7 @@ def main() -> None:
     for sample in (samples if options.no_share else share_images(samples))[: options.n]:
         for encoded in encode_shared(sample, processor, options.max_length):
             learnt = sum(label != IGNORED for label in encoded.labels)
-            texts = f" of {encoded.branches[-1]} texts in one row" if encoded.branches else ""
+            texts = f" of {encoded.segment_ids[-1]} texts in one row" if encoded.segment_ids else ""
             pictures = ", ".join(map(str, sample.images))
             print(f"--- {sample.id}: {len(encoded.ids)} tokens{texts}, {learnt} learnt, pictures: {pictures}")
             print(marked(encoded, processor, *colours))

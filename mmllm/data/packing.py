@@ -6,7 +6,7 @@ from mmllm.data.samples import Sample
 PADDING = -1  # the branch of what is no token
 
 
-def join(rows: list[Encoded], image_id: int, max_length: int | None = None) -> list[Encoded]:
+def pack(rows: list[Encoded], image_id: int, max_length: int | None = None) -> list[Encoded]:
     """Conversations about the same pictures in as few rows of at most `max_length` tokens as their order allows.
 
     Shared is what all of them begin with and do not learn. Where this does not hold every picture (`image_id` is the
@@ -24,7 +24,7 @@ def join(rows: list[Encoded], image_id: int, max_length: int | None = None) -> l
             parts[-1].append(row)
         else:
             parts.append([row])
-    return [joined(part, prefix) for part in parts]
+    return [pack_rows(part, prefix) for part in parts]
 
 
 def common_prefix(rows: list[Encoded]) -> int:
@@ -33,20 +33,20 @@ def common_prefix(rows: list[Encoded]) -> int:
     return next((t for t in range(most) if any(row.ids[t] != rows[0].ids[t] for row in rows)), most)
 
 
-def joined(rows: list[Encoded], prefix: int) -> Encoded:
+def pack_rows(rows: list[Encoded], prefix: int) -> Encoded:
     """One row of what `rows` share, followed by the rest of each."""
     first = rows[0]
     if len(rows) == 1:
         return first
-    ids, labels, branches = list(first.ids[:prefix]), list(first.labels[:prefix]), [0] * prefix
+    ids, labels, segment_ids = list(first.ids[:prefix]), list(first.labels[:prefix]), [0] * prefix
     for branch, row in enumerate(rows, 1):
         ids += row.ids[prefix:]
         labels += row.labels[prefix:]
-        branches += [branch] * (len(row.ids) - prefix)
-    return Encoded(ids, labels, first.num_images, branches)
+        segment_ids += [branch] * (len(row.ids) - prefix)
+    return Encoded(ids, labels, first.num_images, segment_ids)
 
 
 def encode_shared(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> list[Encoded]:
     """The texts of `read_rows`."""
     texts = [processor.encode(list(one.messages), max_length) for one in (sample, *sample.shared)]
-    return join(texts, processor.tokenizer.image_id, max_length)
+    return pack(texts, processor.tokenizer.image_id, max_length)

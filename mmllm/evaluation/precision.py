@@ -21,7 +21,7 @@ from mmllm.data.samples import load_samples
 from mmllm.errors import run
 from mmllm.inference.optimize import load_model
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 
 
 def compare(source: str | Path, batches: list[Batch], precisions: tuple[str, ...] = PRECISIONS) -> list[dict]:
@@ -68,7 +68,7 @@ def main() -> None:
     samples = load_samples(options.data, options.images)[: options.samples]
     batches = [make_batch([read_row(sample, processor)], processor) for sample in samples]
     for row in compare(options.model, batches):
-        say(json.dumps(row))
+        print_rank0(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from mmllm.inference.static_step import FixedStep
 from mmllm.inference.text_stream import AnswerText, whole_text
 from mmllm.layers.packed import Packed
 from mmllm.layers.quantized import FrozenLinear
-from mmllm.models.kv_cache import EachRow, KVCache
+from mmllm.models.kv_cache import KVCache, PerSlot
 from mmllm.models.multimodal import MultimodalLLM
 
 GROWTH = 256  # tokens by which the cache grows; GPUs want masks of a multiple of 8
@@ -198,7 +198,7 @@ class Engine:
         x_1TD = self.model.embed(torch.tensor([ids], device=device), pixels_N3SS)
         positions_1T = torch.arange(start, start + len(ids), device=device)[None]
         last = torch.tensor([0], device=device), torch.tensor([len(ids) - 1], device=device)
-        x_1D = language_model(x_1TD, positions_1T, cache=EachRow(cache, [slot], [start]), places=last)
+        x_1D = language_model(x_1TD, positions_1T, cache=PerSlot(cache, [slot], [start]), keep=last)
         return language_model.logits(x_1D)
 
     def _decode(self, lives: list[Live]) -> None:
@@ -222,7 +222,7 @@ class Engine:
         language_model, device = self.model.language_model, self.model.device
         x_B1D = language_model.embed(torch.tensor(tokens, device=device)[:, None])
         positions_B1 = torch.tensor(starts, device=device)[:, None]
-        x_B1D = language_model(x_B1D, positions_B1, cache=EachRow(self.cache, slots, starts))
+        x_B1D = language_model(x_B1D, positions_B1, cache=PerSlot(self.cache, slots, starts))
         return language_model.logits(x_B1D[:, 0])
 
     def _choose(self, lives: list[Live], logits_BV: Tensor) -> None:

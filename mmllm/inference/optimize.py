@@ -33,10 +33,10 @@ from mmllm.layers.packed import (
     Int8Packed,
     pack_,
     replace_linear_,
-    settle_,
     side_by_side,
+    to_device_layout_,
 )
-from mmllm.models.kv_cache import EachRow
+from mmllm.models.kv_cache import PerSlot
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Cache, Qwen2Attention, Qwen2MLP, RMSNorm
 
@@ -58,7 +58,7 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
         pack_towers_(model, precision)
         convert_rest_(model)
         if device.type == "cpu" and kernels.native():
-            shorten_(model)
+            fuse_(model)
     model.precision = precision
     return model
 
@@ -88,8 +88,8 @@ def refuse_impossible(precision: str, device: torch.device) -> None:
 def pack_towers_(model: MultimodalLLM, precision: str) -> None:
     """Packs the linear layers of both towers; the vision tower is int8 where the language model is int8 or int4."""
     if model.is_packed:
-        settle_(model, BITS["int8"])
-        settle_(model.language_model, BITS[precision])
+        to_device_layout_(model, BITS["int8"])
+        to_device_layout_(model.language_model, BITS[precision])
     elif precision == "bfloat16":
         make = Bf16Packed if kernels.native() else Bf16Prepacked
         replace_linear_(model.vision_tower, make)
@@ -116,7 +116,7 @@ def convert_rest_(model: MultimodalLLM) -> None:
 # The step -------------------------------------------------------------------------------------------------------------
 
 
-def shorten_(model: MultimodalLLM) -> None:
+def fuse_(model: MultimodalLLM) -> None:
     """Replaces forward passes by what takes fewer operations, where our kernels run."""
     language_model, embeddings = model.language_model, model.vision_tower.vision_model.embeddings
     for module in language_model.modules():
@@ -152,7 +152,7 @@ def short_attention(
     cache: Cache | None,
 ) -> Tensor:
     """One token a row, as in decoding: projections in one call; turning, caching and attending in another."""
-    if x_BTD.shape[1] > 1 or not isinstance(cache, EachRow):
+    if x_BTD.shape[1] > 1 or not isinstance(cache, PerSlot):
         return Qwen2Attention.forward(attention, x_BTD, rope, attend_B1TS, cache)
     qkv_B1N = side_by_side((attention.q_proj, attention.k_proj, attention.v_proj), x_BTD)
     slots, starts = zip(*cache.places, strict=True)

@@ -19,7 +19,7 @@ from mmllm.inference.request import EncodedImage, Generated, Prompt
 from mmllm.inference.sampling import GenerationConfig
 from mmllm.kernels import cpu as kernels
 from mmllm.models.multimodal import MultimodalLLM, read_surgery
-from mmllm.runtime.console import note
+from mmllm.runtime.console import stderr_rank0
 from mmllm.runtime.device import choose_device
 from mmllm.storage.weights import locate
 
@@ -145,6 +145,6 @@ def load_pipeline(
         dtype = "int8" if "packed" in read_surgery(source) else others
     model = load_model(source, device=place, precision=dtype)
     if is_compiled and place.type == "cpu" and dtype != "float32" and kernels.native():
-        note("the step is not compiled: on a CPU it is slower than our kernels by themselves")
+        stderr_rank0("the step is not compiled: on a CPU it is slower than our kernels by themselves")
         is_compiled = False
     return MultimodalInferencePipeline(model, is_compiled=is_compiled)

@@ -91,7 +91,7 @@ class Row:
     def __init__(self, config: GenerationConfig, prompt_ids: tuple[int, ...], vocab_size: int, device: torch.device):
         self.config, self.count = config, 0
         # A source of chance of its own: the same seed gives the same answer in any slot and any company.
-        self.chance = random.Random(config.seed)
+        self.rng = random.Random(config.seed)
         self.seen_V: Tensor | None = None  # tokens of the prompt and the answer so far
         if config.repetition_penalty != 1:
             self.seen_V = seen_in(prompt_ids, vocab_size, device)
@@ -143,8 +143,8 @@ def choose_specially(logits_BV: Tensor, rows: list[Row], stop_ids: list[int]) ->
     sampled = [i for i, row in enumerate(rows) if not row.config.is_greedy]
     if sampled:
         kept_BV = filtered(scores_BV[sampled], [rows[i].config for i in sampled])
-        chance_B = torch.tensor([rows[i].chance.getrandbits(32) / 2**32 for i in sampled], dtype=torch.float64)
-        tokens_B[sampled] = draw(kept_BV.softmax(-1), chance_B.to(kept_BV.device))
+        uniform_B = torch.tensor([rows[i].rng.getrandbits(32) / 2**32 for i in sampled], dtype=torch.float64)
+        tokens_B[sampled] = draw(kept_BV.softmax(-1), uniform_B.to(kept_BV.device))
     for row, token_1 in zip(rows, tokens_B.split(1), strict=True):
         if row.seen_V is not None:
             row.seen_V.index_fill_(0, token_1, True)
@@ -233,8 +233,8 @@ def filter_min_p(scores_BV: Tensor, min_p_B1: Tensor) -> Tensor:
     return scores_BV.masked_fill(probabilities_BV < min_p_B1 * probabilities_BV.amax(-1, keepdim=True), -math.inf)
 
 
-def draw(probabilities_BV: Tensor, chance_B: Tensor) -> Tensor:
-    """The token at which each row's cumulated probability passes `chance_B` (uniform in [0, 1))."""
+def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which each row's cumulated probability passes `uniform_B` (uniform in [0, 1))."""
     cumulated_BV = probabilities_BV.double().cumsum(-1)
-    threshold_B1 = chance_B[:, None].double() * cumulated_BV[:, -1:]
+    threshold_B1 = uniform_B[:, None].double() * cumulated_BV[:, -1:]
     return torch.searchsorted(cumulated_BV, threshold_B1, right=True)[:, 0]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmllm.models.kv_cache import AllRows, KVCache
+from mmllm.models.kv_cache import AllSlots, KVCache
 from mmllm.models.qwen import Qwen2
 from mmllm.runtime.machine import cache_folder
 
@@ -55,7 +55,7 @@ class FixedStep:
         return torch.stack([logits_SV[slot] for slot in slots])  # by a list of numbers it would wait for the device
 
     def _run(self, length: int) -> Tensor:
-        rows = AllRows(self.cache, self.positions_S, length)
+        rows = AllSlots(self.cache, self.positions_S, length)
         x_S1D = self.language_model.embed(self.tokens_S[:, None])
         return self.language_model.logits(self.language_model(x_S1D, self.positions_S[:, None], cache=rows)[:, 0])
 

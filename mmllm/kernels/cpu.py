@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmllm.errors import RunError
 from mmllm.layers.quantized import quantize_int4
-from mmllm.runtime.console import note
+from mmllm.runtime.console import stderr_rank0
 from mmllm.runtime.machine import cache_folder, processor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -44,7 +44,7 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
     library = cache_folder() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    note(f"compiling {SOURCE.name} once, about 20 s; kept in {library.parent}")
+    stderr_rank0(f"compiling {SOURCE.name} once, about 20 s; kept in {library.parent}")
     root = Path(torch.__file__).parent
     headers = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     command = [compiler, *flags, *headers, str(SOURCE)]
@@ -73,9 +73,9 @@ def native() -> bool:
         register_shapes()
         prove()
     except (RunError, OSError) as error:
-        note(f"kernels: torch's own products, about half as fast ({str(error).splitlines()[0]})")
+        stderr_rank0(f"kernels: torch's own products, about half as fast ({str(error).splitlines()[0]})")
         return False
-    note(f"kernels: our own ({instructions()})")
+    stderr_rank0(f"kernels: our own ({instructions()})")
     return True
 
 
@@ -107,11 +107,11 @@ def _last_becomes(shape: Callable[..., int], x: Tensor, *others: object) -> Tens
 
 def prove() -> None:
     """RunError unless the kernels give what their formulas say, on shapes with every remainder."""
-    chance = torch.Generator().manual_seed(0)
-    x, bias = torch.randn(11, 44, generator=chance), torch.randn(37, generator=chance)
+    rng = torch.Generator().manual_seed(0)
+    x, bias = torch.randn(11, 44, generator=rng), torch.randn(37, generator=rng)
     x[3, 5] = 30.0
-    q = torch.randint(-127, 128, (37, 44), generator=chance, dtype=torch.int8)
-    scale = torch.rand(37, generator=chance) + 0.1
+    q = torch.randint(-127, 128, (37, 44), generator=rng, dtype=torch.int8)
+    scale = torch.rand(37, generator=rng) + 0.1
     for bits in LARGEST:
         wanted, got = (
             int_mm_linear(x, q, scale, bias, bits),
@@ -119,8 +119,8 @@ def prove() -> None:
         )
         if not torch.equal(wanted, got):
             raise RunError(f"the int8 kernel is wrong at {bits} bits by {(wanted - got).abs().max():.1e}")
-    x2, half = torch.randn(11, 64, generator=chance), torch.randn(37, 44, generator=chance).bfloat16()
-    q4, scale4 = quantize_int4(torch.randn(37, 64, generator=chance))
+    x2, half = torch.randn(11, 64, generator=rng), torch.randn(37, 44, generator=rng).bfloat16()
+    q4, scale4 = quantize_int4(torch.randn(37, 64, generator=rng))
     matrix = (q4.unflatten(1, (-1, 32)) * scale4[..., None].float()).flatten(1)
     gates, ups = x2.double().split(32, 1)
     for name, got, wanted in (

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.errors import RunError
-from mmllm.runtime.console import note
+from mmllm.runtime.console import stderr_rank0
 
 MOST_ROWS = 16  # more rows share a matrix product well enough to pay for widened weights
 BLOCK_O = 16
@@ -39,20 +39,20 @@ def native(device: torch.device) -> bool:
     try:
         prove(device)
     except Exception as error:  # whatever a compiler may raise
-        note(
+        stderr_rank0(
             f"kernels: torch's own products of int8 on {device} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         )
         return False
-    note(f"kernels: our own for int8 on {device} (Triton)")
+    stderr_rank0(f"kernels: our own for int8 on {device} (Triton)")
     return True
 
 
 def prove(device: torch.device) -> None:
     """RunError unless the kernel gives what its formula says, on shapes with every remainder."""
-    chance = torch.Generator().manual_seed(0)
-    x_MK = torch.randn(5, 300, generator=chance).to(device, torch.bfloat16)
-    q_OK = torch.randint(-127, 128, (37, 300), generator=chance, dtype=torch.int8).to(device)
-    scale_O = torch.rand(37, generator=chance).to(device)
+    rng = torch.Generator().manual_seed(0)
+    x_MK = torch.randn(5, 300, generator=rng).to(device, torch.bfloat16)
+    q_OK = torch.randint(-127, 128, (37, 300), generator=rng, dtype=torch.int8).to(device)
+    scale_O = torch.rand(37, generator=rng).to(device)
     wanted_MO = x_MK.double() @ (q_OK * scale_O[:, None]).double().T
     error = float((few_rows(x_MK, q_OK, scale_O) - wanted_MO).norm() / wanted_MO.norm())
     if not error < 1e-5:

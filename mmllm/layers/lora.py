@@ -42,10 +42,10 @@ class Adapter:
     is_merged: bool = False
 
 
-def adapt_(layer: nn.Module, config: LoraConfig, chance: torch.Generator) -> None:
+def adapt_(layer: nn.Module, config: LoraConfig, rng: torch.Generator) -> None:
     """Makes `layer` y = W x + b + scaling B A dropout(x); A is drawn from +-1/sqrt(in), B begins at zero."""
     bound, device = 1 / math.sqrt(layer.in_features), layer.weight.device
-    drawn = torch.empty(config.r, layer.in_features).uniform_(-bound, bound, generator=chance)
+    drawn = torch.empty(config.r, layer.in_features).uniform_(-bound, bound, generator=rng)
     layer.lora_A = nn.Parameter(drawn.to(device))
     layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, config.r, device=device))
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
@@ -53,7 +53,7 @@ def adapt_(layer: nn.Module, config: LoraConfig, chance: torch.Generator) -> Non
     layer.forward = partial(adapted, layer)
 
 
-def hand_over_(layer: nn.Module, new: nn.Module) -> None:
+def move_adapter_(layer: nn.Module, new: nn.Module) -> None:
     """Gives the adapter of `layer` to the layer that takes its place."""
     new.lora_A, new.lora_B, new.lora = layer.lora_A, layer.lora_B, layer.lora
     new.forward = partial(adapted, new)
@@ -103,9 +103,9 @@ def target_layers(language_model: nn.Module, config: LoraConfig) -> list[str]:
 
 def add_lora_(language_model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
     """Gives each of the `target_layers` an adapter, drawn by `seed`."""
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     for name in target_layers(language_model, config):
-        adapt_(language_model.get_submodule(name), config, chance)
+        adapt_(language_model.get_submodule(name), config, rng)
 
 
 def merge_lora_(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
 from mmllm.kernels import triton_int8 as gpu
-from mmllm.layers.lora import hand_over_
+from mmllm.layers.lora import move_adapter_
 from mmllm.layers.quantized import GROUP, FrozenLinear, quantize, quantize_int4
 
 BITS = {"int8": 24, "int8-dynamic": 8}  # of an activation as a whole number: 24 are as exact as float32
@@ -206,7 +206,7 @@ def replace_linear_(module: nn.Module, make: Callable[[nn.Module], Packed]) -> N
             parent, _, last = name.rpartition(".")
             new = make(layer)
             if hasattr(layer, "lora_A"):
-                hand_over_(layer, new)
+                move_adapter_(layer, new)
             setattr(module.get_submodule(parent), last, new)
 
 
@@ -216,13 +216,13 @@ def as_linear(embedding: nn.Embedding) -> nn.Linear:
     return layer
 
 
-def blank_(model: nn.Module) -> None:
+def empty_(model: nn.Module) -> None:
     """The shapes of an int8 model, to load its file into."""
     pack_(model.language_model, Int8Packed.blank, Int8Packed.blank)
     replace_linear_(model.vision_tower, Int8Packed.blank)
 
 
-def settle_(module: nn.Module, bits: int = BITS["int8"]) -> None:
+def to_device_layout_(module: nn.Module, bits: int = BITS["int8"]) -> None:
     """int8 layers that were loaded, in the layout of their device and with activations of `bits`."""
     for layer in module.modules():
         if isinstance(layer, Int8Packed):

@@ -61,7 +61,7 @@ class KVCache:
         self.values[:, slot, :, :length] = values_LGTK
 
 
-class EachRow:
+class PerSlot:
     """One forward pass over some slots, a row each: row b goes on in slot `slots[b]` at position `starts[b]`."""
 
     def __init__(self, cache: KVCache, slots: list[int], starts: list[int]):
@@ -98,7 +98,7 @@ def attend_once(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, sees_B11S: Tenso
     return F.scaled_dot_product_attention(q_BGNK, k_BGSK, v_BGSK, attn_mask=sees_B11S).reshape(q_BH1K.shape)
 
 
-class AllRows:
+class AllSlots:
     """One decoding step over all slots at a fixed shape, for compiled code and CUDA graphs: row s is slot s.
 
     `positions_S` says where each row's one token goes. All rows attend over the first `length` positions, masked.

@@ -31,14 +31,14 @@ from mmllm.layers.lora import (
     load_adapter_,
     write_adapter_config,
 )
-from mmllm.layers.packed import blank_, settle_
+from mmllm.layers.packed import empty_, to_device_layout_
 from mmllm.layers.quantized import ROUNDINGS, quantize_
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
 from mmllm.models.loss import cross_entropy_sum
 from mmllm.models.projector import Projector
 from mmllm.models.qwen import Qwen2
-from mmllm.models.shared_prefix import attention_of, positions_of, sources_of
+from mmllm.models.shared_prefix import attention_of, positions_of, predictor_positions
 from mmllm.storage.atomic import atomic_directory
 from mmllm.storage.weights import load_strict_, locate, read_json, read_tensors, refuse_integers
 from mmllm.training.surgery import WithoutValues
@@ -99,7 +99,7 @@ class MultimodalLLM(nn.Module):
         return x_BTD.masked_scatter(is_image_BT[:, :, None], image_NQD.to(x_BTD.dtype))
 
     def forward(
-        self, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, branches_BT: Tensor | None = None
+        self, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, segment_ids_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Sum of the cross-entropies (float32) and number of the labelled positions.
 
@@ -111,10 +111,10 @@ class MultimodalLLM(nn.Module):
         rows_M, places_M = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)
         targets_M = labels_BT[rows_M, places_M + 1]
         positions_BT = attend_BTS = None
-        if branches_BT is not None:
-            positions_BT, attend_BTS = positions_of(branches_BT), attention_of(branches_BT)
-            places_M = sources_of(branches_BT)[rows_M, places_M + 1]
-        x_MD = self.language_model(x_BTD, positions_BT, attend_BTS=attend_BTS, places=(rows_M, places_M))
+        if segment_ids_BT is not None:
+            positions_BT, attend_BTS = positions_of(segment_ids_BT), attention_of(segment_ids_BT)
+            places_M = predictor_positions(segment_ids_BT)[rows_M, places_M + 1]
+        x_MD = self.language_model(x_BTD, positions_BT, attend_BTS=attend_BTS, keep=(rows_M, places_M))
         return self.loss_sum(x_MD, targets_M), torch.tensor(len(targets_M), device=x_MD.device)
 
     def loss_sum(self, x_MD: Tensor, targets_M: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class MultimodalLLM(nn.Module):
         model = cls._empty(config)
         found = read_tensors(folder)
         if "packed" in surgery:
-            blank_(model)
+            empty_(model)
         else:
             refuse_integers(found, folder)
         rounding = next((kind for kind in surgery if kind in ROUNDINGS), None)
@@ -156,7 +156,7 @@ class MultimodalLLM(nn.Module):
             tensors.setdefault("language_model.lm_head.weight", tensors.get(EMBEDDING, torch.empty(0)))
         load_strict_(model, tensors, folder)
         if "packed" in surgery:
-            settle_(model)
+            to_device_layout_(model)
             model.is_packed = True
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(device, dtype)

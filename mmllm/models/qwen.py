@@ -139,10 +139,10 @@ class Qwen2Layer(nn.Module):
         rope: tuple[Tensor, Tensor],
         attend_B1TS: Tensor | None,
         cache: Cache | None,
-        places: tuple[Tensor, Tensor] | None = None,
+        keep: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attend_B1TS, cache)
-        x = x_BTD if places is None else x_BTD[places]
+        x = x_BTD if keep is None else x_BTD[keep]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -180,7 +180,7 @@ class Qwen2(nn.Module):
         *,
         attend_BTS: Tensor | None = None,
         cache: Cache | None = None,
-        places: tuple[Tensor, Tensor] | None = None,
+        keep: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Hidden states after the closing norm, (B, T, D); of M `places` (their rows, their positions) alone, (M, D), which
         spares the others the last MLP.
@@ -196,7 +196,7 @@ class Qwen2(nn.Module):
         *layers, last = self.model.layers
         for layer in layers:
             x_BTD = layer(x_BTD, rope, attend_B1TS, cache)
-        return self.model.norm(last(x_BTD, rope, attend_B1TS, cache, places))
+        return self.model.norm(last(x_BTD, rope, attend_B1TS, cache, keep))
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., V), float32."""

@@ -16,31 +16,31 @@ import torch
 from torch import Tensor
 
 
-def positions_of(branches_BT: Tensor) -> Tensor:
+def positions_of(segment_ids_BT: Tensor) -> Tensor:
     """The position of each token in a row of its own, (B, T)."""
-    t_T = torch.arange(branches_BT.shape[1], device=branches_BT.device)
-    begins_BT = torch.where(_is_first(branches_BT), t_T, 0).cummax(1).values
-    prefix_B1 = (branches_BT == 0).sum(1, keepdim=True)
-    return torch.where(branches_BT == 0, t_T, t_T - begins_BT + prefix_B1)
+    t_T = torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device)
+    begins_BT = torch.where(_is_first(segment_ids_BT), t_T, 0).cummax(1).values
+    prefix_B1 = (segment_ids_BT == 0).sum(1, keepdim=True)
+    return torch.where(segment_ids_BT == 0, t_T, t_T - begins_BT + prefix_B1)
 
 
-def attention_of(branches_BT: Tensor) -> Tensor:
+def attention_of(segment_ids_BT: Tensor) -> Tensor:
     """Which tokens each token sees, (B, T, S): those to its left of its own branch and of the prefix."""
-    length = branches_BT.shape[1]
-    is_left_TS = torch.ones(length, length, dtype=torch.bool, device=branches_BT.device).tril()
-    keys_B1S = branches_BT[:, None, :]
-    return is_left_TS & ((keys_B1S == 0) | (keys_B1S == branches_BT[:, :, None]))
+    length = segment_ids_BT.shape[1]
+    is_left_TS = torch.ones(length, length, dtype=torch.bool, device=segment_ids_BT.device).tril()
+    keys_B1S = segment_ids_BT[:, None, :]
+    return is_left_TS & ((keys_B1S == 0) | (keys_B1S == segment_ids_BT[:, :, None]))
 
 
-def sources_of(branches_BT: Tensor) -> Tensor:
+def predictor_positions(segment_ids_BT: Tensor) -> Tensor:
     """The place from which each token is foretold, (B, T): the one before it, or the end of the prefix."""
-    before_T = (torch.arange(branches_BT.shape[1], device=branches_BT.device) - 1).clamp(min=0)
-    prefix_B1 = (branches_BT == 0).sum(1, keepdim=True)
-    return torch.where(_is_first(branches_BT) & (branches_BT > 0), prefix_B1 - 1, before_T)
+    before_T = (torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device) - 1).clamp(min=0)
+    prefix_B1 = (segment_ids_BT == 0).sum(1, keepdim=True)
+    return torch.where(_is_first(segment_ids_BT) & (segment_ids_BT > 0), prefix_B1 - 1, before_T)
 
 
-def _is_first(branches_BT: Tensor) -> Tensor:
+def _is_first(segment_ids_BT: Tensor) -> Tensor:
     """Whether a token begins a branch."""
-    is_first_BT = torch.ones_like(branches_BT, dtype=torch.bool)
-    is_first_BT[:, 1:] = branches_BT[:, 1:] != branches_BT[:, :-1]
+    is_first_BT = torch.ones_like(segment_ids_BT, dtype=torch.bool)
+    is_first_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     return is_first_BT

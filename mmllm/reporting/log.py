@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mmllm.errors import run
-from mmllm.runtime.console import duration, say, short, warned_of_disk
+from mmllm.runtime.console import duration, print_rank0, short, warned_of_disk
 from mmllm.runtime.machine import commit
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
@@ -62,7 +62,7 @@ class RunLog:
         try:
             yield
         except Exception as error:
-            say(f"warning: wandb failed ({error!r}); the run goes on without it")
+            print_rank0(f"warning: wandb failed ({error!r}); the run goes on without it")
             self.wandb_run = None
 
 
@@ -88,15 +88,17 @@ def start_wandb(project: str, name: str, settings: dict) -> object:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
-        say("wandb is not installed (pip install wandb); the run goes on without it, metrics.jsonl has every number")
+        print_rank0(
+            "wandb is not installed (pip install wandb); the run goes on without it, metrics.jsonl has every number"
+        )
         return None
     if not _is_wandb_usable(wandb):
-        say("wandb is not logged in (wandb login, or WANDB_MODE=offline); the run goes on without it")
+        print_rank0("wandb is not logged in (wandb login, or WANDB_MODE=offline); the run goes on without it")
         return None
     try:
         return wandb.init(project=project, name=name, config=settings)
     except (wandb.Error, OSError) as error:
-        say(f"wandb did not start ({error}); the run goes on without it")
+        print_rank0(f"wandb did not start ({error}); the run goes on without it")
         return None
 
 
@@ -338,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--out", type=Path, default=Path("compare.svg"), metavar="FILE", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     for line in compare(options.runs, options.out):
-        say(line)
+        print_rank0(line)
 
 
 if __name__ == "__main__":

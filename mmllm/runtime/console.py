@@ -7,21 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     """One console line, at once: the reader may be a file that somebody follows. Of several processes the first speaks."""
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
 
-def note(text: str) -> None:
+def stderr_rank0(text: str) -> None:
     """One line beside the output proper, which may be an answer that somebody reads from a pipe."""
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
 
-def tell(text: str) -> None:
+def stderr(text: str) -> None:
     """One line of whichever process has something to say."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
@@ -33,7 +33,7 @@ def warned_of_disk(path: Path) -> Iterator[Path]:
     try:
         yield path
     except OSError as error:
-        tell(f"warning: {path}: cannot be written ({error.strerror}); the run goes on")
+        stderr(f"warning: {path}: cannot be written ({error.strerror}); the run goes on")
 
 
 def duration(seconds: float) -> str:

@@ -83,7 +83,7 @@ class World:
         else:
             self.notes.set(f"error of {self.rank}", str(error))
 
-    def note(self, words: str) -> None:
+    def report_position(self, words: str) -> None:
         """Leave word of where this process is, for the others to tell if it is lost."""
         if self.size > 1:
             self.notes.set(f"place of {self.rank}", words)
@@ -135,7 +135,7 @@ class World:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.sum_(p.grad for p in parameters)
 
-    def largest(self, numbers: Iterable[int]) -> list[int]:
+    def all_reduce_max(self, numbers: Iterable[int]) -> list[int]:
         """The largest of each number over all processes: one signal is enough to stop them all."""
         numbers = [int(number) for number in numbers]
         if self.size == 1:
@@ -144,7 +144,7 @@ class World:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.tolist()
 
-    def told(self, words: str) -> list[str]:
+    def all_gather(self, words: str) -> list[str]:
         """What each process says."""
         if self.size == 1:
             return [words]
@@ -152,7 +152,7 @@ class World:
         dist.all_gather_object(said, words)
         return said
 
-    def by_first(self, work: Callable[[], Result]) -> Result:
+    def on_rank0(self, work: Callable[[], Result]) -> Result:
         """What `work` returns in the first process, for all of them; an error of the user's is raised in all."""
         if self.size == 1:
             return work()

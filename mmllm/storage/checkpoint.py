@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmllm.errors import CheckpointError, RunError
 from mmllm.layers.quantized import count_parameters, count_weights
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 from mmllm.runtime.distributed import World, local, rows_for
 from mmllm.storage.atomic import new_directory, publish, removed_on_error, reported
 from mmllm.storage.sharded_file import Layout, create
@@ -155,7 +155,7 @@ def set_aside_later(directory: Path, step: int) -> None:
             target = checkpoint.with_name(f"set-aside-{checkpoint.name}")
             shutil.rmtree(target, ignore_errors=True)
             checkpoint.rename(target)
-            say(f"{checkpoint} is later than the start of this run: renamed to {target.name}")
+            print_rank0(f"{checkpoint} is later than the start of this run: renamed to {target.name}")
 
 
 def _remove(checkpoint: Path) -> None:
@@ -192,7 +192,7 @@ def newest(directory: Path) -> Path | None:
             verify(checkpoint)
             return checkpoint
         except CheckpointError as error:
-            say(f"warning: {error}; trying the checkpoint before it")
+            print_rank0(f"warning: {error}; trying the checkpoint before it")
     return None
 
 

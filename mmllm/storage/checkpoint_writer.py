@@ -75,7 +75,7 @@ class CheckpointWriter:
         layouts = {name: layout(tensors, metadata) for name, (tensors, metadata) in files.items()}
         state = state | {"updates": disk.updates_of(optimizer)}
         self.failures += 1  # until it is whole
-        temporary = self.world.by_first(lambda: disk.begin_checkpoint(folder, model, layouts, state))
+        temporary = self.world.on_rank0(lambda: disk.begin_checkpoint(folder, model, layouts, state))
         pieces = {
             temporary / name: own_pieces(tensors, layouts[name], self.world) for name, (tensors, _) in files.items()
         }
@@ -123,11 +123,11 @@ class CheckpointWriter:
         while self.save:
             if self.save.work:
                 self.save.work.exception()  # waits
-            self.advance(self.world.largest([self.state()])[0])
+            self.advance(self.world.all_reduce_max([self.state()])[0])
 
     def _fits(self, pieces: dict[Path, list[Piece]]) -> bool:
         needed = sum(part.numel() * part.element_size() for own in pieces.values() for _, part in own)
-        return not self.world.largest([MARGIN * needed * self.world.neighbours > free_memory()])[0]
+        return not self.world.all_reduce_max([MARGIN * needed * self.world.neighbours > free_memory()])[0]
 
     def _write(self, save: Save, pieces: dict[Path, list[Piece]]) -> None:
         with reported(save.folder):
@@ -145,6 +145,6 @@ class CheckpointWriter:
         """Forget the checkpoint, and raise why in all processes."""
         self.save = None
         error = save.work.exception() if save.work else None
-        reasons = [reason for reason in self.world.told(str(error) if error else "") if reason]
-        self.world.by_first(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+        reasons = [reason for reason in self.world.all_gather(str(error) if error else "") if reason]
+        self.world.on_rank0(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
         raise RunError(reasons[0])

@@ -22,7 +22,7 @@ from mmllm.storage.weights import read_json
 from mmllm.training.out_of_memory import trained_parts
 from mmllm.training.prepare import prepare
 from mmllm.training.step_memory import step_peak
-from mmllm.training.surgery import hold_, train_only_
+from mmllm.training.surgery import cast_, train_only_
 
 PUBLISHED_CLIP = {"openai/clip-vit-base-patch32": CLIPVisionConfig()}
 PUBLISHED_QWEN = {"Qwen/Qwen2.5-0.5B": Qwen2Config(), "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config()}
@@ -94,7 +94,7 @@ def stage_memory(
         train_only_(model, trained_parts(stage))
         held["whole"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         if config.training.bf16:
-            hold_(halved_weights(model), torch.bfloat16)
+            cast_(halved_weights(model), torch.bfloat16)
         held["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         held["trained"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         return model

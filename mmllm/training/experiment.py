@@ -23,7 +23,7 @@ from mmllm.data.samples import Sample, checked_samples
 from mmllm.errors import ConfigError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import OtherLog, RunLog, record_start, start_wandb, write_report
-from mmllm.runtime.console import duration, say, warned_of_disk
+from mmllm.runtime.console import duration, print_rank0, warned_of_disk
 from mmllm.runtime.distributed import World
 from mmllm.runtime.memory import keep_freed_memory
 from mmllm.runtime.signals import StopSignal
@@ -64,13 +64,13 @@ def train_in(
     """What `train` does in each of the processes."""
     device = world.device
     sha256 = data_sha256(config)
-    directory = world.by_first(lambda: open_directory(config))
-    checkpoint = world.by_first(lambda: find_checkpoint(directory, resume, overwrite))
+    directory = world.on_rank0(lambda: open_directory(config))
+    checkpoint = world.on_rank0(lambda: find_checkpoint(directory, resume, overwrite))
     state = disk.read_state(checkpoint) if checkpoint else None
     if state:
         refuse_changes(config, checkpoint, state, sha256, allow_data_change, world.size)
     for line in explain(config, origins):
-        say(f"  {line}")
+        print_rank0(f"  {line}")
     settle_precision(config, device)
     is_spread = is_wanted(config, world.size)
     model = load_model(config, origins, checkpoint, None if is_spread else device)
@@ -84,7 +84,7 @@ def train_in(
         refuse_other_count(config, state, len(train_samples))
     positions, total_steps = stage_positions(config, len(train_samples), checkpoint, state, world.size)
     if not positions:
-        say(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
+        print_rank0(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
         return 0
     read_image = (
         fill_cache(config, model, [*train_samples, *val_samples], world) if config.data.cache_features else table
@@ -114,7 +114,7 @@ def train_in(
             with named_out_of_memory(config, position.stage, device, lambda: run.place):
                 if run_stage(model, config.stages()[position.stage - 1], run, position):
                     break
-    return world.by_first(lambda: conclude(run))
+    return world.on_rank0(lambda: conclude(run))
 
 
 def begin(
@@ -130,7 +130,7 @@ def begin(
         return OtherLog()
     device = world.device
     if state:
-        say(f"going on from {checkpoint}: step {state['step']}, stage {state['stage']}")
+        print_rank0(f"going on from {checkpoint}: step {state['step']}, stage {state['stage']}")
     if checkpoint and checkpoint.parent.resolve() == directory.resolve():
         disk.set_aside_later(directory, state["step"])
     else:
@@ -156,7 +156,7 @@ def best_of(directory: Path, state: dict | None, sha256: dict[str, str]) -> dict
 def settle_precision(config: ExperimentConfig, device: torch.device) -> None:
     """Cards before Ampere only imitate bfloat16, slowly: say so and train in float32."""
     if config.training.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        say("this card has no bfloat16: training in float32")
+        print_rank0("this card has no bfloat16: training in float32")
         config.training.bf16 = False
 
 
@@ -166,14 +166,14 @@ def conclude(run: Run) -> int:
         write_report(run.directory)
     if run.stopping:
         cause = signal.Signals(run.stopping).name
-        say(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")
+        print_rank0(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")
         return 128 + run.stopping
     model = run.directory / disk.BEST
     which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.writer.last_saved
     images = [path for sample in [*run.val_samples, *run.train_samples] for path in sample.images[:1]]
-    say(f"done. Best model: {model} -> {which}")
-    say(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")
-    say(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
+    print_rank0(f"done. Best model: {model} -> {which}")
+    print_rank0(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")
+    print_rank0(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
     return 0
 
 
@@ -226,7 +226,7 @@ def fill_cache(config: ExperimentConfig, model: MultimodalLLM, samples: list[Sam
     pictures = {path for sample in samples for path in sample.images}
     made = cache.fill(pictures, rank=world.rank, world_size=world.size, num_workers=config.data.num_workers)
     (made,) = world.sum([made])  # and nobody goes on before all are there
-    say(
+    print_rank0(
         f"features of {len(pictures)} pictures: {made:.0f} made in {duration(time.perf_counter() - begin)}, in {cache.folder}"
     )
     return cache
@@ -252,10 +252,12 @@ def load_data(
             data.val_data_path, data, process, report, split=data.val_split, limit=data.max_val_samples, fault=fault
         )
     else:
-        say("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
-    say(f"{told(train_samples)} to train on, {told(val_samples)} to validate. The first, what is learnt in [[ ]]:")
+        print_rank0("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
+    print_rank0(
+        f"{told(train_samples)} to train on, {told(val_samples)} to validate. The first, what is learnt in [[ ]]:"
+    )
     first, *_ = encode_shared(train_samples[0], process, data.max_length)
-    say("  " + marked(first, process, "[[", "]]").strip().replace("\n", "\n  "))
+    print_rank0("  " + marked(first, process, "[[", "]]").strip().replace("\n", "\n  "))
     return train_samples, [val_samples[index] for index in sample_order(len(val_samples), 0, 0)]
 
 

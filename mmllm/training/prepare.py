@@ -14,7 +14,7 @@ from mmllm.errors import ConfigError
 from mmllm.layers.lora import adapters, add_lora_, fold_lora_, target_layers
 from mmllm.layers.quantized import quantize_
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 from mmllm.training.out_of_memory import is_trained, trained_parts
 from mmllm.training.surgery import checkpoint_blocks_, compile_blocks_, exact_in_bfloat16, train_only_
 
@@ -62,7 +62,7 @@ def apply_lora_(model: MultimodalLLM, config: ExperimentConfig) -> None:
         if not same_layers or replace(wanted, target_modules=()) != replace(model.lora, target_modules=()):
             raise ConfigError(f"model.lora_config is {wanted}, but the model came with {model.lora}; use the same")
     if model.lora and not wanted:
-        say("the model came with adapters and model.use_lora is false: they are added to its weights")
+        print_rank0("the model came with adapters and model.use_lora is false: they are added to its weights")
         fold_lora_(model.language_model)
         model.lora = None
     elif wanted and not model.lora:

@@ -12,7 +12,7 @@ from pathlib import Path
 from mmllm.config.schema import ExperimentConfig, flat
 from mmllm.data.samples import answers_beside
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
-from mmllm.runtime.console import say
+from mmllm.runtime.console import print_rank0
 from mmllm.storage import checkpoint as disk
 
 DATA_FILES = {"train": "data.train_data_path", "val": "data.val_data_path", "features": "data.features_path"}
@@ -60,7 +60,7 @@ def find_checkpoint(directory: Path, resume: str | None, overwrite: bool) -> Pat
         if existing and not found:
             raise CheckpointError(f"{directory}: none of its checkpoints is whole; start over with --overwrite")
         if not found:
-            say(f"nothing to resume in {directory}: a new run begins")
+            print_rank0(f"nothing to resume in {directory}: a new run begins")
         return found
     if resume is not None:
         found = chosen_checkpoint(Path(resume))
@@ -120,10 +120,10 @@ def refuse_changes(
                 f"{path}: not the file of the checkpoint any more; go on all the same with --allow-data-change"
             )
     if counts[0] != counts[1]:
-        say(f"changed: processes: {counts[0]} at the checkpoint, {counts[1]} now")
+        print_rank0(f"changed: processes: {counts[0]} at the checkpoint, {counts[1]} now")
     for name, line in sorted(changed.items()):
         if name not in ("output_dir", "experiment_name"):
-            say(f"changed: {line}")
+            print_rank0(f"changed: {line}")
 
 
 def refuse_other_count(config: ExperimentConfig, state: dict, num_samples: int) -> None:

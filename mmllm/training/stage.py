@@ -27,7 +27,7 @@ from mmllm.errors import DataError, RunError
 from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import RunLog, progress_line, write_report
-from mmllm.runtime.console import duration, say, warned_of_disk
+from mmllm.runtime.console import duration, print_rank0, warned_of_disk
 from mmllm.runtime.device import autocast
 from mmllm.runtime.distributed import World, full
 from mmllm.runtime.memory import peak_memory
@@ -38,7 +38,7 @@ from mmllm.training.fsdp import gathered, is_sharded, reduce_after_
 from mmllm.training.optim import adamw, parameter_groups, set_learning_rates_
 from mmllm.training.out_of_memory import PART_OF, step_flops, trained_parts
 from mmllm.training.prepare import frozen_weights
-from mmllm.training.surgery import hold_, train_only_
+from mmllm.training.surgery import cast_, train_only_
 from mmllm.training.validation import sample_captions, validation_losses
 
 NAMES_SHOWN = 8
@@ -66,7 +66,7 @@ def accumulate_gradients(
         try:
             batch = batch.to(model.device)
             with autocast(model.device, bf16):
-                loss_sum, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS, batch.branches_BT)
+                loss_sum, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS, batch.segment_ids_BT)
             loss = loss_sum / targets
             loss.backward()
         except (MemoryError, RuntimeError) as error:
@@ -134,7 +134,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
     optimizer = adamw(stage_groups(model, stage, settings.weight_decay), settings.adam_beta1, settings.adam_beta2)
     if position.done:
         disk.load_optimizer_(position.checkpoint, model, optimizer, position.updates, run.world)
-    say(
+    print_rank0(
         f"stage {position.stage}: {total} steps of {stage.batch_size} x {stage.gradient_accumulation_steps}"
         f"{f' x {run.world.size} processes' if run.world.size > 1 else ''} samples, "
         f"training {', '.join(stage.train)}: {count_parameters(model, True):,} of {count_weights(model):,} parameters"
@@ -149,15 +149,15 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
         if not (validates or saves):
             return
         run.place = f"in the validation or checkpoint after step {position.steps_before + done}"
-        hold_(held, torch.float32)
+        cast_(held, torch.float32)
         if validates:
             scores = validate(model, stage, run, position.steps_before + done, position.stage)
         if run.stopping or saves:
             epoch = position.epochs_before + (done - 1) // per_epoch + 1
             save(model, optimizer, run, position, done, epoch, scores)
-        hold_(held, torch.bfloat16)
+        cast_(held, torch.bfloat16)
 
-    hold_(held, torch.bfloat16)
+    cast_(held, torch.bfloat16)
     stopped = False
     if position.is_pending:
         finish(position.done)
@@ -166,7 +166,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
     ):
         begin = time.perf_counter()
         run.place = f"in step {position.steps_before + step + 1}"
-        run.world.note(run.place)
+        run.world.report_position(run.place)
         torch.manual_seed(step_seed(run.config.seed, position.stage, step) + run.world.rank)
         rate = set_learning_rates_(optimizer, step, warmup, total)
         counts = run.world.sum(step_counts(batches))
@@ -179,7 +179,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
             report_step(row, run, is_last=step + 1 == total)
         else:
             names = sample_names(run.train_samples, loader, numbers, step // per_epoch)
-            leave_out(row, loss, norm, ", ".join(run.world.told(names)), run)
+            leave_out(row, loss, norm, ", ".join(run.world.all_gather(names)), run)
         report_broken(loader, run)
         is_stopped(run)
         finish(step + 1)
@@ -189,7 +189,7 @@ def run_stage(model: MultimodalLLM, stage: StageConfig, run: Run, position: Posi
             run.writer.wait()
             stopped = True
             break
-    hold_(held, torch.float32)
+    cast_(held, torch.float32)
     return stopped
 
 
@@ -198,7 +198,7 @@ def is_stopped(run: Run) -> bool:
 
     With the same question they hear how the checkpoint on its way stands.
     """
-    number, furthest = run.world.largest([run.stop.number, run.writer.state()])
+    number, furthest = run.world.all_reduce_max([run.stop.number, run.writer.state()])
     run.stopping = run.stopping or number
     settle(run, furthest)
     return bool(run.stopping)
@@ -310,7 +310,7 @@ def report_step(row: dict, run: Run, is_last: bool) -> None:
     run.loss = row["loss"] if run.loss is None else 0.9 * run.loss + 0.1 * row["loss"]
     run.step_ms = row["ms"] if run.step_ms is None else 0.9 * run.step_ms + 0.1 * row["ms"]
     if is_last or row["step"] % run.config.training.log_steps == 0:
-        say(progress_line(row | {"ms": run.step_ms}, run.loss, run.total_steps))
+        print_rank0(progress_line(row | {"ms": run.step_ms}, run.loss, run.total_steps))
 
 
 def report_broken(loader: BatchLoader, run: Run) -> None:
@@ -339,7 +339,7 @@ def leave_out(row: dict, loss: float, norm: float, names: str, run: Run) -> None
             f"{what}; the weights were not updated. Last checkpoint: {run.writer.last_saved or 'none'}. Look at these samples, "
             "lower the learning rate, or allow some such steps with training.max_skipped_steps"
         )
-    say(f"warning: {what}; left out")
+    print_rank0(f"warning: {what}; left out")
     run.log.write(row | {"left_out": f"loss {loss}, gradient norm {norm}"})
 
 
@@ -370,9 +370,13 @@ def validate(model: MultimodalLLM, stage: StageConfig, run: Run, step: int, numb
     run.log.write(row)
     probe = scores["val_loss_shuffled"]
     other = f" | with other pictures {probe:.4f}" if probe is not None else ""
-    say(f"validation at step {step}: loss {scores['val_loss']:.4f}{other} | {duration(time.perf_counter() - begin)}")
+    print_rank0(
+        f"validation at step {step}: loss {scores['val_loss']:.4f}{other} | {duration(time.perf_counter() - begin)}"
+    )
     for caption in captions:
-        say(f"  {caption['id']}: {caption['prompt']} -> {caption['answer']}   (reference: {caption['reference']})")
+        print_rank0(
+            f"  {caption['id']}: {caption['prompt']} -> {caption['answer']}   (reference: {caption['reference']})"
+        )
     if run.world.is_first:
         with warned_of_disk(run.directory / "report.md"):
             write_report(run.directory)
@@ -416,7 +420,7 @@ def save(
         best_name = best["name"] if best else name
         disk.point_best(run.directory, best_name)
         disk.prune(run.directory, run.config.training.keep_checkpoints, best_name)
-        say(f"saved {run.directory / name} in {duration(time.perf_counter() - begin)}")
+        print_rank0(f"saved {run.directory / name} in {duration(time.perf_counter() - begin)}")
 
     is_last = bool(run.stopping) or step == run.total_steps
     run.saved_step = step
@@ -443,4 +447,4 @@ def forgive(run: Run, error: RunError, is_last: bool) -> None:
     """One checkpoint that could not be written is forgiven, unless nothing comes after it."""
     if is_last or run.writer.failures > 1:
         raise error
-    say(f"warning: {error}; the run goes on and tries again at the next checkpoint")
+    print_rank0(f"warning: {error}; the run goes on and tries again at the next checkpoint")

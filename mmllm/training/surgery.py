@@ -92,7 +92,7 @@ def _is_exact_in_bfloat16(p: Tensor) -> bool:
     return all(torch.equal(rows.bfloat16().float(), rows) for rows in p.split(4096))
 
 
-def hold_(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+def cast_(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
     """Keep `weights` as numbers of `dtype`. The largest is there twice when the others are small: first of those that
     grow, last of those that shrink."""
     weights = sorted(weights, key=torch.Tensor.numel)

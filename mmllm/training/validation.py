@@ -18,7 +18,7 @@ from mmllm.inference.generate import generate
 from mmllm.inference.request import Prompt
 from mmllm.inference.sampling import GenerationConfig
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.runtime.console import tell
+from mmllm.runtime.console import stderr
 from mmllm.runtime.device import autocast
 from mmllm.runtime.distributed import ALONE, World
 from mmllm.training.fsdp import is_sharded
@@ -62,9 +62,11 @@ def validation_losses(
         pixels = batch.pixels_N3SS
         others = pixels.roll(len(pixels) // 2, 0)
         with autocast(model.device, bf16):
-            found = torch.stack(model(batch.ids_BT, batch.labels_BT, pixels, batch.branches_BT)).cpu()
+            found = torch.stack(model(batch.ids_BT, batch.labels_BT, pixels, batch.segment_ids_BT)).cpu()
             if len(pixels) > 1 or world.size > 1:
-                found_with_others = torch.stack(model(batch.ids_BT, batch.labels_BT, others, batch.branches_BT)).cpu()
+                found_with_others = torch.stack(
+                    model(batch.ids_BT, batch.labels_BT, others, batch.segment_ids_BT)
+                ).cpu()
         if number < rounds:
             sums[:2] += found
             if len(pixels) > 1:
@@ -103,7 +105,7 @@ def sample_captions(
         try:
             pixels = torch.stack([read_image(path) for path in paths]) if paths else torch.zeros(0, 3, side, side)
         except ImageError as error:
-            tell(f"warning: sample {sample.id} is not shown: {error}")
+            stderr(f"warning: sample {sample.id} is not shown: {error}")
             continue
         prompts.append(Prompt(tuple(process.encode_prompt(question)), pixels))
         asked = "".join(part for part in question[-1].parts if part is not IMAGE).strip() if question else ""

@@ -261,5 +261,5 @@ def test_the_tables_of_the_readme_are_those_of_the_rows():
 
 
 def test_help_answers_without_torch():
-    program = "import sys; from mmllm import bench; bench.parse(['train']); sys.exit('torch' in sys.modules)"
+    program = "import sys; from benchmarks import bench; bench.parse(['train']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

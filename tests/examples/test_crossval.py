@@ -24,15 +24,15 @@ def caption_pair(thing: str, place: str) -> list[str]:
 @pytest.fixture
 def world(tmp_path):
     """60 pictures whose embeddings tell their thing and place, 60 more with captions alone."""
-    chance = np.random.default_rng(0)
-    axes = chance.normal(size=(6, 24))
+    rng = np.random.default_rng(0)
+    axes = rng.normal(size=(6, 24))
     names, embeddings, lines = [], [], []
     for i in range(120):
         thing, place = i % 3, i // 3 % 3
         lines.append(json.dumps({"image": f"{i}.jpg", "captions": caption_pair(THINGS[thing], PLACES[place])}))
         if i % 2:
             names.append(f"{i}.jpg")
-            embeddings.append(axes[thing] + axes[3 + place] + 0.1 * chance.normal(size=24))
+            embeddings.append(axes[thing] + axes[3 + place] + 0.1 * rng.normal(size=24))
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     np.savez(tmp_path / "table.npz", names=np.array(names), embeddings=np.array(embeddings, np.float16))
     return tmp_path
@@ -161,8 +161,8 @@ def test_every_caption_is_said_once_and_described_by_the_others():
 
 
 def test_the_embedding_of_captions_is_that_of_a_singular_value_decomposition():
-    chance = random.Random(0)
-    captions = [[" ".join(chance.choices(["red", "blue", "cat", "dog", "runs", "sits"], k=4))] for _ in range(30)]
+    rng = random.Random(0)
+    captions = [[" ".join(rng.choices(["red", "blue", "cat", "dog", "runs", "sits"], k=4))] for _ in range(30)]
     space = CaptionSpace(captions, 3)
     rows = torch.stack([space(texts) for texts in captions])
     assert rows.mean(0).abs().max() < 1e-5

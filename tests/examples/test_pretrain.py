@@ -90,11 +90,11 @@ def test_qwen_learns_only_what_is_labelled():
     )  # fmt: skip
     lm = Qwen2(config)
     initialise_(lm, 0)
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
 
     def copies(step: int):
         """The noise in front is not learnt; the answer repeats its first token."""
-        ids = torch.randint(0, 16, (16, 4), generator=chance)
+        ids = torch.randint(0, 16, (16, 4), generator=rng)
         rows = torch.cat([ids, ids[:, :1]], 1)
         labels = torch.full_like(rows, IGNORED)
         labels[:, -1] = rows[:, -1]

@@ -15,15 +15,15 @@ from mmllm.models.multimodal import MultimodalLLM
 
 
 def scenes(n: int, **options) -> list[toy.Scene]:
-    chance = random.Random(0)
-    return [toy.any_scene(chance, **options) for _ in range(n)]
+    rng = random.Random(0)
+    return [toy.any_scene(rng, **options) for _ in range(n)]
 
 
 def test_nothing_held_out_is_drawn_for_training_and_always_for_the_test():
     assert not any(thing.is_held_out for scene in scenes(500) for thing in scene)
     assert all(any(thing.is_held_out for thing in scene) for scene in scenes(100, held_out=True))
-    chance = random.Random(1)
-    assert not any(thing.is_held_out for s in scenes(300) for thing in toy.one_attribute_changed(s, chance))
+    rng = random.Random(1)
+    assert not any(thing.is_held_out for s in scenes(300) for thing in toy.one_attribute_changed(s, rng))
 
 
 def test_things_never_share_a_place_and_stand_in_reading_order():

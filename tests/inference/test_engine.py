@@ -56,13 +56,13 @@ def alone(model: MultimodalLLM, prompt: Prompt, config: GenerationConfig):
 
 def ragged_requests(model: MultimodalLLM) -> list[tuple[Prompt, GenerationConfig]]:
     """64 questions of all lengths, some with a picture; greedy but for every fourth."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     requests = []
     for i in range(64):
-        words = [chance.randrange(3, 250) for _ in range(chance.randrange(1, 60))]
+        words = [rng.randrange(3, 250) for _ in range(rng.randrange(1, 60))]
         prompt = picture_prompt(model, i, *words) if i % 3 == 0 else text_prompt(*words)
         sampled = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": i} if i % 4 == 3 else {}
-        requests.append((prompt, GenerationConfig(max_new_tokens=chance.randrange(1, 8), **sampled)))
+        requests.append((prompt, GenerationConfig(max_new_tokens=rng.randrange(1, 8), **sampled)))
     return requests
 
 

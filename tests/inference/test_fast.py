@@ -15,7 +15,7 @@ from mmllm.kernels import cpu as kernels
 from mmllm.layers.lora import adapters, add_lora_
 from mmllm.layers.packed import Int8Packed
 from mmllm.layers.quantized import quantize_
-from mmllm.models.kv_cache import EachRow, KVCache
+from mmllm.models.kv_cache import KVCache, PerSlot
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.training.prepare import prepare
 from official import write_model
@@ -39,11 +39,11 @@ def int8_folder(folder, tmp_path_factory):
 
 @torch.no_grad()
 def some_logits(model: MultimodalLLM, pictures: int = 1) -> torch.Tensor:
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     tokens = model.config.num_image_tokens * pictures
-    ids = torch.randint(0, 280, (2, 40), generator=chance)
+    ids = torch.randint(0, 280, (2, 40), generator=rng)
     ids[0, 3 : 3 + tokens] = model.config.image_token_id
-    return model.logits(ids, torch.randn(pictures, 3, 32, 32, generator=chance))
+    return model.logits(ids, torch.randn(pictures, 3, 32, 32, generator=rng))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -102,7 +102,7 @@ def test_token_by_token_gives_what_the_whole_text_gives(folder, precision):
         wanted = language_model(x_BTD)
         for t in range(12):
             positions = torch.full((2, 1), t)
-            got = language_model(x_BTD[:, t : t + 1], positions, cache=EachRow(cache, slots, [t, t]))
+            got = language_model(x_BTD[:, t : t + 1], positions, cache=PerSlot(cache, slots, [t, t]))
             assert (got[:, 0] - wanted[:, t]).abs().max() < 1e-3, "float32, and digits that fall to either side"
 
 

@@ -118,9 +118,9 @@ MIXED = [
 
 
 def test_rows_of_one_batch_have_their_own_options_and_each_keeps_what_transformers_keeps():
-    chance = torch.Generator().manual_seed(6)
-    logits = torch.randn(7, 97, generator=chance) * 2
-    prompts = torch.randint(0, 97, (7, 9), generator=chance)
+    rng = torch.Generator().manual_seed(6)
+    logits = torch.randn(7, 97, generator=rng) * 2
+    prompts = torch.randint(0, 97, (7, 9), generator=rng)
     rows = [Row(config, tuple(ids.tolist()), 97, CPU) for config, ids in zip(MIXED, prompts, strict=True)]
     scores = corrected(logits, rows, STOP_IDS)
     sampled = [i for i, config in enumerate(MIXED) if not config.is_greedy]
@@ -164,15 +164,15 @@ def test_a_row_that_is_not_finite_is_told_and_the_others_choose(scores, fault):
 
 
 def test_draws_follow_the_probabilities():
-    chance = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    tokens = draw(torch.tensor([[0.5, 0.0, 0.3, 0.2]]).expand(20000, -1), chance)
+    rng = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    tokens = draw(torch.tensor([[0.5, 0.0, 0.3, 0.2]]).expand(20000, -1), rng)
     assert_close(tokens.bincount() / 20000, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.01, rtol=0)
 
 
 def test_a_draw_never_takes_a_token_of_probability_zero():
     probabilities = torch.tensor([[0.0, 1.0, 0.0]]).expand(3, -1)
-    chance = torch.tensor([0.0, 0.5, 1 - 2**-32], dtype=torch.float64)
-    assert draw(probabilities, chance).tolist() == [1, 1, 1]
+    rng = torch.tensor([0.0, 0.5, 1 - 2**-32], dtype=torch.float64)
+    assert draw(probabilities, rng).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

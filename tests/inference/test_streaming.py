@@ -35,9 +35,9 @@ def test_pieces_are_whole_characters_and_together_the_text(tokenizer):
 
 
 def test_any_ids_give_the_text_of_the_whole_without_half_a_character_at_its_end(tokenizer):
-    chance = random.Random(0)
+    rng = random.Random(0)
     for _ in range(300):
-        ids = [chance.randrange(tokenizer.vocab_size) for _ in range(chance.randrange(1, 30))]
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 30))]
         pieces, text, _ = told(tokenizer, ids)
         assert "".join(pieces) == text.text == tokenizer.decode(ids).rstrip("\ufffd")
 
@@ -52,12 +52,10 @@ def first_stop(text: str, stops: tuple[str, ...]) -> str:
 
 
 def test_text_is_cut_at_the_first_stop_string_and_no_piece_of_it_is_ever_shown(tokenizer):
-    chance = random.Random(1)
+    rng = random.Random(1)
     for _ in range(400):
-        words = "".join(chance.choices("abc the\n", k=chance.randrange(1, 40)))
-        stops = tuple(
-            "".join(chance.choices("abc \n", k=chance.randrange(1, 4))) for _ in range(chance.randrange(1, 4))
-        )
+        words = "".join(rng.choices("abc the\n", k=rng.randrange(1, 40)))
+        stops = tuple("".join(rng.choices("abc \n", k=rng.randrange(1, 4))) for _ in range(rng.randrange(1, 4)))
         pieces, text, used = told(tokenizer, tokenizer.encode(words), stops)
         assert "".join(pieces) == text.text == first_stop(words, stops)
         assert text.is_stopped == (text.text != words)

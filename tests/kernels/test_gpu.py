@@ -9,10 +9,10 @@ from mmllm.kernels.triton_int8 import int8_linear
 
 
 def relative_error(rows: int, device: str) -> float:
-    chance = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, 300, generator=chance).bfloat16()
-    q = torch.randint(-127, 128, (37, 300), generator=chance, dtype=torch.int8)
-    scale, bias = torch.rand(37, generator=chance), torch.randn(37, generator=chance)
+    rng = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 300, generator=rng).bfloat16()
+    q = torch.randint(-127, 128, (37, 300), generator=rng, dtype=torch.int8)
+    scale, bias = torch.rand(37, generator=rng), torch.randn(37, generator=rng)
     wanted = x.double() @ (q * scale[:, None]).double().T + bias
     got = int8_linear(*(tensor.to(device) for tensor in (x, q, scale, bias)))
     assert got.dtype == torch.bfloat16

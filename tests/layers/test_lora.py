@@ -34,9 +34,9 @@ def make_loud_(model: MultimodalLLM, config: LoraConfig) -> None:
     """Adapters that change every answer: B is not zero."""
     add_lora_(model.language_model, config, seed=1)
     model.lora = config
-    chance = torch.Generator().manual_seed(2)
+    rng = torch.Generator().manual_seed(2)
     for layer in adapters(model.language_model).values():
-        layer.lora_B.data = 0.05 * torch.randn(layer.lora_B.shape, generator=chance)
+        layer.lora_B.data = 0.05 * torch.randn(layer.lora_B.shape, generator=rng)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from mmllm.data.batches import BatchLoader, make_batch, ordered_batches, read_row, read_rows
 from mmllm.data.chat import IGNORED, assistant, user
-from mmllm.data.packing import encode_shared, join
+from mmllm.data.packing import encode_shared, pack
 from mmllm.data.samples import Sample, share_images
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.models.shared_prefix import attention_of, positions_of, sources_of
+from mmllm.models.shared_prefix import attention_of, positions_of, predictor_positions
 from mmllm.training.stage import accumulate_gradients, count_targets
 from mmllm.training.validation import validation_losses
 from tiny_run import write_world
@@ -87,18 +87,18 @@ def test_captions_share_all_up_to_the_answer_and_questions_the_picture(model, sa
     captions, questions, *_ = share_images(samples)
     (row,) = encode_shared(captions, process)
     begin = process.encode_prompt(list(samples[0].messages[:1]))
-    assert row.ids[: row.branches.count(0)] == begin
-    assert row.branches.count(1) == len([*process.tokenizer.encode("a cat"), "<|im_end|>", "\n"])
+    assert row.ids[: row.segment_ids.count(0)] == begin
+    assert row.segment_ids.count(1) == len([*process.tokenizer.encode("a cat"), "<|im_end|>", "\n"])
     (row,) = encode_shared(questions, process)
     ends = [process.tokenizer.id("<|vision_end|>"), *process.tokenizer.encode("\nwh")]  # what? what? why?
-    assert row.ids[: row.branches.count(0)][-len(ends) :] == ends
+    assert row.ids[: row.segment_ids.count(0)][-len(ends) :] == ends
 
 
 def test_a_row_by_hand():
-    branches = torch.tensor([[0, 0, 1, 1, 2, -1], [0, 0, 0, -1, -1, -1]])
-    assert positions_of(branches)[:, :5].tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
-    assert sources_of(branches)[0].tolist() == [0, 0, 1, 2, 1, 4]
-    assert attention_of(branches)[0, :5].int().tolist() == [
+    segment_ids = torch.tensor([[0, 0, 1, 1, 2, -1], [0, 0, 0, -1, -1, -1]])
+    assert positions_of(segment_ids)[:, :5].tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
+    assert predictor_positions(segment_ids)[0].tolist() == [0, 0, 1, 2, 1, 4]
+    assert attention_of(segment_ids)[0, :5].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -110,9 +110,9 @@ def test_a_row_by_hand():
 def test_what_does_not_fit_one_row_takes_several_and_nothing_is_lost(model, samples):
     process = model.processor
     separate = [process.encode(list(sample.messages)) for sample in samples[:5]]
-    whole = join(separate, process.tokenizer.image_id)
+    whole = pack(separate, process.tokenizer.image_id)
     limit = max(len(row.ids) for row in separate) + 8
-    rows = join(separate, process.tokenizer.image_id, limit)
+    rows = pack(separate, process.tokenizer.image_id, limit)
     assert len(whole) == 1 and 1 < len(rows) < 5
     assert all(len(row.ids) <= limit for row in rows)
     learnt = [[label for row in group for label in row.labels if label != IGNORED] for group in (separate, rows, whole)]
@@ -125,7 +125,7 @@ def test_a_picture_that_comes_later_in_the_conversation_is_not_shared(model, sam
         Sample("", picture, (user(text), assistant("in"), user("and?", images=1), assistant("on"))) for text in "ab"
     ]
     (group,) = share_images(late)
-    assert [row.branches for row in encode_shared(group, model.processor)] == [[], []]
+    assert [row.segment_ids for row in encode_shared(group, model.processor)] == [[], []]
 
 
 def test_samples_of_the_same_pictures_become_one_and_text_alone_stays(samples):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmllm.models.config import Qwen2Config
-from mmllm.models.kv_cache import AllRows, EachRow, KVCache
+from mmllm.models.kv_cache import AllSlots, KVCache, PerSlot
 from mmllm.models.qwen import Qwen2
 from official import QWEN, spread_
 
@@ -38,7 +38,7 @@ def new_cache(model: Qwen2, slots: int, length: int) -> KVCache:
 
 def read(model: Qwen2, cache: KVCache, slots: list[int], starts: list[int], ids: torch.Tensor) -> torch.Tensor:
     positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
-    return model.logits(model(model.embed(ids), positions, cache=EachRow(cache, slots, starts)))
+    return model.logits(model(model.embed(ids), positions, cache=PerSlot(cache, slots, starts)))
 
 
 def test_piece_by_piece_through_the_cache_is_the_whole_at_once(model):
@@ -67,7 +67,7 @@ def test_a_step_of_fixed_shape_is_the_step_of_each_row(model):
     following, starts = torch.tensor([[7], [9], [11]]), [4, 12, 9]
     wanted = read(model, one, [0, 1, 2], starts, following)
     for length in (13, 20):
-        rows = AllRows(other, torch.tensor(starts), length)
+        rows = AllSlots(other, torch.tensor(starts), length)
         got = model.logits(model(model.embed(following), torch.tensor(starts)[:, None], cache=rows))
         assert (got - wanted).abs().max() < 1e-4
 

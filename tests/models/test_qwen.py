@@ -115,4 +115,4 @@ def test_places_are_those_rows_of_the_whole_also_when_one_is_named_twice():
     x_BTD = torch.randn(2, 7, 32)
     places = torch.tensor([1, 0, 0]), torch.tensor([6, 2, 2])
     with torch.no_grad():
-        torch.testing.assert_close(model(x_BTD, places=places), model(x_BTD)[places])
+        torch.testing.assert_close(model(x_BTD, keep=places), model(x_BTD)[places])

@@ -15,14 +15,14 @@ subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
 """
 FORGETFUL = """
 import torch
-from mmllm.runtime.device import forget_peak, peak_memory
+from mmllm.runtime.memory import forget_peak, peak_memory
 cpu, held = torch.device("cpu"), b"x" * 500_000_000
 before = peak_memory(cpu)
 del held
 forget_peak(cpu)
 print(before, peak_memory(cpu))
 """
-PEAK = "import torch; from mmllm.runtime.device import peak_memory; print(peak_memory(torch.device('cpu')))"
+PEAK = "import torch; from mmllm.runtime.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
 
 
 def test_a_process_does_not_count_what_held_the_one_that_started_it():
@@ -39,16 +39,16 @@ def test_a_peak_that_is_over_can_be_forgotten():
 WEIGHTS = """
 import torch
 from torch import nn
-from mmllm.runtime.device import forget_peak, keep_freed_memory, peak_memory
-from mmllm.training.surgery import hold_
+from mmllm.runtime.memory import forget_peak, keep_freed_memory, peak_memory
+from mmllm.training.surgery import cast_
 cpu = torch.device("cpu")
 weights = [nn.Parameter(torch.ones(n, 2**20), False) for n in (4, 16, 8, 12, 10)]
 keep_freed_memory(cpu)
 for _ in range(3):
-    hold_(weights, torch.bfloat16)
+    cast_(weights, torch.bfloat16)
     forget_peak(cpu)
     small = peak_memory(cpu)
-    hold_(weights, torch.float32)
+    cast_(weights, torch.float32)
 print((peak_memory(cpu) - small) / 2**20)
 """
 

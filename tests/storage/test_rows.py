@@ -11,10 +11,10 @@ from mmllm.storage.sharded_file import DTYPES, create, layout, own_pieces, write
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    chance = torch.Generator().manual_seed(0)
-    drawn = {f"w.{dtype}": (50 * torch.randn(7, 3, generator=chance)).to(dtype) for dtype in DTYPES}
+    rng = torch.Generator().manual_seed(0)
+    drawn = {f"w.{dtype}": (50 * torch.randn(7, 3, generator=rng)).to(dtype) for dtype in DTYPES}
     shapes = {"no axis": (), "one row": (1, 5), "no row": (0, 3), "é": (2,), "cube": (5, 2, 2), "turned": (3, 4)}
-    drawn |= {name: torch.randn(shape, generator=chance) for name, shape in shapes.items()}
+    drawn |= {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
     return drawn | {"turned": drawn["turned"].T}
 
 

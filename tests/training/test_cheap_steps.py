@@ -25,7 +25,7 @@ from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
 from mmllm.training.prepare import frozen_weights
 from mmllm.training.stage import accumulate_gradients
-from mmllm.training.surgery import compile_blocks_, hold_, train_only_
+from mmllm.training.surgery import cast_, compile_blocks_, train_only_
 from tiny_run import write_world
 
 HAS_COMPILER = any(map(shutil.which, [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]))
@@ -69,7 +69,7 @@ def test_frozen_weights_held_in_bfloat16_change_no_bit_of_a_bfloat16_step(world,
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loss, plain = gradients(model, batches_of(world, model), bf16=True)
     held = frozen_weights(model)
-    hold_(held, torch.bfloat16)
+    cast_(held, torch.bfloat16)
     layers = model.language_model.config.num_hidden_layers
     assert len(held) == 7 * layers + 1  # the head is the embedding
     assert {p.dtype for p in model.vision_tower.parameters()} == {torch.float32}  # would lose something
@@ -77,7 +77,7 @@ def test_frozen_weights_held_in_bfloat16_change_no_bit_of_a_bfloat16_step(world,
     assert torch.equal(held_loss, loss)
     assert found.keys() == plain.keys()
     assert [name for name in plain if not torch.equal(found[name], plain[name])] == []
-    hold_(held, torch.float32)
+    cast_(held, torch.float32)
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])] == []
 
 
@@ -197,8 +197,8 @@ def test_the_loss_in_pieces_is_the_formula(model, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 7, 20])
 def test_the_gradient_made_with_the_loss_is_that_of_autograd(rows):
-    chance = torch.Generator().manual_seed(0)
-    x_MD, weight_VD = (torch.randn(n, 8, generator=chance, dtype=torch.float64, requires_grad=True) for n in (20, 50))
+    rng = torch.Generator().manual_seed(0)
+    x_MD, weight_VD = (torch.randn(n, 8, generator=rng, dtype=torch.float64, requires_grad=True) for n in (20, 50))
     targets_M = torch.arange(20) * 2
     wanted = torch.autograd.grad(3 * cross_entropy(x_MD @ weight_VD.T, targets_M, reduction="sum"), [x_MD, weight_VD])
     got = torch.autograd.grad(3 * cross_entropy_sum(x_MD, weight_VD, targets_M, rows), [x_MD, weight_VD])
@@ -206,8 +206,8 @@ def test_the_gradient_made_with_the_loss_is_that_of_autograd(rows):
 
 
 def test_the_gradient_made_with_the_loss_is_that_of_autograd_in_bfloat16():
-    chance = torch.Generator().manual_seed(0)
-    x_MD, weight_VD = (torch.randn(n, 64, generator=chance, requires_grad=True) for n in (20, 50))
+    rng = torch.Generator().manual_seed(0)
+    x_MD, weight_VD = (torch.randn(n, 64, generator=rng, requires_grad=True) for n in (20, 50))
     targets_M = torch.arange(20) * 2
     with torch.autocast("cpu", torch.bfloat16):
         plain = cross_entropy((x_MD @ weight_VD.T).float(), targets_M, reduction="sum")

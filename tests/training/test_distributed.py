@@ -115,8 +115,8 @@ def test_any_split_into_processes_and_micro_batches_gives_the_same_gradient(grad
 def test_one_process_adds_nothing(world):
     start = MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen")
     model = model_for(start, "stage 1")
-    assert ALONE.sum([3, 4]) == [3, 4] and ALONE.largest([15, 2]) == [15, 2]
-    assert ALONE.by_first(lambda: "x") == "x" and ALONE.told("y") == ["y"]
+    assert ALONE.sum([3, 4]) == [3, 4] and ALONE.all_reduce_max([15, 2]) == [15, 2]
+    assert ALONE.on_rank0(lambda: "x") == "x" and ALONE.all_gather("y") == ["y"]
     ALONE.sum_gradients_(model.parameters())
     assert all(p.grad is None for p in model.parameters())
     assert accumulate_gradients(model, [], targets=5) == 0

@@ -52,9 +52,9 @@ def test_every_group_follows_the_schedule_from_its_own_peak():
 
 def test_the_fused_form_is_the_plain_loop():
     """Ten steps of both from the same gradients, in float64, where only another formula would show."""
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     ends = []
-    gradients = torch.randn(10, 7, 5, generator=chance, dtype=torch.float64)
+    gradients = torch.randn(10, 7, 5, generator=rng, dtype=torch.float64)
     for is_fused in (True, False):
         weight = nn.Parameter(torch.ones(7, 5, dtype=torch.float64))
         optimizer = adamw([{"params": [weight], "peak": 0.1, "weight_decay": 0.1}], 0.9, 0.95)
