@@ -44,13 +44,13 @@ serve: $(STAMP)  ## serve the newest trained model on http://127.0.0.1:8000
 	$(PYTHON) serve.py $(ARGS)
 
 bench: $(STAMP)  ## measure training, answers and memory beside other programs (more than half an hour on 2 cores)
-	$(PYTHON) -m benchmarks.bench train --rounds 2 $(ARGS)
-	$(PYTHON) -m benchmarks.bench generate --rounds 2 --compiled $(ARGS)
-	$(PYTHON) -m benchmarks.bench memory --bf16-only $(ARGS)
-	$(PYTHON) -m benchmarks.bench show
+	$(PYTHON) -m benchmarks train --rounds 2 $(ARGS)
+	$(PYTHON) -m benchmarks generate --rounds 2 --compiled $(ARGS)
+	$(PYTHON) -m benchmarks memory --bf16-only $(ARGS)
+	$(PYTHON) -m benchmarks show
 
 gpu: $(STAMP)  ## prove and measure what needs a CUDA GPU, into outputs/gpu or OUT=... (9 minutes)
-	$(PYTHON) -m benchmarks.bench gpu --out $(OUT)
+	$(PYTHON) -m benchmarks gpu --out $(OUT)
 
 clean:  ## remove what the targets made, outputs included
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache

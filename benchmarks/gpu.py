@@ -16,7 +16,7 @@ import torch
 from mmllm.errors import UserError
 from mmllm.runtime.console import print_rank0
 
-BENCH = ("-m", "benchmarks.bench")
+BENCH = ("-m", "benchmarks")
 
 
 def parts(folder: Path) -> dict[str, tuple[int, list[str]]]:

@@ -1,6 +1,6 @@
 """Rows of benchmarks on disk, the goals they are held against, and the tables that README shows of them.
 
-The surprising fact: nobody types a figure into README. `python -m benchmarks.bench table` makes its tables from the JSON
+The surprising fact: nobody types a figure into README. `python -m benchmarks table` makes its tables from the JSON
 lines under benchmarks/, and a test compares the two, so a figure without its machine, commit and command cannot stand.
 
 A row belongs to a kind ("train", "generate", "memory"), a device ("cpu", "cuda"), a case and a contestant; a newer one
@@ -46,7 +46,7 @@ def stamped(rows: list[dict], device: torch.device, arguments: list[str]) -> lis
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
         "machine": machine(device),
-        "command": shlex.join(["python", "-m", "benchmarks.bench", *arguments]),
+        "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
     }
     return [{"device": device.type} | row | stamp for row in rows]
 
@@ -131,7 +131,7 @@ def origin(rows: list[dict]) -> str:
     return "; ".join(dict.fromkeys(told(row) for row in sorted(rows, key=lambda row: row["date"], reverse=True)))
 
 
-BEGIN, END = "<!-- benchmarks: python -m benchmarks.bench table -->", "<!-- end of benchmarks -->"
+BEGIN, END = "<!-- benchmarks: python -m benchmarks table -->", "<!-- end of benchmarks -->"
 
 
 def rewritten(text: str, content: str) -> str:

@@ -30,7 +30,7 @@ class Contestant:
         self.name = spec["contestant"]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.bench", "worker", json.dumps(spec)],
+            [sys.executable, "-m", "benchmarks", "worker", json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

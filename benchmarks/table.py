@@ -1,6 +1,6 @@
 """README's tables of measurements, made from the rows under benchmarks/.
 
-`python -m benchmarks.bench table` puts them between two markers of README.md; a test holds README to the rows.
+`python -m benchmarks table` puts them between two markers of README.md; a test holds README to the rows.
 """
 
 from pathlib import Path

@@ -1,11 +1,11 @@
 """Measure what this machine makes of the program, and of its peers beside it.
 
-python -m benchmarks.bench train                       # one optimiser step, against transformers + peft
-python -m benchmarks.bench train --case "stage 1" --rounds 5
-python -m benchmarks.bench generate                    # answers, against transformers and llama.cpp where it is installed
-python -m benchmarks.bench memory                      # what --dry-run predicts, and what a step really takes
-python -m benchmarks.bench rehearse configs/small.py training.gradient_accumulation_steps=2
-python -m benchmarks.bench table                       # README's tables, made anew from the JSON lines in benchmarks/
+python -m benchmarks train                       # one optimiser step, against transformers + peft
+python -m benchmarks train --case "stage 1" --rounds 5
+python -m benchmarks generate                    # answers, against transformers and llama.cpp where it is installed
+python -m benchmarks memory                      # what --dry-run predicts, and what a step really takes
+python -m benchmarks rehearse configs/small.py training.gradient_accumulation_steps=2
+python -m benchmarks table                       # README's tables, made anew from the JSON lines in benchmarks/
 
 Every row goes to benchmarks/ as one JSON line with its date, commit, machine and command; the goals are printed beside.
 """
