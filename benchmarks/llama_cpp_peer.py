@@ -17,8 +17,9 @@ from benchmarks.random_model import prompt_ids
 from benchmarks.runner import Work, speeds
 from examples.pretrain.pretrain import CONTROL_TOKENS
 from mmllm.models.config import MultimodalConfig
+from mmllm.runtime.files import read_json
 from mmllm.runtime.memory import peak_memory
-from mmllm.storage.weights import read_json, read_tensors
+from mmllm.storage.weights import read_tensors
 
 KINDS = ("Q8_0", "BF16", "Q4_0")
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from mmllm.config.schema import LoraConfig
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.layers.quantized import FrozenLinear
-from mmllm.storage.weights import read_json, read_safetensors
+from mmllm.runtime.files import read_json
+from mmllm.storage.weights import read_safetensors
 
 ALL_LINEAR = "all-linear"
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"

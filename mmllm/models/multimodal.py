@@ -39,8 +39,9 @@ from mmllm.models.loss import cross_entropy_sum
 from mmllm.models.projector import Projector
 from mmllm.models.qwen import Qwen2
 from mmllm.models.shared_prefix import attention_of, positions_of, predictor_positions
+from mmllm.runtime.files import read_json
 from mmllm.storage.atomic import atomic_directory
-from mmllm.storage.weights import load_strict_, locate, read_json, read_tensors, refuse_integers
+from mmllm.storage.weights import load_strict_, locate, read_tensors, refuse_integers
 from mmllm.training.surgery import WithoutValues
 
 LOGITS_AT_ONCE = 2**23  # numbers in one piece of logits: 32 MiB in float32

@@ -13,7 +13,6 @@ of the step. Nothing here is a pickle. Next: saving.py (who writes the numbers, 
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from mmllm.errors import CheckpointError, RunError
 from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.distributed import World, local, rows_for
+from mmllm.runtime.files import read_json, write_json
 from mmllm.storage.atomic import new_directory, publish, removed_on_error, reported
 from mmllm.storage.sharded_file import Layout, create
 from mmllm.storage.weights import read_safetensors
@@ -34,6 +34,7 @@ FORMAT = 1
 NAME = re.compile(r"checkpoint-epoch-(\d+)-step-(\d+)")
 BEST = "best_model"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MENDS = {"missing": "this checkpoint was not written to its end", "damaged": "the file is damaged"}
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
@@ -82,8 +83,8 @@ def begin_checkpoint(folder: Path, model: nn.Module, layouts: dict[str, Layout],
     with reported(folder), removed_on_error(new_directory(folder)) as temporary:
         (temporary / "training").mkdir()
         model.write_small_files(temporary)
-        _write_json(temporary / "training" / "state.json", state | {"format": FORMAT})
-        _write_json(temporary / "training" / "experiment.json", state["config"])
+        write_json(temporary / "training" / "state.json", state | {"format": FORMAT})
+        write_json(temporary / "training" / "experiment.json", state["config"])
         for name, plan in layouts.items():
             create(temporary / name, plan)
     return temporary
@@ -93,7 +94,7 @@ def end_checkpoint(temporary: Path, folder: Path) -> None:
     """The manifest last, then everything to disk, then the name: until then nobody takes it for a checkpoint."""
     with reported(folder), removed_on_error(temporary):
         files = {str(path.relative_to(temporary)): _fingerprint(path) for path in _files(temporary)}
-        _write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
+        write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
         publish(temporary, folder)
 
 
@@ -114,10 +115,6 @@ def _fingerprint(path: Path) -> dict:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def point_best(directory: Path, checkpoint: str) -> None:
@@ -171,7 +168,7 @@ def _remove(checkpoint: Path) -> None:
 
 def verify(checkpoint: Path) -> None:
     """CheckpointError naming the first file that is missing or is not as it was written."""
-    manifest = _read_json(checkpoint / "manifest.json")
+    manifest = read_json(checkpoint / "manifest.json", **MENDS)
     if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{checkpoint / 'manifest.json'}: not a manifest of this version")
     for name, written in manifest["files"].items():
@@ -198,7 +195,7 @@ def newest(directory: Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict:
     """The state that `save_checkpoint` was given, and the number of updates."""
-    return _read_json(checkpoint / "training" / "state.json")
+    return read_json(checkpoint / "training" / "state.json", **MENDS)
 
 
 def load_optimizer_(
@@ -221,15 +218,3 @@ def load_optimizer_(
             local(value).copy_(rows_for(value, found, world))
         step = torch.tensor(float(updates), device=parameter.device)  # on its device: what the fused form asks for
         optimizer.state[parameter] = {"step": step, **moments}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; this checkpoint was not written to its end") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON; the file is damaged") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; the file is damaged")
-    return content

@@ -7,7 +7,6 @@ Tensors are mapped from the file, not copied: pages are read when they are touch
 Next: model.py.
 """
 
-import json
 import os
 import pickle
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mmllm.errors import CheckpointError
+from mmllm.runtime.files import read_json
 
 SMALL_FILES = ["*.json", "*.jinja", "merges.txt"]
 NAMES_SHOWN = 3
@@ -45,19 +45,6 @@ def locate(source: str | Path) -> Path:
             "and name its folder, which holds config.json and model.safetensors"
         ) from error
     return folder
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file of a model folder."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: no such file; is {file.parent} a model folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not JSON; copy it again from its source") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: a JSON object is needed; copy it again from its source")
-    return content
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

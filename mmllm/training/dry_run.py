@@ -18,7 +18,7 @@ from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM, read_config
 from mmllm.runtime.device import choose_device
-from mmllm.storage.weights import read_json
+from mmllm.runtime.files import read_json
 from mmllm.training.out_of_memory import trained_parts
 from mmllm.training.prepare import prepare
 from mmllm.training.step_memory import step_peak

@@ -8,7 +8,8 @@ from mmllm.errors import CheckpointError
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig
 from mmllm.models.multimodal import vision_tensors
-from mmllm.storage.weights import load_strict_, read_json
+from mmllm.runtime.files import read_json
+from mmllm.storage.weights import load_strict_
 from official import write_clip
 
 VARIANTS = {

@@ -11,7 +11,8 @@ from mmllm.errors import CheckpointError
 from mmllm.models.config import Qwen2Config
 from mmllm.models.multimodal import language_tensors
 from mmllm.models.qwen import Qwen2, SwiGLU
-from mmllm.storage.weights import load_strict_, read_json
+from mmllm.runtime.files import read_json
+from mmllm.storage.weights import load_strict_
 from official import write_qwen
 
 VARIANTS = {

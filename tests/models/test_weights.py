@@ -19,8 +19,9 @@ from conftest import ROOT
 from mmllm.errors import CheckpointError, RunError
 from mmllm.models.config import Qwen2Config
 from mmllm.models.multimodal import language_tensors, vision_tensors
+from mmllm.runtime.files import read_json
 from mmllm.storage.atomic import atomic_directory
-from mmllm.storage.weights import load_strict_, locate, read_json, read_tensors, refuse_not_finite
+from mmllm.storage.weights import load_strict_, locate, read_tensors, refuse_not_finite
 from official import write_clip, write_qwen
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605247071\n"

@@ -13,7 +13,6 @@ from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
 from mmllm.reporting import log
 from mmllm.reporting.compare import compare
-from mmllm.runtime.console import duration, short
 
 ROW = {
     "stage": 1,
@@ -42,18 +41,6 @@ def test_a_progress_line_fits_a_terminal_and_says_everything():
         " | eta 12m40s"
     )
     assert "| mfu n/a |" in log.progress_line(ROW | {"mfu": None}, 2.314, total_steps=2000)
-
-
-@pytest.mark.parametrize(
-    "seconds, text", [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (760, "12m40s"), (3600, "1h00m"), (90061, "25h01m")]
-)
-def test_a_duration_has_two_units(seconds, text):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize("number, text", [(0.25, "0.2"), (78, "78"), (9940, "9.9k"), (123456, "123k"), (2.5e6, "2.5M")])
-def test_a_rate_has_three_digits(number, text):
-    assert short(number) == text
 
 
 def test_a_resumed_log_drops_later_rows_and_a_torn_last_line(tmp_path):

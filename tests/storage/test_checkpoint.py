@@ -106,7 +106,7 @@ def test_the_state_is_what_was_given(model, tmp_path):
         ("truncated", "bytes, .* were written"),
         ("flipped", "checksum"),
         ("missing", "missing, but the manifest lists it"),
-        ("no manifest", "missing; this checkpoint was not written to its end"),
+        ("no manifest", "no such file; this checkpoint was not written to its end"),
         ("empty manifest", "not JSON; the file is damaged"),
         ("other manifest", "not a manifest of this version"),
     ],

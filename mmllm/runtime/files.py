@@ -1,0 +1,28 @@
+"""Small JSON files: one way to read them and one to write them."""
+
+import json
+from pathlib import Path
+
+from mmllm.errors import CheckpointError
+
+
+def read_json(
+    path: Path, *, missing: str = "is its folder a model folder?", damaged: str = "copy it again from its source"
+) -> dict:
+    """The object in a JSON file. CheckpointError ends in `missing` or `damaged`: what the reader can do about it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; {missing}") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise CheckpointError(f"{path}: not JSON; {damaged}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object; {damaged}")
+    return content
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` to `path`, atomically: a reader sees the old file or the new one. OSError where it cannot."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
