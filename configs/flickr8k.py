@@ -2,7 +2,7 @@
 
     python -m examples.pretrain.pretrain --data data/flickr8k/train/captions.jsonl --out backbones/flickr8k --bf16
     python train.py configs/flickr8k.py
-    python -m mmllm.evaluation.evaluate --model outputs/flickr8k/best_model --data data/flickr8k/dev/captions.jsonl \
+    python -m mmllm evaluate --model outputs/flickr8k/best_model --data data/flickr8k/dev/captions.jsonl \
         --constant --max-new-tokens 30
 
 Each folder holds its pictures and captions.jsonl, lines of {"image": "1.jpg", "captions": ["...", ...]}.

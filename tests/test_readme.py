@@ -41,8 +41,7 @@ def test_every_setting_that_is_named_exists():
 
 
 def test_every_option_that_is_named_exists(capsys):
-    import sample
-    import train
+    from mmllm.commands import sample, train
 
     for module in (train, sample):
         with pytest.raises(SystemExit):

@@ -35,13 +35,14 @@ from torch import Tensor
 
 from examples.crossval.caption_space import CaptionSpace, each_by_the_others, noisy
 from examples.pretrain.pretrain import build_tokenizer, initialise_, write_clip, write_qwen
+from mmllm.commands import at_least_one
 from mmllm.config.schema import ExperimentConfig, resolve
 from mmllm.data.batches import sample_order
 from mmllm.data.chat import user
 from mmllm.data.image import ImageProcessor
 from mmllm.data.samples import CAPTION_PROMPT, load_samples
 from mmllm.errors import DataError, UserError, run
-from mmllm.evaluation.evaluate import at_least_one, make_directory, table, write_json
+from mmllm.evaluation.evaluate import make_directory, table, write_json
 from mmllm.evaluation.ptb import words
 from mmllm.evaluation.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
 from mmllm.inference.generate import GenerationConfig, Prompt, generate

@@ -336,7 +336,8 @@ def demo(out: Path, run_directory: Path) -> None:
         options = ["--constant"] if name == "val" else ["--no-shuffled"]
         python(
             "-m",
-            "mmllm.evaluation.evaluate",
+            "mmllm",
+            "evaluate",
             "--model",
             model,
             "--data",
@@ -350,7 +351,7 @@ def demo(out: Path, run_directory: Path) -> None:
     python("sample.py", "--model", model, "--image", *pictures)
     sheet = contact_sheet(model, run_directory / "contact_sheet.png")
     accuracy = {name: scores["val"][name]["answers"] for name in scores["val"]}
-    held_out = scores["held_out"]["true pictures"]["answers"]
+    held_out = scores["held_out"]["true images"]["answers"]
     print_rank0(f"\n{'right answers':34}{'one shape':>12}{'two shapes':>12}{'together':>12}")
     for name, answers in (*accuracy.items(), ("never seen together", held_out)):
         one, two = (by_number(answers, things) for things in ("one", "two"))

@@ -7,19 +7,17 @@ learnt or not, so no tokenisation of the whole can disagree with that of its par
     <|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>\\n
 
 Learnt are the answers and the `<|im_end|>` that closes each. Template: https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct.
-Next: data.py, model.py. See what will be learnt with `python -m mmllm.data.chat FILE.json`.
+`mmllm preview` shows what a data file trains on.
 """
 
-import argparse
 import json
-import sys
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 from mmllm.data.image import ImageProcessor
 from mmllm.data.tokenizer import Tokenizer
-from mmllm.errors import CheckpointError, DataError, run
+from mmllm.errors import CheckpointError, DataError
 
 IGNORED = -100  # the label of a position that is not learnt
 MARK = "<image>"  # stands for a picture in the text of a data file
@@ -252,37 +250,3 @@ def marked(encoded: Encoded, processor: ChatProcessor, on: str = "[", off: str =
             piece += f" x {len(ids)}" if is_place else ""
             text += f"{on}{piece}{off}" if is_learnt else piece
     return text
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mmllm.data.chat", description="Show what a data file will teach.")
-    parser.add_argument("data", metavar="FILE", help="a data file in any supported format")
-    parser.add_argument("--model", required=True, metavar="DIR", help="the model directory that will be trained")
-    parser.add_argument("--image-dir", metavar="DIR", help="where the pictures are (default: beside FILE)")
-    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("-n", type=int, default=3, help="how many samples (default: %(default)s)")
-    parser.add_argument(
-        "--no-share", action="store_true", help="each text of a picture alone (data.share_images=false)"
-    )
-    options = parser.parse_args()
-    from mmllm.data.packing import encode_shared  # the modules above this one that the command needs
-    from mmllm.data.samples import load_samples, share_images
-    from mmllm.models.multimodal import read_config
-
-    config, system = read_config(options.model)
-    processor = ChatProcessor.load(options.model, config.num_image_tokens, system)
-    colours = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    samples = load_samples(options.data, options.image_dir)
-    for sample in (samples if options.no_share else share_images(samples))[: options.n]:
-        for encoded in encode_shared(sample, processor, options.max_length):
-            learnt = sum(label != IGNORED for label in encoded.labels)
-            texts = f" of {encoded.segment_ids[-1]} texts in one row" if encoded.segment_ids else ""
-            pictures = ", ".join(map(str, sample.images))
-            print(f"--- {sample.id}: {len(encoded.ids)} tokens{texts}, {learnt} learnt, pictures: {pictures}")
-            print(marked(encoded, processor, *colours))
-
-
-if __name__ == "__main__":
-    from mmllm.data import chat
-
-    run(chat.main)

@@ -1,27 +1,13 @@
-"""Measure a trained model on pictures with captions, on questions, or on both.
+"""What is asked of a model, what it answers, and what that scores: `mmllm evaluate`."""
 
-python -m mmllm.evaluation.evaluate --model outputs/demo/best_model --data val.json
-python -m mmllm.evaluation.evaluate --model DIR --data dataset_coco.json --image-dir coco --split test --num-beams 3
-
-Everything is asked twice, the second time with the pictures exchanged. A model that looks at them does worse then; one
-that has only learnt what is usually said scores the same. `--constant` adds what needs no model at all: the one caption
-that suits all pictures best, and the most common answer to each kind of question.
-
-Written to --out: captions.json and answers.json (the result formats of COCO and VQAv2), the same with shuffled
-pictures, and scores.json.
-"""
-
-import argparse
 import json
 import random
 import sys
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmllm.config.schema import PRECISIONS
-from mmllm.errors import DataError, UserError, run
+from mmllm.errors import DataError, UserError
 from mmllm.evaluation.scoring import (
     MultimodalEvaluator,
     best_constant_caption,
@@ -29,7 +15,6 @@ from mmllm.evaluation.scoring import (
     vqa_accuracy,
     vqa_accuracy_normalised,
 )
-from mmllm.reporting.log import write_report
 
 PEOPLE = 4  # a question that this many answered is scored by VQA's rule, which needs that many for full marks
 
@@ -44,85 +29,6 @@ class Task:
     references: tuple[str, ...]
     kind: str
     is_caption: bool
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m mmllm.evaluation.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", metavar="DIR", help="model directory or hub name (default: newest under outputs/)")
-    parser.add_argument("--data", required=True, metavar="FILE", help="samples in any supported format")
-    parser.add_argument("--image-dir", metavar="DIR", help="where the pictures are (default: beside FILE)")
-    parser.add_argument("--split", default="val", help="part of Karpathy's files (default: %(default)s)")
-    parser.add_argument("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
-    parser.add_argument("--out", metavar="DIR", help="(default: evaluation/NAME OF THE DATA FILE of the model's run)")
-    parser.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N pictures or questions")
-    parser.add_argument(
-        "--batch-size", type=at_least_one, default=16, metavar="N", help="side by side (default: %(default)s)"
-    )
-    parser.add_argument("--max-new-tokens", type=at_least_one, default=60, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the exchange of pictures (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--dtype", choices=PRECISIONS, help="(default: bfloat16 on CUDA, else float32)")
-    parser.add_argument("--no-shuffled", action="store_true", help="do not ask again with exchanged pictures")
-    parser.add_argument("--constant", action="store_true", help="score the best constant caption and answers too")
-    parser.add_argument("--meteor", action="store_true", help="METEOR too, for the true pictures; needs Java")
-    return parser.parse_args(arguments)
-
-
-TASK_HELP = "auto: a sample is a caption if it has the default prompt or the kind `caption`, else a question"
-
-
-def at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least 1")
-    return number
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    evaluator = MultimodalEvaluator(meteor=options.meteor)  # says now, not after an hour, that there is no Java
-    without_java = MultimodalEvaluator(meteor=False)
-    # torch takes two seconds to import: only now that the command line is known to be right
-    from mmllm.data.samples import load_samples
-    from mmllm.inference.pipeline import default_model, load_pipeline
-    from mmllm.inference.sampling import GenerationConfig
-
-    tasks = tasks_of(load_samples(options.data, options.image_dir, options.split), options.task)[: options.limit]
-    check_pictures(tasks)
-    config = GenerationConfig(max_new_tokens=options.max_new_tokens, num_beams=options.num_beams)
-    model = options.model or default_model()
-    of_run = Path(model).parent if (Path(model).parent / "run.json").is_file() else None
-    out = Path(options.out or (of_run or Path("outputs")) / "evaluation" / Path(options.data).stem)
-    make_directory(out)
-    pipeline = load_pipeline(model, device=options.device, dtype=options.dtype)
-
-    runs = {"true pictures": tasks}
-    if not options.no_shuffled:
-        if others := with_other_pictures(tasks, options.seed):
-            runs["shuffled pictures"] = others
-        else:
-            print("fewer than two pictures: there is nothing to exchange")
-    rows, seconds = {}, 0.0
-    for name, row_tasks in runs.items():
-        started = time.perf_counter()
-        predictions = predict(pipeline, row_tasks, config, options.batch_size, name)
-        seconds += time.perf_counter() - started
-        write_predictions(out, tasks, predictions, suffix="" if row_tasks is tasks else "_shuffled")
-        rows[name] = score(tasks, predictions, evaluator if row_tasks is tasks else without_java)
-    if options.constant:
-        rows["best constant"] = score(tasks, constant_predictions(tasks), without_java)
-    about = {"model": str(model), "checkpoint": Path(model).resolve().name, "data": str(options.data)}
-    about |= {"split": options.split, "generation": vars(config), "seed": options.seed, "seconds": round(seconds, 1)}
-    write_json(out / "scores.json", about | {"scores": rows})
-    if of_run:
-        write_report(of_run)
-    print("\n".join(table(rows)))
-    print(f"{len(tasks)} asked, {seconds / len(runs) / len(tasks):.2f} s each; predictions and scores.json in {out}")
 
 
 def tasks_of(samples: list, task: str = "auto") -> list[Task]:
@@ -306,7 +212,3 @@ def flat(scores: dict) -> dict[str, float]:
     return {name: value for name, value in scores.items() if name != "by_kind"} | {
         kind: values[first] for kind, values in kinds.items()
     }
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,4 +1,4 @@
-"""How far the answers of a model move in each precision: `python -m mmllm.evaluation.precision --model DIR --data FILE`.
+"""How far the answers of a model move in each precision: `mmllm precision --model DIR --data FILE`.
 
 The surprising fact: the error of a logit says little. A model of random weights makes 20 % of it out of a rounding of
 0.8 %; what counts is how often another word comes first, and how far the distributions are apart where words are learnt.
@@ -7,21 +7,16 @@ One JSON line a precision: relative error of the logits, Kullback-Leibler diverg
 positions where the likeliest token is the same, and the loss. Next: fast.py.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mmllm.config.schema import PRECISIONS
-from mmllm.data.batches import Batch, make_batch, read_row
+from mmllm.data.batches import Batch
 from mmllm.data.chat import IGNORED
-from mmllm.data.samples import load_samples
-from mmllm.errors import run
 from mmllm.inference.optimize import load_model
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.runtime.console import print_rank0
 
 
 def compare(source: str | Path, batches: list[Batch], precisions: tuple[str, ...] = PRECISIONS) -> list[dict]:
@@ -55,21 +50,3 @@ def distance(got_MV: Tensor, wanted_MV: Tensor, targets_M: Tensor) -> dict[str, 
         "same_first": float((got_MV.argmax(-1) == wanted_MV.argmax(-1)).float().mean()),
         "loss": float(torch.nn.functional.cross_entropy(got_MV, targets_M)),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model directory with float weights")
-    parser.add_argument("--data", required=True, metavar="FILE", help="what to read: a data file as for training")
-    parser.add_argument("--images", metavar="DIR", help="where its pictures are (default: beside the file)")
-    parser.add_argument("--samples", type=int, default=32, metavar="N", help="the first N (default: %(default)s)")
-    options = parser.parse_args()
-    processor = MultimodalLLM.from_pretrained(options.model, dtype=None).processor
-    samples = load_samples(options.data, options.images)[: options.samples]
-    batches = [make_batch([read_row(sample, processor)], processor) for sample in samples]
-    for row in compare(options.model, batches):
-        print_rank0(json.dumps(row))
-
-
-if __name__ == "__main__":
-    run(main)

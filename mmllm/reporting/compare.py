@@ -1,4 +1,4 @@
-"""Two runs in one picture and one table: `python -m mmllm.reporting.log compare RUN RUN`.
+"""Two runs in one picture and one table: `mmllm compare RUN RUN`.
 
 The surprising fact: what two runs differ in is mostly not what their owner remembers. So the settings that differ stand
 above the curves, read from the files of the runs. No torch here. Next: log.py.

@@ -5,7 +5,6 @@ interrupted and resumed five times reports as one. wandb is imported only by a r
 never stops a run. No torch here. Next: checkpoint.py.
 """
 
-import argparse
 import datetime
 import importlib
 import importlib.metadata
@@ -20,7 +19,6 @@ from html import escape
 from pathlib import Path
 from types import ModuleType
 
-from mmllm.errors import run
 from mmllm.runtime.console import duration, print_rank0, short, warned_of_disk
 from mmllm.runtime.machine import commit
 
@@ -267,7 +265,7 @@ def _verdict(evaluations: list[dict]) -> str:
 
 
 def _scores(directory: Path) -> str:
-    """What `python -m mmllm.evaluation.evaluate` found of the run's models."""
+    """What `mmllm evaluate` found of the run's models."""
     tables = []
     for path in sorted(directory.glob("evaluation/*/scores.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -327,21 +325,3 @@ def _captions(evaluations: list[dict], directory: Path) -> str:
         picture = f'<img src="{escape(os.path.relpath(image, directory))}" width="112">' if is_there else ""
         lines.append("| " + " | ".join([picture, *cells]) + " |")
     return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """`python -m mmllm.reporting.log compare RUN RUN [--out FILE]`."""
-    from mmllm.reporting.compare import compare
-
-    parser = argparse.ArgumentParser(description="Look at the runs of train.py.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("compare", help="two to four runs in one table and one picture")
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="their directories")
-    command.add_argument("--out", type=Path, default=Path("compare.svg"), metavar="FILE", help="(default: %(default)s)")
-    options = parser.parse_args(arguments)
-    for line in compare(options.runs, options.out):
-        print_rank0(line)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -7,8 +7,8 @@ import time
 import pytest
 from PIL import Image
 
-import sample
 from conftest import ROOT
+from mmllm.commands import sample
 from mmllm.errors import run
 from official import write_model
 
@@ -30,9 +30,8 @@ def call(monkeypatch, capsys):
     """A function: arguments -> (exit code, stdout, stderr) of sample.py."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            run(sample.main)
+            run(lambda: sample.main([str(argument) for argument in arguments]))
         return left.value.code, *capsys.readouterr()
 
     return call

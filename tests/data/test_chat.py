@@ -134,10 +134,9 @@ def test_a_saved_processor_is_the_same(process, tmp_path):
 
 
 def test_the_command_shows_what_will_be_learnt(tmp_path):
-    """As a program: there the module that is run is another one than the one that others import."""
     model = write_model(tmp_path / "model")
     Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
     (tmp_path / "data.json").write_text(json.dumps([{"id": "seven", "image": "x.png", "text": "a cat"}]))
-    command = [sys.executable, "-m", "mmllm.data.chat", str(tmp_path / "data.json"), "--model", str(model)]
+    command = [sys.executable, "-m", "mmllm", "preview", "--data", str(tmp_path / "data.json"), "--model", str(model)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert "--- seven: " in printed and " learnt, pictures: " in printed and "[a cat<|im_end|>]" in printed
+    assert "--- seven: " in printed and " trained on, images: " in printed and "[a cat<|im_end|>]" in printed

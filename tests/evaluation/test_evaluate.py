@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmllm.commands import evaluate
 from mmllm.data.chat import assistant, user
 from mmllm.data.samples import Sample, load_samples
 from mmllm.errors import DataError, UserError
-from mmllm.evaluation import evaluate
 from mmllm.evaluation.evaluate import (
     Task,
     constant_predictions,
@@ -64,14 +64,14 @@ def test_an_evaluation_writes_predictions_and_scores_with_true_and_with_shuffled
     assert len(set(said)) == 3  # red, green, blue
     assert [result["caption"] for result in shuffled] == [said[1], said[2], said[0]]
     scores = json.loads((out / "scores.json").read_text())["scores"]
-    assert list(scores) == ["true pictures", "shuffled pictures", "best constant"]
-    assert scores["true pictures"]["captions"]["count"] == 3
-    assert scores["true pictures"]["answers"]["by_kind"]["color"]["count"] == 3
+    assert list(scores) == ["true images", "shuffled images", "best constant"]
+    assert scores["true images"]["captions"]["count"] == 3
+    assert scores["true images"]["answers"]["by_kind"]["color"]["count"] == 3
     assert scores["best constant"]["answers"]["accuracy"] == pytest.approx(1 / 3)
     assert scores["best constant"]["vqa"]["vqa_accuracy"] == 1
     printed = capsys.readouterr().out
     assert "captions (3)" in printed and "answers (3)" in printed and "vqa (1)" in printed
-    assert "shuffled pictures" in printed
+    assert "shuffled images" in printed
 
 
 def test_the_answers_do_not_depend_on_the_batch_size(folder):
@@ -175,7 +175,7 @@ def test_the_best_constant_caption_is_the_one_most_like_the_others():
 
 
 def test_a_table_of_nothing_says_so():
-    assert table({"true pictures": {}}) == ["no sample has a reference: nothing to score", ""]
+    assert table({"true images": {}}) == ["no sample has a reference: nothing to score", ""]
 
 
 def test_missing_pictures_are_named_before_the_model_is_loaded(folder, tmp_path):
@@ -193,5 +193,5 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(fo
 
 
 def test_help_comes_without_torch():
-    code = "import sys, mmllm.evaluation.evaluate; print('torch' in sys.modules)"
+    code = "import sys, mmllm.commands.evaluate; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

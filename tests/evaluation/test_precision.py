@@ -4,6 +4,7 @@ import json
 
 import torch
 
+from mmllm.commands import precision as command
 from mmllm.evaluation import precision
 from mmllm.models.multimodal import MultimodalLLM
 from tiny_run import write_world
@@ -19,13 +20,12 @@ def test_distance_is_nothing_from_itself_and_the_divergence_is_that_of_kullback_
     assert found["same_first"] == 0.5
 
 
-def test_more_bits_are_nearer(tmp_path, monkeypatch, capsys):
+def test_more_bits_are_nearer(tmp_path, capsys):
     world = write_world(tmp_path)
     model = MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen")
     model.save_pretrained(tmp_path / "model")
-    data = ("--data", world.folder / "val.json", "--images", world.folder / "images", "--samples", 3)
-    monkeypatch.setattr("sys.argv", ["precision", "--model", *map(str, (tmp_path / "model", *data))])
-    precision.main()
+    data = ("--data", world.folder / "val.json", "--image-dir", world.folder / "images", "--limit", 3)
+    command.main(["--model", *map(str, (tmp_path / "model", *data))])
     rows = {row["precision"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     error = {name: row["error"] for name, row in rows.items()}
     assert error["float32"] == 0 and rows["float32"]["same_first"] == 1

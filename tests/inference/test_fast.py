@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import convert_weights
+from mmllm.commands import convert
 from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
 from mmllm.errors import CheckpointError, ConfigError, UserError
 from mmllm.inference.optimize import load_model
@@ -31,9 +31,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def int8_folder(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("int8") / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["convert_weights.py", "--model", str(folder), "--int8", "--out", str(out)])
-        convert_weights.main()
+    convert.main(["--model", str(folder), "--int8", "--out", str(out)])
     return out
 
 
@@ -148,8 +146,7 @@ def test_an_int8_directory_is_loaded_without_packing_and_answers_the_same(folder
 def test_an_int8_directory_is_written_from_where_there_is_no_compiler(folder, int8_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "native", lambda: False)
     out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["convert_weights.py", "--model", str(folder), "--int8", "--out", str(out)])
-    convert_weights.main()
+    convert.main(["--model", str(folder), "--int8", "--out", str(out)])
     assert (out / "model.safetensors").read_bytes() == (int8_folder / "model.safetensors").read_bytes()
 
 

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from mmllm.commands import compare as command
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
 from mmllm.reporting import log
@@ -139,7 +140,7 @@ def write_run(folder, losses, **settings):
 def test_two_runs_are_laid_over_each_other_with_what_they_differ_in(tmp_path, capsys):
     first = write_run(tmp_path / "first", [4.0, 3.0], batch_size="8")
     second = write_run(tmp_path / "second <b>", [4.0, 2.0, 1.0], batch_size="16")
-    log.main(["compare", str(first), str(second), "--out", str(tmp_path / "both.svg")])
+    command.main([str(first), str(second), "--out", str(tmp_path / "both.svg")])
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "data.batch_size: 8 | 16"
     assert out[2].split() == [str(first), "2", "3.900", "3.0000", "1s", "9.9k", "11.2", "GB"]

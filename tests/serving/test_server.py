@@ -4,7 +4,6 @@ import base64
 import json
 import socket
 import struct
-import sys
 import threading
 import time
 import zlib
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-import serve
+from mmllm.commands import serve
 from mmllm.data.chat import user
 from mmllm.errors import CheckpointError, UserError, run
 from mmllm.inference.pipeline import load_pipeline
@@ -560,9 +559,8 @@ def test_clients_do_not_hear_of_the_paths_of_the_machine(model, name):
 def test_a_port_that_is_taken_is_known_before_the_model_is_loaded(monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(sys, "argv", ["serve.py", "--model", "/nowhere", "--port", str(port)])
         with pytest.raises(SystemExit) as left:
-            run(serve.main)
+            run(lambda: serve.main(["--model", "/nowhere", "--port", str(port)]))
     assert left.value.code == 1
     assert capsys.readouterr().err == f"error: port {port} is taken; choose another one, such as --port {port + 1}\n"
 

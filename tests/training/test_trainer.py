@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from mmllm.commands import evaluate
 from mmllm.config.schema import ExperimentConfig
 from mmllm.data.batches import make_batch, read_row
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
-from mmllm.evaluation import evaluate
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import World
@@ -362,7 +362,7 @@ def test_an_evaluation_of_a_runs_model_stands_in_its_report_until_the_run_is_beg
     report = (directory / "report.md").read_text()
     name = (directory / "best_model").resolve().name
     assert f"## Scores\n\n`{config.data.val_data_path}`, answered by {name}:\n\n| captions | bleu_1 |" in report
-    assert re.search(r"\n\| true pictures \| \d\.\d{3} \|.*\n\| shuffled pictures \| \d\.\d{3} \|", report)
+    assert re.search(r"\n\| true images \| \d\.\d{3} \|.*\n\| shuffled images \| \d\.\d{3} \|", report)
     assert train(config, overwrite=True) == 0
     assert "## Scores" not in (directory / "report.md").read_text()
 

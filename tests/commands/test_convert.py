@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import convert_weights
 from conftest import ROOT
+from mmllm.commands import convert as command
 from mmllm.errors import CheckpointError, UserError
 from mmllm.models.multimodal import MultimodalLLM
 from official import write_clip, write_qwen
@@ -23,16 +23,15 @@ def sources(tmp_path):
     return write_clip(tmp_path / "clip"), write_qwen(tmp_path / "qwen", shards=2)
 
 
-def convert(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["convert_weights.py", *map(str, arguments)])
-    convert_weights.main()
+def convert(*arguments):
+    command.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("features", ["patch", "pooled"])
-def test_the_directory_holds_every_weight_of_both(sources, tmp_path, monkeypatch, capsys, features):
+def test_the_directory_holds_every_weight_of_both(sources, tmp_path, capsys, features):
     clip, qwen = sources
     out = tmp_path / "out"
-    convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", out, "--features", features, "--check")
+    convert("--clip", clip, "--qwen", qwen, "--out", out, "--features", features, "--check")
     tensors = load_file(out / "model.safetensors")
     for name, value in load_file(clip / "model.safetensors").items():
         if features == "pooled" or not name.startswith("visual_projection"):
@@ -45,36 +44,36 @@ def test_the_directory_holds_every_weight_of_both(sources, tmp_path, monkeypatch
     MultimodalLLM.from_pretrained(out)
 
 
-def test_every_tensor_keeps_its_kind_unless_told(sources, tmp_path, monkeypatch):
+def test_every_tensor_keeps_its_kind_unless_told(sources, tmp_path):
     clip, qwen = sources
     for shard in qwen.glob("*.safetensors"):
         save_file({name: value.bfloat16() for name, value in load_file(shard).items()}, shard, {"format": "pt"})
-    convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", tmp_path / "kept")
+    convert("--clip", clip, "--qwen", qwen, "--out", tmp_path / "kept")
     kept = load_file(tmp_path / "kept" / "model.safetensors")
     assert {v.dtype for name, v in kept.items() if name.startswith("language_model")} == {torch.bfloat16}
     assert {v.dtype for name, v in kept.items() if not name.startswith("language_model")} == {torch.float32}
-    convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", tmp_path / "half", "--dtype", "bfloat16")
+    convert("--clip", clip, "--qwen", qwen, "--out", tmp_path / "half", "--dtype", "bfloat16")
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert {v.dtype for v in half.values()} == {torch.bfloat16}
 
 
-def test_an_old_directory_goes_only_when_told(sources, tmp_path, monkeypatch):
+def test_an_old_directory_goes_only_when_told(sources, tmp_path):
     clip, qwen = sources
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
     with pytest.raises(UserError, match="exists already.*--force"):
-        convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", out)
+        convert("--clip", clip, "--qwen", qwen, "--out", out)
     assert (out / "precious").exists()
-    convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", out, "--force")
+    convert("--clip", clip, "--qwen", qwen, "--out", out, "--force")
     assert not (out / "precious").exists() and (out / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("place", ["clip", "qwen", "."])
-def test_a_source_is_never_written_over(sources, tmp_path, monkeypatch, place):
+def test_a_source_is_never_written_over(sources, tmp_path, place):
     clip, qwen = sources
     with pytest.raises(UserError, match="choose another directory"):
-        convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", tmp_path / place, "--force")
+        convert("--clip", clip, "--qwen", qwen, "--out", tmp_path / place, "--force")
     MultimodalLLM.from_towers(clip, qwen)
 
 
@@ -94,30 +93,30 @@ def changed_config(folder, **fields):
         (1, {"num_hidden_layers": 3}, "model.layers.3"),
     ],
 )
-def test_another_model_is_refused_with_what_differs(sources, tmp_path, monkeypatch, side, fields, named):
+def test_another_model_is_refused_with_what_differs(sources, tmp_path, side, fields, named):
     changed_config(sources[side], **fields)
     with pytest.raises(CheckpointError, match=named):
-        convert(monkeypatch, "--clip", sources[0], "--qwen", sources[1], "--out", tmp_path / "out")
+        convert("--clip", sources[0], "--qwen", sources[1], "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_not_finite_are_refused_by_name(sources, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_refused_by_name(sources, tmp_path):
     clip, qwen = sources
     tensors = load_file(clip / "model.safetensors")
     name = "vision_model.encoder.layers.1.mlp.fc1.weight"
     tensors[name][3, 4] = float("nan")
     save_file(tensors, clip / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=name):
-        convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", tmp_path / "out", "--check")
+        convert("--clip", clip, "--qwen", qwen, "--out", tmp_path / "out", "--check")
 
 
-def test_weights_that_are_no_plain_numbers_are_refused_by_name(sources, tmp_path, monkeypatch):
+def test_weights_that_are_no_plain_numbers_are_refused_by_name(sources, tmp_path):
     clip, qwen = sources
     tensors = load_file(clip / "model.safetensors")
     name = "vision_model.encoder.layers.1.mlp.fc1.weight"
     save_file(tensors | {name: tensors[name].to(torch.int8)}, clip / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name} is int8; use the model with plain weights"):
-        convert(monkeypatch, "--clip", clip, "--qwen", qwen, "--out", tmp_path / "out")
+        convert("--clip", clip, "--qwen", qwen, "--out", tmp_path / "out")
 
 
 def test_a_missing_source_is_one_line_and_code_2(tmp_path):

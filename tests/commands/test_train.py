@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import train
+from mmllm.commands import train
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import ConfigError
 from mmllm.storage import checkpoint as disk
@@ -73,7 +73,7 @@ def test_help_and_a_misspelt_setting_answer_without_torch():
     assert "--resume" in process.communicate()[0]
     took = time.perf_counter() - begin
     assert process.returncode == 0
-    program = "import sys, train; train.parse(['x=1']); sys.exit('torch' in sys.modules)"
+    program = "import sys; from mmllm.commands import train; train.parse(['x=1']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
     assert took < 2  # a quiet machine takes 0.2 s; importing torch alone takes 2
     process = run("configs/full.py", "learning_rte=1")

@@ -1,0 +1,42 @@
+"""`mmllm NAME ...`, or `python -m mmllm NAME ...` from a checkout."""
+
+import difflib
+import sys
+from importlib import import_module
+
+from mmllm import __version__
+from mmllm.errors import UserError, run
+
+COMMANDS = {
+    "train": "train a model in two stages on images with text",
+    "sample": "ask a model about images",
+    "serve": "serve a model over HTTP",
+    "convert": "join a CLIP and a Qwen2.5 model, or make a model int8",
+    "evaluate": "score a model on captions and questions",
+    "compare": "compare two to four runs: settings, numbers, curves",
+    "preview": "show what a data file trains on",
+    "precision": "measure what each precision costs",
+}
+
+
+def main() -> int | None:
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: mmllm COMMAND ...   (mmllm COMMAND --help shows its options)\n")
+        print("\n".join(f"  {command:10} {summary}" for command, summary in COMMANDS.items()))
+        return 0
+    if name == "--version":
+        print(f"mmllm {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UserError(f"unknown command {name!r}; " + (f"did you mean {near[0]}?" if near else "see mmllm --help"))
+    return import_module(f"mmllm.commands.{name}").main(arguments)
+
+
+def entry() -> None:
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,93 @@
+"""Ask a trained model about images.
+
+mmllm sample --image x.jpg                                  # a caption
+mmllm sample --image a.jpg b.jpg --prompt "What is this?"   # one answer for each image
+mmllm sample --image x.jpg --chat                           # a conversation; an empty line ends it
+"""
+
+import argparse
+import sys
+from dataclasses import fields
+
+from mmllm.commands import add_model_options, at_least_one, make_parser
+from mmllm.errors import ImageError
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("sample", __doc__)
+    add_model_options(parser)
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images, one answer each")
+    parser.add_argument("--prompt", default="Describe this image.", help="what to ask (default: %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="talk about the images; reads lines from the terminal")
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=100, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off (default)")
+    parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="L", help="of beams (default: 1)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step: pays in long conversations")
+    options = parser.parse_args(arguments)
+    if not options.image and not options.chat:
+        parser.error("name an image with --image FILE, or talk without one with --chat")
+    options.stop = tuple(options.stop)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    # torch takes two seconds to import: only now that the command line is known to be right
+    from mmllm.inference.pipeline import load_pipeline
+    from mmllm.inference.sampling import GenerationConfig
+
+    names = {field.name for field in fields(GenerationConfig)}
+    config = GenerationConfig(**{name: value for name, value in vars(options).items() if name in names})
+    pipeline = load_pipeline(options.model, device=options.device, dtype=options.dtype, is_compiled=options.compile)
+    return chat(pipeline, options, config) if options.chat else answer_each(pipeline, options, config)
+
+
+def answer_each(pipeline, options: argparse.Namespace, config) -> int:
+    """Print one answer for each image; a bad image is reported and the others are still answered."""
+    from mmllm.data.chat import user
+
+    failed = 0
+    for path in options.image:
+        try:
+            prompt = pipeline.prompt([user(options.prompt, images=1)], [path])
+        except ImageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        if len(options.image) > 1:
+            print(f"{path}: ", end="", flush=True)
+        pipeline.generate(prompt, config, on_text=write)
+        print()
+    if failed == 1 == len(options.image):
+        return 2  # the only input was bad
+    return 1 if failed else 0
+
+
+def chat(pipeline, options: argparse.Namespace, config) -> int:
+    """Read questions until an empty line or the end of input; the images come with the first one."""
+    from mmllm.data.chat import assistant, user
+
+    pixels = [pipeline.processor.image_processor(path) for path in options.image]
+    messages = []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return 0
+        messages.append(user(text, images=0 if messages else len(pixels)))
+        answer = pipeline.generate(pipeline.prompt(messages, pixels), config, on_text=write)
+        print()
+        messages.append(assistant(answer.text))
+
+
+def write(piece: str) -> None:
+    print(piece, end="", flush=True)

@@ -1,0 +1,82 @@
+"""Serve a trained model over HTTP.
+
+    mmllm serve                                   # the newest model under outputs/, on http://127.0.0.1:8000
+    mmllm serve --model models/start --port 8001
+    uvicorn mmllm.commands.serve:app              # the same, run by uvicorn; one process, never --workers
+
+    curl -X POST "http://localhost:8000/caption" -F "image=@image.jpg" -F "prompt=Describe this image"
+
+Every limit has an environment variable: see mmllm/serving/settings.py.
+"""
+
+import argparse
+import errno
+import os
+import socket
+import sys
+from dataclasses import replace
+
+from mmllm.commands import add_model_options, make_parser
+from mmllm.errors import RunError, UserError
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("serve", __doc__)
+    add_model_options(parser)
+    parser.set_defaults(device=None)  # the environment may name another one
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, help="(default: 8000)")
+    return parser.parse_args(arguments)
+
+
+def __getattr__(name: str) -> object:
+    """`app` for uvicorn, made when it is asked for: importing this module does nothing."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return make_app(settings_for({}))
+
+
+def settings_for(flags: dict[str, object]):
+    """The server's Settings: a flag wins over the environment; the model defaults to the newest one."""
+    from mmllm.inference.pipeline import default_model
+    from mmllm.serving.settings import Settings
+
+    settings = replace(Settings.from_environment(os.environ), **flags)
+    return replace(settings, model=settings.model or str(default_model()))
+
+
+def make_app(settings):
+    from mmllm.inference.pipeline import load_pipeline
+    from mmllm.serving.app import create_app
+
+    return create_app(lambda: load_pipeline(settings.model, device=settings.device, dtype=settings.dtype), settings)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The listening socket; opened before the model loads, so that a taken port is reported at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise RunError(f"port {port} is taken; choose another one, such as --port {port + 1}") from error
+        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); see --host and --port") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    flags = {name: value for name, value in vars(parse(arguments)).items() if value is not None}
+    # torch takes two seconds to import: only now that the command line is known to be right
+    settings = settings_for(flags)
+    listener = listen(settings.host, settings.port)
+    import logging
+
+    from mmllm.serving.app import Server
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    host, port = listener.getsockname()[:2]
+    print(
+        f"{settings.model} on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", file=sys.stderr
+    )
+    if not host.startswith("127.") and host != "::1" and not settings.api_key:
+        print("warning: anyone who reaches this port can use the model; set MMLLM_API_KEY", file=sys.stderr)
+    return Server(make_app(settings), settings).serve_until_signal(listener)
