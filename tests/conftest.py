@@ -1,13 +1,29 @@
-"""What every test may use: the folder of real inputs, where there is one."""
+"""What every test shares: seeds, one thread per process, and the folder of real inputs where there is one."""
 
 import os
+import random
 from pathlib import Path
 
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # before torch is imported; child processes inherit it
+
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("MMLLM_SHARED", ROOT.parent / "shared" / "data"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Seeds every generator and goes back to one thread, before a test and before the fixtures it is the first to use.
+
+    The models of the tests are so small that more threads only wait for each other.
+    """
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -20,12 +36,3 @@ def shared():
         return SHARED / name
 
     return find
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """So small a model is only slowed down by more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -21,7 +21,6 @@ from conftest import ROOT
 from mmllm.errors import RunError, UserError
 from mmllm.models.multimodal import MultimodalLLM
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tiny layers on several only wait for each other
 SPEC = {"bench": "train", "size": "tiny", "layers": None, "rows": 2, "device": "cpu", "bf16": False}
 ROW = {
     "device": "cpu",
@@ -99,6 +98,7 @@ def test_the_model_of_a_benchmark_is_the_published_one_in_shape():
     assert [tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|image_pad|>")] == [151643, 151655]
 
 
+@pytest.mark.slow
 def test_contestants_in_processes_of_their_own_take_turns_and_a_dead_one_is_named(tmp_path):
     spec = SPEC | {"case": "stage 1", "contestant": OURS, "layers": 1, "turns": [{"case": "stage 1"}]}
     (row,) = compete([spec], rounds=2)
@@ -164,6 +164,7 @@ def test_a_bench_is_one_command_from_random_weights_to_rows(tmp_path):
     assert "transformers bfloat16" in tables(tmp_path / "rows")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_configuration_is_rehearsed_on_random_weights(tmp_path):
     """configs/small.py whole: 2 + 1 epochs, adapters, int8 base, accumulation."""
     command = ["rehearse", "configs/small.py", "training.gradient_accumulation_steps=2", "--samples", "16"]

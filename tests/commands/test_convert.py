@@ -135,6 +135,7 @@ def test_a_missing_source_is_one_line_and_code_2(tmp_path):
     assert result.stderr == "error: ./nowhere: no such folder; name a folder with config.json and model.safetensors\n"
 
 
+@pytest.mark.slow
 def test_a_conversion_that_is_killed_leaves_no_directory_that_loads(tmp_path):
     clip = write_clip(tmp_path / "clip")
     qwen = write_qwen(tmp_path / "qwen", vocab_size=100_000, hidden_size=256)  # large enough to be caught writing

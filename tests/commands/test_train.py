@@ -85,6 +85,7 @@ def test_help_and_a_misspelt_setting_answer_without_torch():
 # The dry run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, total, trainable", [("full", "582,981,504", "495,525,504"), ("pooled", "583,145,344", "495,296,128")]
 )
@@ -127,6 +128,7 @@ def test_the_operations_of_a_step_are_those_of_its_matrices():
 # The whole command
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_can_be_resumed(tmp_path):
     world = write_world(tmp_path)
     config = world.config(tmp_path / "out", save_steps=1, keep_checkpoints=3)

@@ -54,6 +54,7 @@ def run(world, *more: str) -> dict[str, float]:
     return {row: parts["captions"]["cider"] for row, parts in scores.items()}
 
 
+@pytest.mark.slow
 def test_what_the_embeddings_tell_is_said_and_other_embeddings_tell_something_else(world, capsys):
     cider = run(world)
     assert list(cider) == ["2 beams", "greedy", "other pictures", "10 neighbours", "nearest", "best constant"]

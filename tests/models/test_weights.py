@@ -266,6 +266,7 @@ def locate_elsewhere(environment: dict) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_hub_repository_is_downloaded_once(hub):
     folder, environment, asked = hub
     write_qwen(folder)

@@ -25,6 +25,7 @@ print(before, peak_memory(cpu))
 PEAK = "import torch; from mmllm.runtime.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
 
 
+@pytest.mark.slow
 def test_a_process_does_not_count_what_held_the_one_that_started_it():
     said = subprocess.run([sys.executable, "-c", GREEDY, PEAK], check=True, capture_output=True, text=True).stdout
     assert 20e6 < int(said) < 1.5e9

@@ -29,16 +29,8 @@ from mmllm.training.stage import accumulate_gradients
 from processes import KINDS, WAYS, model_for
 from tiny_run import write_world
 
-pytestmark = pytest.mark.timeout(900)  # a launch runs many groups
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the groups: another split of a product may change its last bit
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a launch runs many groups
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,6 @@ from mmllm.training import stage as trainer
 from mmllm.training.experiment import train
 from tiny_run import break_picture, directory_of, weights, write_world
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

@@ -29,7 +29,6 @@ from mmllm.training.surgery import checkpoint_blocks_, train_only_
 from mmllm.training.validation import sample_captions, validation_losses
 from tiny_run import directory_of, weights, write_world
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = ("projector", "language_model", "vision_tower")
 
 
