@@ -1,12 +1,11 @@
-"""A picture from anywhere to the numbers that CLIP was trained on; every limit on pictures lives here.
+"""Images of any origin to the pixels that CLIP was trained on, with every limit on images.
 
-The surprising fact: the dangerous picture is small. One pixel wide and 40,000 high it passes every limit on bytes and
-pixels, and "shortest edge to 224" makes it 224 x 8,960,000. So the aspect is limited too, and very long pictures are
-cropped before they are resized.
+The dangerous image is a small one: one pixel wide and 40,000 high, it passes every limit on bytes and pixels, and
+"shortest edge to 224" makes it 224 x 8,960,000. So the aspect ratio is limited too, and very long images are cropped
+before they are resized.
 
-The arithmetic is that of transformers' `CLIPImageProcessor` on PIL, bit for bit: to RGB, shortest edge to `size` by
-bicubic on uint8, centre crop with offsets rounded down, then (u8 / 255 - mean) / std in float32.
-Next: chat.py.
+The arithmetic is that of transformers' `CLIPImageProcessor` on PIL, bit for bit: convert to RGB, resize the shortest edge
+to `size` by bicubic on uint8, centre crop with offsets rounded down, then (u8 / 255 - mean) / std in float32.
 """
 
 import base64
@@ -28,15 +27,15 @@ from mmllm.errors import CheckpointError, ImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # never EPS: Pillow would start Ghostscript
 MAX_MEGAPIXELS = 50
 MAX_ASPECT = 200
-CROP_FIRST_ASPECT = 16  # beyond it, crop before resizing: memory stays bounded, pixels may differ by a hair
+CROP_FIRST_ASPECT = 16  # beyond it, crop before resizing: bounds memory, pixels may differ slightly from CLIP's
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
-ImageSource = str | Path | bytes | Image.Image  # a path or data URI, a path, encoded bytes, a PIL image
+ImageLike = str | Path | bytes | Image.Image  # a path or data URI, a path, encoded bytes, a PIL image
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Calls as `processor(image) -> Tensor`, float32 (3, size, size). The defaults are CLIP's."""
+    """`processor(image)` returns float32 pixels (3, size, size). The defaults are CLIP's."""
 
     size: int = 224
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -44,7 +43,7 @@ class ImageProcessor:
 
     @classmethod
     def from_dict(cls, config: dict) -> "ImageProcessor":
-        """Reads a preprocessor_config.json, with plain numbers (official) or dictionaries (newer)."""
+        """From a preprocessor_config.json, whose sizes are numbers (as published by OpenAI) or dictionaries (newer)."""
         config = config.get("image_processor", config)
         size, crop = config.get("size", cls.size), config.get("crop_size", cls.size)
         size = size.get("shortest_edge") if isinstance(size, dict) else size
@@ -72,38 +71,38 @@ class ImageProcessor:
             "image_std": list(self.std),
         }
 
-    def __call__(self, image: ImageSource) -> Tensor:
+    def __call__(self, image: ImageLike) -> Tensor:
         """Raises ImageError when `image` cannot be used."""
-        square = self.crop(decode(image))
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+        cropped = self.crop(decode(image))
+        pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The middle square of an RGB picture, `size` x `size`."""
+        """The central `size` x `size` square of an RGB image."""
         width, height = image.size
         short, long = min(width, height), max(width, height)
         if long > CROP_FIRST_ASPECT * short:
-            image = middle(image, min(width, CROP_FIRST_ASPECT * short), min(height, CROP_FIRST_ASPECT * short))
+            image = center_crop(image, min(width, CROP_FIRST_ASPECT * short), min(height, CROP_FIRST_ASPECT * short))
             width, height = image.size
             long = max(width, height)
         edge = int(self.size * long / short)
         wanted = (self.size, edge) if width <= height else (edge, self.size)
         if wanted != image.size:
             image = image.resize(wanted, Image.Resampling.BICUBIC)
-        return middle(image, self.size, self.size)
+        return center_crop(image, self.size, self.size)
 
 
-def middle(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The `width` x `height` pixels in the middle; of two middles the upper left."""
+def center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The central `width` x `height` pixels; offsets are rounded down."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
-def decode(source: ImageSource, name: str = "image") -> Image.Image:
-    """An upright RGB picture; alpha lies over white, an animation gives its first frame.
+def decode(source: ImageLike, name: str = "image") -> Image.Image:
+    """An upright RGB image: EXIF rotation applied, alpha over white, the first frame of an animation.
 
-    `source` is a path, a data URI, encoded bytes, or a PIL image; nothing is ever fetched from an address.
-    Raises ImageError whose message holds nothing of the libraries below.
+    `source` is a path, a data URI, encoded bytes, or a PIL image; a URL is never fetched.
+    Raises ImageError whose message shows nothing of the libraries underneath.
     """
     if isinstance(source, Image.Image):
         check_size(source, name)
@@ -111,13 +110,11 @@ def decode(source: ImageSource, name: str = "image") -> Image.Image:
     if isinstance(source, str) and source[:5].lower() == "data:":
         source = decode_base64(source)
     elif isinstance(source, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", source):
-        raise ImageError(
-            f"{name}: an address; nothing is fetched here, send the picture itself", "image_url_not_supported"
-        )
+        raise ImageError(f"{name}: a URL; nothing is fetched here, send the image itself", "image_url_not_supported")
     if not isinstance(source, bytes):
-        name, source = str(source), read(Path(source))
+        name, source = str(source), read_bytes(Path(source))
     if not source:
-        raise ImageError(f"{name}: empty; there is no picture in it", "empty_image")
+        raise ImageError(f"{name}: empty; there is no image in it", "empty_image")
     image = open_checked(source, name)
     try:
         image.load()
@@ -127,14 +124,14 @@ def decode(source: ImageSource, name: str = "image") -> Image.Image:
     return to_rgb(upright, name)
 
 
-def read(path: Path) -> bytes:
-    """The bytes of a picture file."""
+def read_bytes(path: Path) -> bytes:
+    """The bytes of an image file."""
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ImageError(f"no such image: {path}", "no_such_image") from error
     except IsADirectoryError as error:
-        raise ImageError(f"{path}: a directory; name one picture in it", "no_such_image") from error
+        raise ImageError(f"{path}: a directory; name one image in it", "no_such_image") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: cannot be read; check its permissions", "unreadable_image") from error
 
@@ -145,7 +142,7 @@ def open_checked(data: bytes, name: str) -> Image.Image:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: not a picture of a supported kind; use {', '.join(FORMATS)} (convert HEIC and SVG first)",
+            f"{name}: not an image of a supported format; use {', '.join(FORMATS)} (convert HEIC and SVG first)",
             "unsupported_image",
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -172,7 +169,7 @@ def check_size(image: Image.Image, name: str) -> None:
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """RGB of any mode. 16 bits become 8 by division (Pillow would clip them to white); float pictures have no scale."""
+    """RGB from any mode. 16 bits become 8 by division (Pillow would clip them to white); float images have no scale."""
     if image.mode == "F":
         raise ImageError(f"{name}: float pixels have no agreed range; save it with 8 or 16 bits", "unsupported_image")
     if image.mode.startswith("I"):
@@ -187,7 +184,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes of base64 text, bare or as a data URI. The type that a URI claims is ignored: the content decides."""
+    """The bytes of base64 text, bare or as a data URI. The media type of a URI is ignored: the content decides."""
     header, comma, body = text.partition(",")
     if text[:5].lower() == "data:":
         if not comma or not header.lower().endswith(";base64"):

@@ -65,7 +65,7 @@ def record_of(sample) -> str:
 
 def check_pictures(tasks: list[Task]) -> None:
     """Raises DataError for pictures that are missing or broken, before anything is paid for."""
-    from mmllm.data.samples import image_fault
+    from mmllm.data.checks import image_fault
 
     faults = [
         fault for path in sorted({path for task in tasks for path in task.images}) if (fault := image_fault(path))

@@ -17,9 +17,10 @@ import torch
 from mmllm.config.schema import ExperimentConfig, explain
 from mmllm.data.batches import sample_order
 from mmllm.data.chat import marked
+from mmllm.data.checks import checked_samples
 from mmllm.data.features import FeatureCache, FeatureTable
 from mmllm.data.packing import encode_shared
-from mmllm.data.samples import Sample, checked_samples
+from mmllm.data.samples import Sample
 from mmllm.errors import ConfigError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import OtherLog, RunLog, record_start, start_wandb, write_report

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from mmllm.config.schema import ExperimentConfig, flat
-from mmllm.data.samples import answers_beside
+from mmllm.data.formats import vqa_annotations
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.runtime.console import print_rank0
 from mmllm.storage import checkpoint as disk
@@ -28,7 +28,7 @@ def data_sha256(config: ExperimentConfig) -> dict[str, str]:
     for split, path in paths.items():
         if path is not None:
             try:
-                sums[split] = "+".join(sha256_of(part) for part in (path, answers_beside(path)) if part)
+                sums[split] = "+".join(sha256_of(part) for part in (path, vqa_annotations(path)) if part)
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror}); it is {DATA_FILES[split]}") from error
     return sums

@@ -68,7 +68,7 @@ def test_a_prompt_is_the_beginning_of_what_was_learnt(process):
     assert process.encode(turns).ids[: len(prompt)] == prompt
 
 
-def test_pictures_stand_where_their_marks_are(process):
+def test_images_stand_where_their_marks_are(process):
     parts = parse_text("compare <image> with<image>\nplease")
     assert parts == ("compare ", IMAGE, " with", IMAGE, "\nplease")
     ids = process.encode_prompt([Message("user", parts)])
@@ -82,7 +82,7 @@ def test_a_name_of_a_control_token_in_a_question_stays_text(process):
         assert ids.count(process.tokenizer.id(name)) == honest.count(process.tokenizer.id(name))
 
 
-def test_what_is_too_long_loses_its_oldest_exchanges_but_not_the_picture(process):
+def test_what_is_too_long_loses_its_oldest_exchanges_but_not_the_image(process):
     turns = [user("what?", images=1), assistant("a cat")]
     for i in range(5):
         turns += [user(f"question {i}"), assistant(f"answer {i}")]

@@ -43,7 +43,7 @@ def losses(config: ExperimentConfig) -> list[float]:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_kept_features_give_the_loss_of_their_pictures_bit_for_bit(world, model, tmp_path, bf16):
+def test_kept_features_give_the_loss_of_their_images_bit_for_bit(world, model, tmp_path, bf16):
     samples = load_samples(world.folder / "train.json", world.folder / "images")[:6]
     cache = FeatureCache(model, tmp_path, bf16)
     assert cache.fill(sample.images[0] for sample in samples) == 6
@@ -61,7 +61,7 @@ def test_kept_features_give_the_loss_of_their_pictures_bit_for_bit(world, model,
     assert plain.isfinite()
 
 
-def test_features_are_made_once_for_a_tower_and_the_content_of_a_picture(world, model, tmp_path):
+def test_features_are_made_once_for_a_tower_and_the_content_of_a_image(world, model, tmp_path):
     pictures = [Path(shutil.copy(path, tmp_path / path.name)) for path in pictures_of(world)[:5]]
     first = FeatureCache(model, tmp_path / "kept", bf16=False)
     assert first.fill(pictures) == 5
@@ -93,7 +93,7 @@ def test_many_may_fill_one_folder_at_the_same_time(world, model, tmp_path):
     assert torch.equal(shares[0](pictures_of(world)[1]), shares[1](pictures_of(world)[1]))
 
 
-def test_a_picture_that_cannot_be_read_is_an_error_of_that_picture(world, model, tmp_path):
+def test_a_image_that_cannot_be_read_is_an_error_of_that_image(world, model, tmp_path):
     (tmp_path / "cut.png").write_bytes(pictures_of(world)[0].read_bytes()[:-40])
     cache = FeatureCache(model, tmp_path / "kept", bf16=False)
     cache.fill([tmp_path / "cut.png", tmp_path / "gone.png", *pictures_of(world)[:1]])
@@ -104,7 +104,7 @@ def test_a_picture_that_cannot_be_read_is_an_error_of_that_picture(world, model,
     assert cache(pictures_of(world)[0]).isfinite().all()
 
 
-def test_a_run_with_kept_or_given_features_is_the_run_with_pictures(world, tmp_path):
+def test_a_run_with_kept_or_given_features_is_the_run_with_images(world, tmp_path):
     plain = world.config(tmp_path / "plain")
     assert train(plain) == 0
     kept = world.config(tmp_path / "kept")

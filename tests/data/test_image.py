@@ -1,4 +1,4 @@
-"""Pixels against CLIP's own processor, and everything that a picture can be wrong in."""
+"""Pixels against CLIP's own processor, and everything that an image can be wrong in."""
 
 import base64
 import io
@@ -41,39 +41,39 @@ def reference(image: Image.Image) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_pixels_are_those_of_clips_processor(size):
-    picture = noise(*size)
-    assert torch.equal(ImageProcessor()(encoded(picture)), reference(picture))
+    image = noise(*size)
+    assert torch.equal(ImageProcessor()(encoded(image)), reference(image))
 
 
 @pytest.mark.parametrize("name", ["candle_bike.jpg", "CLIP.png", "000000039769.png"])
 def test_pixels_of_photographs_are_those_of_clips_processor(shared, name):
     path = shared(f"images/{name}")
-    with Image.open(path) as picture:
-        wanted = reference(decode(path) if picture.mode == "RGBA" else picture.convert("RGB"))
+    with Image.open(path) as image:
+        wanted = reference(decode(path) if image.mode == "RGBA" else image.convert("RGB"))
     assert torch.equal(ImageProcessor()(path), wanted)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_other_modes_become_the_rgb_that_pillow_makes(mode):
-    picture = noise(40, 30, mode)
-    assert torch.equal(ImageProcessor()(picture), reference(picture.convert("RGB")))
+    image = noise(40, 30, mode)
+    assert torch.equal(ImageProcessor()(image), reference(image.convert("RGB")))
 
 
-def test_a_palette_picture_has_its_colors():
-    picture = noise(40, 30).quantize(17)
-    assert torch.equal(ImageProcessor()(encoded(picture)), reference(picture.convert("RGB")))
+def test_a_palette_image_has_its_colors():
+    image = noise(40, 30).quantize(17)
+    assert torch.equal(ImageProcessor()(encoded(image)), reference(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_lies_over_white(mode):
-    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    ImageDraw.Draw(picture).rectangle((0, 0, 3, 7), fill=(0, 0, 0, 255))
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    ImageDraw.Draw(image).rectangle((0, 0, 3, 7), fill=(0, 0, 0, 255))
     if mode == "P":
-        paletted = picture.convert("RGB").quantize(2)
+        paletted = image.convert("RGB").quantize(2)
         hidden = paletted.getpixel((7, 7))
         rgb = decode(encoded(paletted, transparency=hidden))
     else:
-        rgb = decode(picture.convert("LA") if mode == "LA" else picture)
+        rgb = decode(image.convert("LA") if mode == "LA" else image)
     assert rgb.mode == "RGB"
     assert rgb.getpixel((7, 7)) == (255, 255, 255) and rgb.getpixel((0, 0)) == (0, 0, 0)
 
@@ -167,7 +167,7 @@ def with_large_profile() -> bytes:
 
 BAD = {
     "empty": (b"", "empty_image"),
-    "text": (b"hello, I am not a picture", "unsupported_image"),
+    "text": (b"hello, I am not an image", "unsupported_image"),
     "html": (b"<html><body>not found</body></html>", "unsupported_image"),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"></svg>', "unsupported_image"),
     "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "unsupported_image"),
@@ -186,7 +186,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("data", "code"), BAD.values(), ids=BAD.keys())
-def test_a_bad_picture_is_refused_with_its_code_and_nothing_of_the_libraries(data, code):
+def test_a_bad_image_is_refused_with_its_code_and_nothing_of_the_libraries(data, code):
     with pytest.raises(ImageError) as caught:
         ImageProcessor()(data)
     assert caught.value.code == code, str(caught.value)
@@ -194,8 +194,8 @@ def test_a_bad_picture_is_refused_with_its_code_and_nothing_of_the_libraries(dat
         assert word not in str(caught.value)
 
 
-def test_a_very_long_picture_takes_little_memory(monkeypatch):
-    """200:1 is allowed; it is cropped before it is resized, so the largest picture ever made stays small."""
+def test_a_very_long_image_takes_little_memory(monkeypatch):
+    """200:1 is allowed; it is cropped before it is resized, so the largest image ever made stays small."""
     made = []
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: made.append(size) or resize(self, size, *rest))
@@ -203,9 +203,9 @@ def test_a_very_long_picture_takes_little_memory(monkeypatch):
     assert max(width * height for width, height in made) <= 224 * 224 * module.CROP_FIRST_ASPECT
 
 
-def test_long_pictures_give_the_same_middle_as_clips_processor():
-    picture = noise(10, 10).resize((60, 1500), Image.Resampling.BICUBIC)
-    assert (ImageProcessor()(picture) - reference(picture)).abs().max() < 0.2
+def test_long_images_give_the_same_middle_as_clips_processor():
+    image = noise(10, 10).resize((60, 1500), Image.Resampling.BICUBIC)
+    assert (ImageProcessor()(image) - reference(image)).abs().max() < 0.2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""Data files to records, in every layout that is known.
+
+    our own     a JSON list of records, or one record a line
+    COCO        captions_train2014.json                                  https://cocodataset.org/#format-data
+    Karpathy    dataset_coco.json, dataset_flickr8k.json, ...            https://cs.stanford.edu/people/karpathy/deepimagesent
+    Flickr8k    Flickr8k.token.txt
+    VQAv2       v2_OpenEnded_mscoco_train2014_questions.json and the annotations beside it  https://visualqa.org/download.html
+
+A record is a JSON object: {image, text, prompt}, {image, captions} or {image, conversations}; samples.py reads them.
+"""
+
+import json
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from mmllm.errors import DataError
+
+
+def read_records(path: Path, split: str | None = None) -> list[dict]:
+    """The records of a data file. `split` chooses a part of Karpathy's files; other files have no parts.
+
+    Raises DataError, naming the file and the line or field, when the file as a whole cannot be understood.
+    """
+    text = read_text(path)
+    return flickr_records(text, path) if path.suffix == ".txt" else json_records(text, path, split)
+
+
+def read_text(path: Path) -> str:
+    """The file as text; a byte order mark is dropped."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such data file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text; save it so") from error
+
+
+def json_records(text: str, path: Path, split: str | None) -> list[dict]:
+    """The records of a JSON or JSONL file."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        content = json_lines(text, path, error)
+    if isinstance(content, dict):
+        try:
+            return dataset_records(content, path, split)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{path}: looks like a file of COCO, Karpathy or VQAv2, but is incomplete: {error!r}"
+            ) from error
+    if not isinstance(content, list):
+        raise DataError(f"{path}: a list of records is needed, not {type(content).__name__}")
+    return content
+
+
+def json_lines(text: str, path: Path, error_of_file: json.JSONDecodeError) -> list[dict]:
+    """One record a line. A first line that is not JSON means that the file was meant to be a single JSON value."""
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold U+2028
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                line, message = (number, error.msg) if records else (error_of_file.lineno, error_of_file.msg)
+                raise DataError(f"{path}: line {line}: {message}; a list or one object a line is needed") from error
+    return records
+
+
+def dataset_records(content: dict, path: Path, split: str | None) -> list[dict]:
+    """The records of a JSON object: a public dataset, or the only line of a JSONL file."""
+    if "questions" in content:
+        return vqa_records(content, path)
+    if "annotations" in content and "images" in content:
+        return coco_records(content, path)
+    if "annotations" in content:
+        raise DataError(
+            f"{path}: annotations without questions or images; for VQAv2, name the questions file beside it"
+        )
+    if isinstance(content.get("images"), list) and all(isinstance(image, dict) for image in content["images"]):
+        return karpathy_records(content, path, split)
+    return [content]
+
+
+def coco_records(content: dict, path: Path) -> list[dict]:
+    """COCO's captions_*.json: a record an image, with all its captions."""
+    captions = defaultdict(list)
+    for annotation in content["annotations"]:
+        captions[annotation["image_id"]].append(annotation["caption"].strip())
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    unknown = sorted(captions.keys() - files.keys())
+    if unknown:
+        raise DataError(f"{path}: {len(unknown)} captions are of unknown images, first image_id {unknown[0]}")
+    return [{"id": number, "image": files[number], "captions": texts} for number, texts in captions.items()]
+
+
+def karpathy_records(content: dict, path: Path, split: str | None) -> list[dict]:
+    """Karpathy's dataset_*.json; its "restval" counts as "train", as in the papers that use these splits."""
+    parts = defaultdict(list)
+    for image in content["images"]:
+        file = os.path.join(image.get("filepath", ""), image["filename"])
+        captions = [sentence["raw"].strip() for sentence in image["sentences"]]
+        record = {"id": image.get("cocoid", image.get("imgid")), "image": file, "captions": captions}
+        parts["train" if image["split"] == "restval" else image["split"]].append(record)
+    if split not in parts:
+        raise DataError(f"{path}: has the splits {', '.join(parts)}, not {split!r}; choose one of them")
+    return parts[split]
+
+
+def flickr_records(text: str, path: Path) -> list[dict]:
+    """Flickr8k.token.txt: `name.jpg#0<tab>caption` a line."""
+    captions = defaultdict(list)
+    for number, line in enumerate(text.split("\n"), 1):
+        name, tab, caption = line.partition("\t")
+        if line.strip():
+            if not tab or "#" not in name:
+                raise DataError(f"{path}: line {number}: not `name.jpg#0<tab>caption`; is it Flickr8k.token.txt?")
+            captions[name.rpartition("#")[0]].append(caption.strip())
+    return [{"id": name, "image": name, "captions": texts} for name, texts in captions.items()]
+
+
+def vqa_annotations(questions: str | Path) -> Path | None:
+    """The annotations file beside a file of VQAv2's questions, if there is one."""
+    path = Path(questions)
+    beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    return beside if beside != path and beside.exists() else None
+
+
+def vqa_records(content: dict, path: Path) -> list[dict]:
+    """VQAv2's questions with their annotations; without an annotations file beside it they have no answers."""
+    beside = vqa_annotations(path)
+    try:
+        annotations = json.loads(read_text(beside))["annotations"] if beside else []
+    except json.JSONDecodeError as error:
+        raise DataError(f"{beside}: line {error.lineno}: {error.msg}; is the file complete?") from error
+    annotation_of = {annotation["question_id"]: annotation for annotation in annotations}
+    subtype = content["data_subtype"].replace("test-dev", "test")  # the questions of test-dev are about images of test
+    records = []
+    for question in content["questions"]:
+        turns = [{"from": "human", "value": question["question"]}]
+        annotation = annotation_of.get(question["question_id"], {"answers": []})
+        answers = [answer["answer"] for answer in annotation["answers"]]
+        if answers:
+            best = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
+            turns.append({"from": "assistant", "value": best})
+        records.append(
+            {
+                "id": question["question_id"],
+                "image": f"COCO_{subtype}_{question['image_id']:012d}.jpg",
+                "conversations": turns,
+                "references": answers,
+                "kind": annotation.get("answer_type", ""),
+            }
+        )
+    return records

@@ -1,0 +1,302 @@
+"""Data files and records in every known layout, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmllm.config.schema import ExperimentConfig
+from mmllm.data.chat import IMAGE, Message, assistant, user
+from mmllm.data.samples import Sample, load_samples
+from mmllm.errors import DataError
+from mmllm.training.resume import data_sha256
+
+CAT = {"image": "cat.jpg", "text": "A cat.", "prompt": "What is this?"}
+
+
+def written(folder: Path, content: object, name: str = "data.json") -> Path:
+    path = folder / name
+    text = content if isinstance(content, str | bytes) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_a_conversation_keeps_its_turns_and_the_places_of_its_images(tmp_path):
+    record = {
+        "id": "seven",
+        "image": ["a.jpg", "b.jpg"],
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "<image> or <image>?"},
+            {"from": "gpt", "value": "The first."},
+            {"from": "user", "value": "Why?"},
+            {"from": "assistant", "value": "It has an <image> in it."},
+        ],
+    }
+    assert load_samples(written(tmp_path, [record]), "images") == [
+        Sample(
+            id="seven",
+            images=(Path("images/a.jpg"), Path("images/b.jpg")),
+            messages=(
+                Message("system", ("Be brief.",)),
+                Message("user", (IMAGE, " or ", IMAGE, "?")),
+                assistant("The first."),
+                user("Why?"),
+                assistant("It has an <image> in it."),
+            ),
+            references=("It has an <image> in it.",),
+        )
+    ]
+
+
+def test_a_image_without_a_mark_comes_first(tmp_path):
+    turns = [{"from": "human", "value": "What is this?"}, {"from": "assistant", "value": "A cat."}]
+    (sample,) = load_samples(written(tmp_path, [{"image": "cat.jpg", "conversations": turns}]))
+    assert sample.messages[0] == user("What is this?", images=1)
+    assert sample.images == (tmp_path / "cat.jpg",)
+
+
+def test_a_conversation_may_have_no_image(tmp_path):
+    turns = [{"from": "human", "value": "Hello."}, {"from": "assistant", "value": "Hello!"}]
+    (sample,) = load_samples(written(tmp_path, [{"conversations": turns}]))
+    assert (sample.images, sample.messages) == ((), (user("Hello."), assistant("Hello!")))
+
+
+def test_image_text_prompt_is_a_question_and_its_answer(tmp_path):
+    first, second = load_samples(written(tmp_path, [CAT, {"image": "dog.jpg", "text": "A dog."}]))
+    assert first.messages == (user("What is this?", images=1), assistant("A cat."))
+    assert second.messages == (user("Describe this image.", images=1), assistant("A dog."))
+    assert second.references == ("A dog.",)
+
+
+def test_several_captions_are_several_samples_with_all_of_them_as_references(tmp_path):
+    first, second = load_samples(written(tmp_path, [{"image": "cat.jpg", "captions": ["A cat.", "One cat."]}]))
+    assert (first.id, second.id) == ("0#0", "0#1")
+    assert (first.messages[1], second.messages[1]) == (assistant("A cat."), assistant("One cat."))
+    assert first.references == second.references == ("A cat.", "One cat.")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps([CAT, CAT]),
+        "\ufeff" + json.dumps([CAT, CAT]),
+        json.dumps(CAT) + "\n" + json.dumps(CAT) + "\n\n",
+        "\ufeff" + json.dumps(CAT) + "\r\n" + json.dumps(CAT),
+    ],
+    ids=["list", "list with BOM", "lines", "lines with BOM and CRLF"],
+)
+def test_a_list_and_lines_are_the_same_with_or_without_a_byte_order_mark(content, tmp_path):
+    assert [sample.messages[1] for sample in load_samples(written(tmp_path, content))] == [assistant("A cat.")] * 2
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
+    lines = "\n".join(json.dumps({"prompt": "a", "text": f"{i}\u2028\x85"}, ensure_ascii=False) for i in range(2))
+    assert [sample.references for sample in load_samples(written(tmp_path, lines))] == [
+        ("0\u2028\x85",),
+        ("1\u2028\x85",),
+    ]
+
+
+def test_a_single_line_with_several_images_is_a_sample(tmp_path):
+    (sample,) = load_samples(written(tmp_path, {"images": ["a.jpg", "b.jpg"], "text": "Two."}))
+    assert len(sample.images) == 2
+
+
+def test_coco_captions(tmp_path):
+    content = {
+        "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
+        "annotations": [
+            {"image_id": 8, "id": 1, "caption": "One. "},
+            {"image_id": 7, "id": 2, "caption": "Two."},
+            {"image_id": 8, "id": 3, "caption": "Three."},
+        ],
+    }
+    found = load_samples(written(tmp_path, content))
+    assert [(sample.id, sample.images[0].name, sample.references) for sample in found] == [
+        ("8#0", "b.jpg", ("One.", "Three.")),
+        ("8#1", "b.jpg", ("One.", "Three.")),
+        ("7", "a.jpg", ("Two.",)),
+    ]
+
+
+def karpathy(folder: Path) -> Path:
+    parts = ["train", "restval", "val", "test"]
+    images = [
+        {"filepath": "val2014", "filename": f"{i}.jpg", "cocoid": i, "split": part, "sentences": [{"raw": f"{part}. "}]}
+        for i, part in enumerate(parts)
+    ]
+    return written(folder, {"dataset": "coco", "images": images}, "dataset_coco.json")
+
+
+def test_karpathys_restval_is_for_training(tmp_path):
+    found = load_samples(karpathy(tmp_path), split="train")
+    assert [sample.references for sample in found] == [("train.",), ("restval.",)]
+    assert found[0].images == (tmp_path / "val2014" / "0.jpg",)
+
+
+def test_a_file_of_several_splits_is_never_read_whole(tmp_path):
+    with pytest.raises(DataError, match="has the splits train, val, test, not None; choose one"):
+        load_samples(karpathy(tmp_path))
+
+
+def test_flickr8k_tokens(tmp_path):
+    text = "a.jpg#0\tOne .\na.jpg#1\tTwo # 2 .\nb.jpg#0\tThree .\n"
+    found = load_samples(written(tmp_path, text, "Flickr8k.token.txt"))
+    assert [(sample.id, sample.references) for sample in found] == [
+        ("a.jpg#0", ("One .", "Two # 2 .")),
+        ("a.jpg#1", ("One .", "Two # 2 .")),
+        ("b.jpg", ("Three .",)),
+    ]
+
+
+def test_vqa_questions_find_their_answers_in_the_file_beside_them(tmp_path):
+    question = {"question_id": 5, "image_id": 458752, "question": "What is it?"}
+    answers = [{"answer": "net"}, {"answer": "a net"}, {"answer": "net"}]
+    annotation = {"question_id": 5, "answers": answers, "answer_type": "other"}
+    content = {"data_subtype": "train2014", "questions": [question]}
+    path = written(tmp_path, content, "v2_OpenEnded_mscoco_train2014_questions.json")
+    (unanswered,) = load_samples(path)
+    written(tmp_path, {"annotations": [annotation]}, "v2_mscoco_train2014_annotations.json")
+    (sample,) = load_samples(path)
+    assert unanswered.messages == (user("What is it?", images=1),)
+    assert sample == Sample(
+        id="5",
+        images=(tmp_path / "COCO_train2014_000000458752.jpg",),
+        messages=(user("What is it?", images=1), assistant("net")),
+        references=("net", "a net", "net"),
+        kind="other",
+    )
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        (
+            "v2_mscoco_train2014_annotations.json",
+            '{"annotations": [',
+            "annotations.json: line 1: .*; is the file complete",
+        ),
+        (
+            "v2_OpenEnded_mscoco_train2014_questions.json",
+            '{"data_subtype": "train2014", "questions": [{"question_id": 1, "image_id": "x", "question": "?"}]}',
+            "looks like a file of COCO, Karpathy or VQAv2, but is incomplete",
+        ),
+    ],
+)
+def test_a_vqa_file_that_is_not_whole_is_named(tmp_path, name, content, words):
+    questions = tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json"
+    questions.write_text('{"data_subtype": "train2014", "questions": []}')
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        load_samples(questions)
+
+
+def test_the_answers_of_vqa_belong_to_what_a_run_was_trained_on(tmp_path):
+    config = ExperimentConfig()
+    config.data.train_data_path = str(tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json")
+    config.data.features_path = str(tmp_path / "features.safetensors")
+    answers = tmp_path / "v2_mscoco_train2014_annotations.json"
+    for path in (config.data.train_data_path, config.data.features_path, answers):
+        Path(path).write_text("{}")
+    before = data_sha256(config)
+    answers.write_text("{ }")
+    Path(config.data.features_path).write_text("{ }")
+    after = data_sha256(config)
+    assert before.keys() == after.keys() == {"train", "features"}
+    assert all(before[name] != after[name] for name in before)
+
+
+def test_the_real_vqa_files_are_read(shared):
+    first = load_samples(shared("vqa/vqav2_questions_fixture.json"))[0]
+    assert first.messages[1] == assistant("net")
+    assert len(first.references) == 10
+    assert first.images[0].exists()
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ("A cat.", "a JSON object is needed, not str"),
+        ({"image": "a.jpg"}, "needs `conversations` (a list of turns), `text`, or `captions` (a list of texts)"),
+        ({"image": "a.jpg", "text": 4}, "`text` must be a text or a list of texts"),
+        ({"image": "a.jpg", "captions": ["a", None]}, "`captions` must be a text or a list of texts"),
+        ({"image": "a.jpg", "captions": []}, "`captions` must be a text or a list of texts"),
+        ({"image": 4, "text": "a"}, "`image` must be a file name, `images` a list of them"),
+        ({"text": "A cat."}, "has neither an `image` nor a `prompt`, so its text answers nothing"),
+        ({"image": "a.jpg", "conversations": []}, "`conversations` must be a list of turns"),
+        ({"conversations": [{"from": "human"}]}, "conversations[0] needs `from` and `value`, both texts"),
+        ({"conversations": [{"from": [], "value": "a"}]}, "conversations[0] needs `from` and `value`, both texts"),
+        (
+            {"conversations": [{"from": "bot", "value": "a"}]},
+            "conversations[0].from is 'bot'; it can be human, user, gpt, assistant, system",
+        ),
+        (
+            {"image": "a.jpg", "conversations": [{"from": "gpt", "value": "a"}]},
+            "has no user turn to put its image into",
+        ),
+        (
+            {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image><image>"}]},
+            "<image> marks: 2, images: 1; mark every image, or none",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"}]},
+            "<image> marks: 1, images: 0; mark every image, or none",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}], "text": "a"},
+            "has `conversations` and also `text` or `captions`; keep one of them",
+        ),
+    ],
+)
+def test_a_record_that_makes_no_sample_is_named(record, message, tmp_path):
+    path = written(tmp_path, [CAT, record])
+    with pytest.raises(DataError) as caught:
+        load_samples(path)
+    assert str(caught.value) == f"{path}: sample 1: {message}"
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "a/../../secret.jpg", "/etc/secret.jpg"])
+def test_a_image_outside_the_image_directory_is_refused(name, tmp_path):
+    with pytest.raises(DataError, match="is outside the image directory"):
+        load_samples(written(tmp_path, [{"image": name, "text": "a"}]), tmp_path / "images")
+
+
+def test_a_whole_path_into_the_image_directory_is_accepted(tmp_path):
+    inside = tmp_path / "images" / "a.jpg"
+    (sample,) = load_samples(written(tmp_path, [{"image": str(inside), "text": "a"}]), tmp_path / "images")
+    assert sample.images == (inside,)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "no samples in it"),
+        ("\n", "no samples in it"),
+        ("<html>", "line 1: Expecting value"),
+        ('{"prompt": "a", "text": "b"}\n{"prompt": ', "line 2: Expecting value"),
+        ("[\n{]", "line 2: Expecting property name"),
+        ("4", "a list of records is needed, not int"),
+        ('{"annotations": []}', "for VQAv2, name the questions file"),
+        ('{"images": [{"id": 1}], "annotations": [{"id": 1}]}', "incomplete: KeyError('image_id')"),
+        ('{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}', "unknown images, first image_id 1"),
+    ],
+)
+def test_a_file_that_is_no_data_is_named(content, message, tmp_path):
+    path = written(tmp_path, content)
+    with pytest.raises(DataError) as caught:
+        load_samples(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_and_one_that_is_not_text_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"x\.json: no such data file"):
+        load_samples(tmp_path / "x.json")
+    with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
+        load_samples(written(tmp_path, b"\xff\xd8\xff", "x.jpg"))
+    with pytest.raises(DataError, match="line 2: not `name.jpg#0<tab>caption`"):
+        load_samples(written(tmp_path, "a.jpg#0\tOne .\nb.jpg Two .\n", "tokens.txt"))
