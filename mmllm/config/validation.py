@@ -1,0 +1,76 @@
+"""What pydantic refuses, as one plain line: the field, its value, and what it must be.
+
+The configuration, the server's settings and its requests all read like this:
+
+    data.batch_size is 0; it must be at least 1
+    unknown setting 'bach_size' (did you mean batch_size?)
+"""
+
+import difflib
+from collections.abc import Iterable
+
+from pydantic_core import ValidationError
+
+WANTED = {  # by pydantic's type of error, https://docs.pydantic.dev/latest/errors/validation_errors/
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list of texts",
+    "list_type": "a list of texts",
+    "model_type": "a group of settings, written {{...}}",
+    "literal_error": "{expected}",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "string_too_short": "at least {min_length} characters long",
+    "string_too_long": "at most {max_length} characters long",
+    "too_short": "at least {min_length} long",
+    "too_long": "at most {max_length} long",
+}
+UNKNOWN = ("extra_forbidden", "no_such_attribute")
+
+
+def describe(error: ValidationError, known: Iterable[str] = (), *, prefix: str = "", noun: str = "setting") -> str:
+    """One line for the first fault in `error`; an unknown name is offered the nearest of `known`.
+
+    `prefix` stands before the name of the field. A validator's own ValueError is a sentence that is kept as it is.
+    """
+    fault = error.errors(include_url=False)[0]
+    *_, last = names = [part for part in fault["loc"] if isinstance(part, str)] or [""]
+    field, value = prefix + ".".join(names), shown(fault["input"])
+    context = fault.get("ctx", {})
+    if fault["type"] in UNKNOWN:
+        return f"unknown {noun} {shown(last)}{did_you_mean(last, known)}"
+    if fault["type"] == "missing":
+        return f"{field} is missing"
+    if fault["type"] == "value_error":
+        return str(context["error"])
+    wanted = WANTED[fault["type"]].format(**context) if fault["type"] in WANTED else fault["msg"]
+    verb = "has" if fault["loc"] and isinstance(fault["loc"][-1], int) else "is"
+    return f"{field} {verb} {value}; it must be {wanted}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint at the nearest of the dotted names `known`, or nothing: by the last part, then as a whole."""
+    ends: dict[str, list[str]] = {}
+    for full in known:
+        ends.setdefault(full.rpartition(".")[2], []).append(full)
+    found = difflib.get_close_matches(name.rpartition(".")[2][:100], ends, n=1, cutoff=0.7)
+    if not found:
+        return ""
+    nearest = max(ends[found[0]], key=lambda full: difflib.SequenceMatcher(None, name, full).ratio())
+    return f" (did you mean {nearest}?)"
+
+
+def shown(value: object) -> str:
+    """A value in an error message, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
