@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mmllm.data.batches import collate
-from mmllm.data.chat import ChatProcessor, assistant, user
+from mmllm.data.chat import IGNORED, ChatProcessor, assistant, user
 from mmllm.data.image import ImageProcessor, decode
 from mmllm.data.samples import CAPTION_PROMPT, Sample, load_samples
 from mmllm.data.tokenizer import Tokenizer as ModelTokenizer
 from mmllm.errors import UserError, run
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, Qwen2Config
-from mmllm.models.multimodal import IGNORED
 from mmllm.models.qwen import Qwen2
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import autocast, choose_device

@@ -20,10 +20,10 @@ def main(arguments: list[str] | None = None) -> None:
     from mmllm.data.chat import IGNORED, ChatProcessor, marked
     from mmllm.data.packing import encode_shared
     from mmllm.data.samples import load_samples, share_images
-    from mmllm.models.multimodal import read_config
+    from mmllm.models.loading import read_info
 
-    config, system = read_config(options.model)
-    processor = ChatProcessor.load(options.model, config.num_image_tokens, system)
+    info = read_info(options.model)
+    processor = ChatProcessor.load(options.model, info.config.num_image_tokens, info.system_prompt)
     marks = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     samples = load_samples(options.data, options.image_dir)
     for sample in (samples if options.no_share else share_images(samples))[: options.limit]:

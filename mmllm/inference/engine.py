@@ -26,6 +26,7 @@ from mmllm.inference.request import Generated, Handle, Hypothesis, Prefix, Promp
 from mmllm.inference.sampling import GenerationConfig, Row, choose, not_finite
 from mmllm.inference.static_step import FixedStep
 from mmllm.inference.text_stream import AnswerText, whole_text
+from mmllm.layers.lora import has_adapter
 from mmllm.layers.packed import Packed
 from mmllm.layers.quantized import FrozenLinear
 from mmllm.models.kv_cache import KVCache, PerSlot
@@ -314,6 +315,6 @@ def has_plain_products(module: nn.Module) -> bool:
     """Whether some layer is one of torch's matrix products, whose last bits depend on the number of rows."""
     return any(
         isinstance(layer, nn.Linear | FrozenLinear)
-        or (isinstance(layer, Packed) and (layer.mixes_rows or hasattr(layer, "lora_A")))
+        or (isinstance(layer, Packed) and (layer.mixes_rows or has_adapter(layer)))
         for layer in module.modules()
     )

@@ -14,6 +14,7 @@ The network's files know nothing of this: layers are replaced on the built model
 T tokens, D hidden size. Next: pipeline.py.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from mmllm.config.schema import PRECISIONS
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
-from mmllm.layers.lora import fold_lora_
+from mmllm.layers.lora import merge_lora_
 from mmllm.layers.packed import (
     BITS,
     Bf16Packed,
@@ -51,7 +52,7 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
     is_float = precision == "float32" or (precision == "bfloat16" and device.type != "cpu")
     dtype = getattr(torch, precision) if is_float else None
     model = MultimodalLLM.from_pretrained(source, device=device, dtype=dtype)
-    if model.is_packed and precision not in BITS:
+    if model.form.is_packed and precision not in BITS:
         raise UserError(f"{source}: its weights are int8, not {precision}; use dtype int8 or int8-dynamic")
     fold_where_possible_(model)
     if not is_float:
@@ -59,7 +60,7 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
         convert_rest_(model)
         if device.type == "cpu" and kernels.native():
             fuse_(model)
-    model.precision = precision
+    model.form = replace(model.form, precision=precision)
     return model
 
 
@@ -71,9 +72,9 @@ def make_int8_(model: MultimodalLLM) -> None:
 
 def fold_where_possible_(model: MultimodalLLM) -> None:
     """Adds adapters to float weights; beside int8 ones they stay, as the rounding would swallow them."""
-    if model.lora and not model.rounding and not model.is_packed:
-        fold_lora_(model.language_model)
-        model.lora = None
+    if model.form.lora and not model.form.rounding and not model.form.is_packed:
+        merge_lora_(model.language_model)
+        model.form = replace(model.form, lora=None)
 
 
 def refuse_impossible(precision: str, device: torch.device) -> None:
@@ -87,7 +88,7 @@ def refuse_impossible(precision: str, device: torch.device) -> None:
 @torch.no_grad()
 def pack_towers_(model: MultimodalLLM, precision: str) -> None:
     """Packs the linear layers of both towers; the vision tower is int8 where the language model is int8 or int4."""
-    if model.is_packed:
+    if model.form.is_packed:
         to_device_layout_(model, BITS["int8"])
         to_device_layout_(model.language_model, BITS[precision])
     elif precision == "bfloat16":
@@ -101,8 +102,7 @@ def pack_towers_(model: MultimodalLLM, precision: str) -> None:
         int8 = partial(Int8Packed.of, bits=BITS.get(precision, BITS["int8"]))
         pack_(model.language_model, Int4Packed.of if precision == "int4" else int8, int8)
         replace_linear_(model.vision_tower, Int8Packed.of)
-        model.is_packed = precision != "int4"
-    model.rounding = None
+    model.form = replace(model.form, rounding=None, is_packed=precision not in ("bfloat16", "int4"))
 
 
 @torch.no_grad()

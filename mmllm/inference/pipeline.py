@@ -18,7 +18,8 @@ from mmllm.inference.optimize import load_model
 from mmllm.inference.request import EncodedImage, Generated, Prompt
 from mmllm.inference.sampling import GenerationConfig
 from mmllm.kernels import cpu as kernels
-from mmllm.models.multimodal import MultimodalLLM, read_surgery
+from mmllm.models.loading import read_info
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import stderr_rank0
 from mmllm.runtime.device import choose_device
 from mmllm.storage.weights import locate
@@ -142,7 +143,7 @@ def load_pipeline(
     source = locate(source or default_model())
     if dtype is None:
         others = "bfloat16" if place.type == "cuda" else "float32"
-        dtype = "int8" if "packed" in read_surgery(source) else others
+        dtype = "int8" if read_info(source).is_packed else others
     model = load_model(source, device=place, precision=dtype)
     if is_compiled and place.type == "cpu" and dtype != "float32" and kernels.native():
         stderr_rank0("the step is not compiled: on a CPU it is slower than our kernels by themselves")

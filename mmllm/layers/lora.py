@@ -1,17 +1,15 @@
-"""Low-rank adapters: W stays as it is, B A beside it learns.
+"""Low-rank adapters: W stays frozen, a product of two small matrices B A beside it is trained.
 
-The surprising fact: an adapter that fits no module is no error to the library that everyone uses. It warns, and the model
-answers as if it had never been trained. So here every tensor of an adapter file must find its place.
+A layer with an adapter is the same object: it gets two parameters, and its `forward` is replaced on the instance. So the
+weights of the base keep their names, and any layer that computes W x (float, int8, packed) can have one.
 
-A layer with an adapter is the same layer: it gets two parameters, and its `forward` is replaced on the instance. So base
-weights keep their names, and whatever the layer is made of (int8, see quant.py) stays.
+Files are PEFT's. PEFT only warns when the tensors of an adapter fit no layer, and the model then answers as if it had not
+been trained; here every tensor of the file must have its layer, or loading fails.
 
-Paper: https://arxiv.org/abs/2106.09685; rank-stabilised scaling:
-https://arxiv.org/abs/2312.03732; files: https://huggingface.co/docs/peft (checkpoint format).
-Next: model.py, trainer.py.
+Paper: https://arxiv.org/abs/2106.09685; rank-stabilised scaling: https://arxiv.org/abs/2312.03732; checkpoint format:
+https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from mmllm.config.schema import LoraConfig
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.layers.quantized import FrozenLinear
-from mmllm.runtime.files import read_json
+from mmllm.runtime.files import read_json, write_json
 from mmllm.storage.weights import read_safetensors
 
 ALL_LINEAR = "all-linear"
@@ -34,62 +32,69 @@ ADAPTER = re.compile(r"(?:.*\.)?(layers\.\d+\..+)\.lora_([AB])(?:\.default)?\.we
 PROJECTOR = re.compile(r"(?:.*\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Adapter:
-    """What a layer knows of its adapter besides `lora_A` and `lora_B`."""
+    """What a layer holds of its adapter besides the parameters `lora_A` (r, in) and `lora_B` (out, r)."""
 
     scaling: float
     dropout: float
-    is_merged: bool = False
 
 
-def adapt_(layer: nn.Module, config: LoraConfig, rng: torch.Generator) -> None:
-    """Makes `layer` y = W x + b + scaling B A dropout(x); A is drawn from +-1/sqrt(in), B begins at zero."""
+def add_adapter_(layer: nn.Module, config: LoraConfig, rng: torch.Generator) -> None:
+    """Makes `layer` y = W x + b + scaling B A dropout(x); A is drawn from +-1/sqrt(in), B starts at zero."""
     bound, device = 1 / math.sqrt(layer.in_features), layer.weight.device
     drawn = torch.empty(config.r, layer.in_features).uniform_(-bound, bound, generator=rng)
     layer.lora_A = nn.Parameter(drawn.to(device))
     layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, config.r, device=device))
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     layer.lora = Adapter(scaling, config.lora_dropout)
-    layer.forward = partial(adapted, layer)
+    layer.forward = partial(adapted_forward, layer)
 
 
 def move_adapter_(layer: nn.Module, new: nn.Module) -> None:
-    """Gives the adapter of `layer` to the layer that takes its place."""
+    """Gives the adapter of `layer` to `new`, which replaces it."""
     new.lora_A, new.lora_B, new.lora = layer.lora_A, layer.lora_B, layer.lora
-    new.forward = partial(adapted, new)
+    new.forward = partial(adapted_forward, new)
 
 
-def adapted(layer: nn.Module, x: Tensor) -> Tensor:
+def adapted_forward(layer: nn.Module, x: Tensor) -> Tensor:
     y = type(layer).forward(layer, x)
-    if layer.lora.is_merged:
-        return y
     low = F.linear(F.dropout(x, layer.lora.dropout, layer.training).to(layer.lora_A.dtype), layer.lora_A)
     return y + (layer.lora.scaling * F.linear(low, layer.lora_B)).to(y.dtype)
 
 
 @torch.no_grad()
-def merge_(layer: nn.Module, sign: int = 1) -> None:
-    """Adds B A to W; with `sign` -1 takes it out again, up to rounding."""
-    if layer.lora.is_merged == (sign == 1):
-        raise ValueError(f"the adapter is {'already' if layer.lora.is_merged else 'not'} merged")
+def merge_adapter_(layer: nn.Module) -> None:
+    """Adds scaling B A to W and removes the adapter."""
     if not isinstance(layer, nn.Linear):
         raise ConfigError("adapters cannot be added to int8 or int4 weights; train beside a float base")
-    layer.weight += (sign * layer.lora.scaling * layer.lora_B.float() @ layer.lora_A.float()).to(layer.weight.dtype)
-    layer.lora.is_merged = sign == 1
+    layer.weight += (layer.lora.scaling * layer.lora_B.float() @ layer.lora_A.float()).to(layer.weight.dtype)
+    del layer.lora_A, layer.lora_B, layer.lora, layer.forward
+
+
+# A language model -----------------------------------------------------------------------------------------------------
+
+
+def has_adapter(layer: nn.Module) -> bool:
+    return "lora" in vars(layer)
 
 
 def adapters(module: nn.Module) -> dict[str, nn.Module]:
     """The layers with adapters, by name."""
-    return {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
+    return {name: layer for name, layer in module.named_modules() if has_adapter(layer)}
+
+
+def adapter_names(module: nn.Module) -> set[str]:
+    """The names of the adapters' parameters."""
+    return {f"{name}.lora_{matrix}" for name in adapters(module) for matrix in "AB"}
 
 
 def target_layers(language_model: nn.Module, config: LoraConfig) -> list[str]:
-    """The linear layers that `target_modules` names (or all but the head); ConfigError when it names one that is none."""
+    """The linear layers that `target_modules` names, or all but the head; ConfigError for a name that no layer has."""
     linear = [
-        n
-        for n, layer in language_model.named_modules()
-        if isinstance(layer, nn.Linear | FrozenLinear) and n != "lm_head"
+        name
+        for name, layer in language_model.named_modules()
+        if isinstance(layer, nn.Linear | FrozenLinear) and name != "lm_head"
     ]
     targets = set(config.target_modules)
     chosen = [name for name in linear if targets == {ALL_LINEAR} or name.rpartition(".")[2] in targets]
@@ -103,39 +108,27 @@ def target_layers(language_model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def add_lora_(language_model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
-    """Gives each of the `target_layers` an adapter, drawn by `seed`."""
+    """Gives each of the `target_layers` an adapter, drawn with `seed`."""
     rng = torch.Generator().manual_seed(seed)
     for name in target_layers(language_model, config):
-        adapt_(language_model.get_submodule(name), config, rng)
+        add_adapter_(language_model.get_submodule(name), config, rng)
 
 
 def merge_lora_(module: nn.Module) -> None:
-    """Adds all adapters to their weights: as fast as a model without, and again one after `unmerge_lora_`."""
+    """Adds all adapters to their weights for good, which leaves plain layers."""
     for layer in adapters(module).values():
-        merge_(layer)
-
-
-def unmerge_lora_(module: nn.Module) -> None:
-    for layer in adapters(module).values():
-        merge_(layer, sign=-1)
-
-
-def fold_lora_(module: nn.Module) -> None:
-    """Adds all adapters to their weights for good: layers as they were before are left."""
-    for layer in adapters(module).values():
-        merge_(layer)
-        del layer.lora_A, layer.lora_B, layer.lora, layer.forward
+        merge_adapter_(layer)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters and the projector by the names that PEFT has for them in transformers' LLaVA, float32."""
+    """The adapters and the projector as float32, by the names that PEFT gives them in transformers' LLaVA."""
     tensors = {}
     for name, layer in adapters(model.language_model).items():
-        place = f"base_model.model.model.language_model.{name.removeprefix('model.')}"
-        tensors |= {f"{place}.lora_A.weight": layer.lora_A, f"{place}.lora_B.weight": layer.lora_B}
+        prefix = f"base_model.model.model.language_model.{name.removeprefix('model.')}"
+        tensors |= {f"{prefix}.lora_A.weight": layer.lora_A, f"{prefix}.lora_B.weight": layer.lora_B}
     for name, value in model.multi_modal_projector.state_dict().items():
         tensors[f"base_model.model.model.multi_modal_projector.{name}"] = value
     return {name: value.detach().float() for name, value in tensors.items()}
@@ -143,7 +136,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def write_adapter_config(folder: Path, model: nn.Module, config: LoraConfig) -> None:
     modules = sorted({name.rpartition(".")[2] for name in adapters(model.language_model)})
-    about = {
+    content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
@@ -154,26 +147,26 @@ def write_adapter_config(folder: Path, model: nn.Module, config: LoraConfig) -> 
         "use_rslora": config.use_rslora,
         "use_dora": False,
         "bias": "none",
-        # by expression: a plain list of names would mean the vision tower's layers too
+        # an expression, because a plain list of names would match the vision tower's layers too
         "target_modules": rf".*language_model\..*\.({'|'.join(modules)})",
         "modules_to_save": ["multi_modal_projector"],
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_FILE, content)
 
 
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, Tensor]]:
-    """An adapter of PEFT for Qwen2 or LLaVA: its configuration, the tensors by `LAYER.lora_A` and those of the projector.
+    """A PEFT adapter for Qwen2 or LLaVA: its configuration, its tensors as `LAYER.lora_A`, and those of the projector.
 
-    CheckpointError names what this model could not follow.
+    CheckpointError names a setting or a tensor that this model cannot have.
     """
     file = folder / CONFIG_FILE
-    about = read_json(file)
-    refused = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none", "fan_in_fan_out": False}
-    if about.get("peft_type") != "LORA" or "r" not in about:
+    content = read_json(file)
+    supported = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none", "fan_in_fan_out": False}
+    if content.get("peft_type") != "LORA" or "r" not in content:
         raise CheckpointError(f"{file}: not a LoRA adapter; it needs peft_type LORA and r")
-    for name, only in refused.items():
-        if (about.get(name) or only) != only:
-            raise CheckpointError(f"{file}: {name} is {about[name]!r}; only {only!r} is supported")
+    for name, only in supported.items():
+        if (content.get(name) or only) != only:
+            raise CheckpointError(f"{file}: {name} is {content[name]!r}; only {only!r} is supported")
     lora, projector = {}, {}
     for name, value in read_safetensors(folder / TENSOR_FILE).items():
         if "vision_tower" not in name and (found := ADAPTER.fullmatch(name)):
@@ -186,28 +179,28 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str,
     if not modules:
         raise CheckpointError(f"{folder / TENSOR_FILE}: holds no adapter")
     config = LoraConfig(
-        r=about["r"],
-        lora_alpha=about.get("lora_alpha") or 8,  # PEFT's default
-        lora_dropout=float(about.get("lora_dropout") or 0.0),
+        r=content["r"],
+        lora_alpha=content.get("lora_alpha") or 8,  # PEFT's default
+        lora_dropout=float(content.get("lora_dropout") or 0.0),
         target_modules=tuple(modules),
-        use_rslora=bool(about.get("use_rslora")),
+        use_rslora=bool(content.get("use_rslora")),
     )
     return config, lora, projector
 
 
 def load_adapter_(model: nn.Module, folder: Path) -> LoraConfig:
-    """Adds the adapters in `folder` to `model`, with the projector where it has one; returns their configuration."""
+    """Adds the adapters in `folder` to `model`, and the projector if the file has one; returns their configuration."""
     config, lora, projector = read_adapter(folder)
     add_lora_(model.language_model, config)
-    places = {n: p for n, p in model.language_model.named_parameters() if ".lora_" in n}
-    places |= {f"projector {n}": p for n, p in model.multi_modal_projector.named_parameters() if projector}
+    wanted = {name: model.language_model.get_parameter(name) for name in adapter_names(model.language_model)}
+    wanted |= {f"projector {n}": p for n, p in model.multi_modal_projector.named_parameters() if projector}
     tensors = lora | {f"projector {name}": value for name, value in projector.items()}
-    for name in sorted(places.keys() | tensors.keys()):
-        have, want = (list(group[name].shape) if name in group else None for group in (tensors, places))
+    for name in sorted(wanted.keys() | tensors.keys()):
+        have, want = (list(group[name].shape) if name in group else None for group in (tensors, wanted))
         if have != want:
-            what = (
+            reason = (
                 f"is {have}, but {want} is needed" if have and want else "is missing" if want else "has no layer here"
             )
-            raise CheckpointError(f"{folder / TENSOR_FILE}: {name} {what}")
-        places[name].data.copy_(tensors[name])
+            raise CheckpointError(f"{folder / TENSOR_FILE}: {name} {reason}")
+        wanted[name].data.copy_(tensors[name])
     return config

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
 from mmllm.kernels import triton_int8 as gpu
-from mmllm.layers.lora import move_adapter_
+from mmllm.layers.lora import has_adapter, move_adapter_
 from mmllm.layers.quantized import GROUP, FrozenLinear, quantize, quantize_int4
 
 BITS = {"int8": 24, "int8-dynamic": 8}  # of an activation as a whole number: 24 are as exact as float32
@@ -90,7 +90,7 @@ class Int8Packed(Packed):
 
 def side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """What several layers make of the same x, one after the other in the last dimension; int8 panels in one call."""
-    if all(isinstance(layer, Int8Packed) and layer.q is None and "forward" not in vars(layer) for layer in layers):
+    if all(isinstance(layer, Int8Packed) and layer.q is None and not has_adapter(layer) for layer in layers):
         panels, scales, biases = ([getattr(layer, name) for layer in layers] for name in ("panels", "scale", "bias"))
         return torch.ops.mmllm.int8_linears(x, panels, scales, biases, layers[0].bits)
     return torch.cat([layer(x) for layer in layers], dim=-1)
@@ -205,7 +205,7 @@ def replace_linear_(module: nn.Module, make: Callable[[nn.Module], Packed]) -> N
         if isinstance(layer, nn.Linear | FrozenLinear) and name != "lm_head":
             parent, _, last = name.rpartition(".")
             new = make(layer)
-            if hasattr(layer, "lora_A"):
+            if has_adapter(layer):
                 move_adapter_(layer, new)
             setattr(module.get_submodule(parent), last, new)
 

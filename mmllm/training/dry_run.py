@@ -16,7 +16,8 @@ from mmllm.data.samples import read_samples, share_images
 from mmllm.errors import ConfigError, DataError
 from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
-from mmllm.models.multimodal import MultimodalLLM, read_config
+from mmllm.models.loading import read_info
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.device import choose_device
 from mmllm.runtime.files import read_json
 from mmllm.training.out_of_memory import trained_parts
@@ -32,7 +33,7 @@ def architecture(settings: ModelConfig) -> MultimodalConfig:
     """The sizes of the model that `settings` ask for, from local folders or from what is known of published ones."""
     if settings.pretrained:
         _refuse_missing("model.pretrained", settings.pretrained)
-        return read_config(settings.pretrained)[0]
+        return read_info(settings.pretrained).config
     vision = _sizes("model.clip", settings.clip, CLIPVisionConfig, PUBLISHED_CLIP)
     text = _sizes("model.qwen", settings.qwen, Qwen2Config, PUBLISHED_QWEN)
     return MultimodalConfig(vision, text, settings.features)

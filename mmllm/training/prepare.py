@@ -11,7 +11,7 @@ from torch import nn
 
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import ConfigError
-from mmllm.layers.lora import adapters, add_lora_, fold_lora_, target_layers
+from mmllm.layers.lora import adapters, add_lora_, merge_lora_, target_layers
 from mmllm.layers.quantized import quantize_
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import print_rank0
@@ -41,33 +41,35 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
 
 def apply_rounding_(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """Make the language model int8 or int4 where the configuration asks for it."""
-    if model.is_packed:
+    if model.form.is_packed:
         raise ConfigError("model.pretrained holds int8 weights for answering alone; train from what it was made of")
     settings = {"int8": "model.load_in_8bit", "int4": "model.load_in_4bit"}
     wanted = next((kind for kind, name in settings.items() if config.get(name)), None)
-    if model.rounding and model.rounding != wanted:
-        raise ConfigError(f"the model came with an {model.rounding} base; set {settings[model.rounding]}=true")
-    if wanted and not model.rounding:
-        if model.lora:
+    if model.form.rounding and model.form.rounding != wanted:
+        raise ConfigError(
+            f"the model came with an {model.form.rounding} base; set {settings[model.form.rounding]}=true"
+        )
+    if wanted and not model.form.rounding:
+        if model.form.lora:
             raise ConfigError(f"the model came with adapters beside a float base; set {settings[wanted]}=false")
         quantize_(model.language_model, wanted)
-        model.rounding = wanted
+        model.form = replace(model.form, rounding=wanted)
 
 
 def apply_lora_(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """Adapters as the configuration says: new ones, those that the model came with, or none."""
     wanted = config.model.lora_config if config.model.use_lora else None
-    if model.lora and wanted:
+    if model.form.lora and wanted:
         same_layers = set(adapters(model.language_model)) == set(target_layers(model.language_model, wanted))
-        if not same_layers or replace(wanted, target_modules=()) != replace(model.lora, target_modules=()):
-            raise ConfigError(f"model.lora_config is {wanted}, but the model came with {model.lora}; use the same")
-    if model.lora and not wanted:
+        if not same_layers or replace(wanted, target_modules=()) != replace(model.form.lora, target_modules=()):
+            raise ConfigError(f"model.lora_config is {wanted}, but the model came with {model.form.lora}; use the same")
+    if model.form.lora and not wanted:
         print_rank0("the model came with adapters and model.use_lora is false: they are added to its weights")
-        fold_lora_(model.language_model)
-        model.lora = None
-    elif wanted and not model.lora:
+        merge_lora_(model.language_model)
+        model.form = replace(model.form, lora=None)
+    elif wanted and not model.form.lora:
         add_lora_(model.language_model, wanted, config.seed)
-        model.lora = wanted
+        model.form = replace(model.form, lora=wanted)
 
 
 def frozen_weights(model: MultimodalLLM) -> list[nn.Parameter]:

@@ -12,24 +12,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from mmllm.errors import ConfigError
+from mmllm.layers.lora import adapter_names
 from mmllm.runtime.memory import blocks_apart
-
-
-class WithoutValues(TorchFunctionMode):
-    """Modules built inside keep whatever their memory holds: values are about to be loaded.
-
-    Above all for the meta device, where drawing the values of an embedding makes torch import its compiler, 1.2 s.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None) -> object:
-        kwargs = kwargs or {}
-        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.constant_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def train_only_(model: nn.Module, parts: Iterable[str]) -> None:
@@ -42,10 +29,9 @@ def train_only_(model: nn.Module, parts: Iterable[str]) -> None:
     if unknown:
         raise ValueError(f"no part {', '.join(sorted(unknown))} in a {type(model).__name__}")
     for name, child in model.named_children():
-        parameters = dict(child.named_parameters())
-        has_adapters = any(".lora_" in key for key in parameters)
-        for key, parameter in parameters.items():
-            parameter.requires_grad_(name in parts and (".lora_" in key or not has_adapters))
+        of_adapters = adapter_names(child)
+        for key, parameter in child.named_parameters():
+            parameter.requires_grad_(name in parts and (key in of_adapters or not of_adapters))
         child.train(name in parts)
 
 

@@ -189,7 +189,7 @@ def test_a_request_that_cannot_be_read_is_its_own_error(model):
     good = engine.submit(text_prompt(5), SHORT)
     bad = engine.submit(Prompt((5, 6), torch.zeros(1, 3, 32, 32)), SHORT)
     run(engine)
-    with pytest.raises(ValueError, match="0 image places in the text for 1 pictures"):
+    with pytest.raises(ValueError, match="0 image places in the text for 1 images"):
         bad.result()
     assert good.answer == alone(model, good.prompt, SHORT) and engine.busy == 0
 

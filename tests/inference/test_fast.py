@@ -16,6 +16,7 @@ from mmllm.layers.lora import adapters, add_lora_
 from mmllm.layers.packed import Int8Packed
 from mmllm.layers.quantized import quantize_
 from mmllm.models.kv_cache import KVCache, PerSlot
+from mmllm.models.loading import ModelForm
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.training.prepare import prepare
 from official import write_model
@@ -138,7 +139,7 @@ def test_an_int8_directory_is_loaded_without_packing_and_answers_the_same(folder
         patch.setattr(Int8Packed, "of", None)
         assert torch.equal(some_logits(load_model(int8_folder, precision="int8")), wanted)
     assert json.loads((int8_folder / "mmllm.json").read_text())["surgery"] == ["packed"]
-    assert load_pipeline(int8_folder, device="cpu").model.precision == "int8"
+    assert load_pipeline(int8_folder, device="cpu").model.form.precision == "int8"
     dynamic = some_logits(load_model(int8_folder, precision="int8-dynamic"))
     assert torch.equal(dynamic, some_logits(load_model(folder, precision="int8-dynamic")))
 
@@ -198,9 +199,9 @@ def with_adapters(folder, out, is_int8: bool):
     model = MultimodalLLM.from_pretrained(folder)
     if is_int8:
         quantize_(model.language_model)
-        model.rounding = "int8"
-    model.lora = LoraConfig(r=2)
-    add_lora_(model.language_model, model.lora)
+    lora = LoraConfig(r=2)
+    model.form = ModelForm(lora, "int8" if is_int8 else None)
+    add_lora_(model.language_model, lora)
     for layer in adapters(model.language_model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
     model.save_pretrained(out)

@@ -103,7 +103,7 @@ def test_an_interrupted_answer_leaves_the_pipeline_usable(pipeline, picture):
 
 def test_a_picture_without_a_place_is_refused(pipeline):
     prompt = pipeline.prompt([user("hello")], [torch.zeros(3, 32, 32)])
-    with pytest.raises(ValueError, match="0 image places in the text for 1 pictures"):
+    with pytest.raises(ValueError, match="0 image places in the text for 1 images"):
         pipeline.generate(prompt, SHORT)
 
 

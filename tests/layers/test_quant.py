@@ -15,6 +15,7 @@ from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.layers.lora import add_lora_, merge_lora_
 from mmllm.layers.quantized import Int4Linear, Int8Linear, count_weights, quantize, quantize_, quantize_int4
+from mmllm.models.loading import ModelForm
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
@@ -118,14 +119,13 @@ def some_logits(model) -> torch.Tensor:
 def test_a_saved_model_comes_back_bit_for_bit_and_transformers_reads_it(model, tmp_path, with_lora, rounding):
     weights = count_weights(model)
     quantize_(model.language_model, rounding)
-    model.rounding = rounding
     assert count_weights(model) == weights
     if with_lora:
-        model.lora = LoraConfig(r=2)
-        add_lora_(model.language_model, model.lora)
+        add_lora_(model.language_model, LoraConfig(r=2))
+    model.form = ModelForm(LoraConfig(r=2) if with_lora else None, rounding)
     model.save_pretrained(tmp_path / "saved")
     again = MultimodalLLM.from_pretrained(tmp_path / "saved")
-    assert again.rounding == rounding and torch.equal(some_logits(again), some_logits(model))
+    assert again.form.rounding == rounding and torch.equal(some_logits(again), some_logits(model))
     if not with_lora:
         theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float32)
         ids = torch.randint(0, 280, (1, 20), generator=torch.Generator().manual_seed(0))

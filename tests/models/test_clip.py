@@ -7,7 +7,7 @@ from transformers import CLIPVisionModelWithProjection
 from mmllm.errors import CheckpointError
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig
-from mmllm.models.multimodal import vision_tensors
+from mmllm.models.loading import vision_tensors
 from mmllm.runtime.files import read_json
 from mmllm.storage.weights import load_strict_
 from official import write_clip

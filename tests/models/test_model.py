@@ -115,7 +115,7 @@ def test_text_alone_needs_no_picture(ours):
 
 def test_pictures_that_do_not_fit_their_places_are_refused(ours):
     ids = torch.tensor([ours.processor.encode_prompt([user("hello", images=1)])])
-    with pytest.raises(ValueError, match="16 image places in the text for 2 pictures"):
+    with pytest.raises(ValueError, match="16 image places in the text for 2 images"):
         ours.logits(ids, some_pixels(2))
 
 
@@ -186,7 +186,7 @@ def test_pictures_of_another_size_are_refused(tmp_path):
     clip, qwen = write_clip(tmp_path / "clip"), write_qwen(tmp_path / "qwen")
     images = json.loads((clip / "preprocessor_config.json").read_text()) | {"size": 48, "crop_size": 48}
     (clip / "preprocessor_config.json").write_text(json.dumps(images))
-    with pytest.raises(CheckpointError, match="makes pictures of 48 pixels, but the vision tower takes 32"):
+    with pytest.raises(CheckpointError, match="makes images of 48 pixels, but the vision tower takes 32"):
         MultimodalLLM.from_towers(clip, qwen)
 
 

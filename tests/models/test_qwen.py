@@ -9,7 +9,7 @@ from transformers import Qwen2ForCausalLM
 
 from mmllm.errors import CheckpointError
 from mmllm.models.config import Qwen2Config
-from mmllm.models.multimodal import language_tensors
+from mmllm.models.loading import language_tensors
 from mmllm.models.qwen import Qwen2, SwiGLU
 from mmllm.runtime.files import read_json
 from mmllm.storage.weights import load_strict_

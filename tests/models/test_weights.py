@@ -18,7 +18,7 @@ from torch import nn
 from conftest import ROOT
 from mmllm.errors import CheckpointError, RunError
 from mmllm.models.config import Qwen2Config
-from mmllm.models.multimodal import language_tensors, vision_tensors
+from mmllm.models.loading import language_tensors, vision_tensors
 from mmllm.runtime.files import read_json
 from mmllm.storage.atomic import atomic_directory
 from mmllm.storage.weights import load_strict_, locate, read_tensors, refuse_not_finite

@@ -1,0 +1,270 @@
+"""Model directories: read one, join two published models, write one.
+
+    config.json          sizes; in patch mode those of transformers' `LlavaForConditionalGeneration`
+    mmllm.json           system prompt and form of the weights
+    model.safetensors    the weights without adapters; also LLaVA's, names included, unless they are packed
+    adapter_*            LoRA adapters and the projector in PEFT's format, where there are adapters
+    and the files of the processor: tokenizer.json, preprocessor_config.json, chat_template.jinja, ...
+
+The functions take the class to build, so that this module does not import multimodal.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mmllm.config.schema import LoraConfig
+from mmllm.data.chat import DEFAULT_SYSTEM, ChatProcessor
+from mmllm.data.image import ImageProcessor
+from mmllm.data.tokenizer import Tokenizer
+from mmllm.errors import CheckpointError
+from mmllm.layers import lora
+from mmllm.layers.packed import empty_, to_device_layout_
+from mmllm.layers.quantized import ROUNDINGS, quantize_
+from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
+from mmllm.models.projector import Projector
+from mmllm.runtime.files import read_json, write_json
+from mmllm.storage.atomic import atomic_directory
+from mmllm.storage.weights import load_strict_, locate, read_tensors, refuse_integers
+
+Device = str | torch.device
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class ModelForm:
+    """What the linear layers of a built model have become."""
+
+    lora: LoraConfig | None = None  # adapters beside the language model's layers
+    rounding: str | None = None  # "int8" or "int4": the frozen weights under the adapters (layers/quantized.py)
+    is_packed: bool = False  # both towers are int8, for inference only (layers/packed.py)
+    precision: str | None = None  # set by inference.optimize.load_model; such a model is not saved
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What config.json and mmllm.json of a model directory say."""
+
+    config: MultimodalConfig
+    system_prompt: str
+    is_packed: bool
+    rounding: str | None
+    has_adapters: bool
+
+
+def read_info(folder: str | Path) -> ModelInfo:
+    folder = Path(folder)
+    ours = read_json(folder / "mmllm.json")
+    surgery = ours.get("surgery") or []
+    if ours.get("format_version") != 1 or not set(surgery) <= {*ROUNDINGS, "packed", "lora"}:
+        raise CheckpointError(f"{folder / 'mmllm.json'}: written by a newer mmllm; update this one")
+    if ("lora" in surgery) != (folder / lora.CONFIG_FILE).exists():
+        raise CheckpointError(f"{folder}: mmllm.json and {lora.CONFIG_FILE} disagree on whether there are adapters")
+    return ModelInfo(
+        config=MultimodalConfig.from_dict(read_json(folder / "config.json")),
+        system_prompt=ours.get("system_prompt", DEFAULT_SYSTEM),
+        is_packed="packed" in surgery,
+        rounding=next((kind for kind in surgery if kind in ROUNDINGS), None),
+        has_adapters="lora" in surgery,
+    )
+
+
+# A directory of ours --------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(kind: type[nn.Module], source: str | Path, device: Device, dtype: torch.dtype | None) -> nn.Module:
+    """See `MultimodalLLM.from_pretrained`, which is `kind`."""
+    folder = locate(source)
+    info = read_info(folder)
+    processor = ChatProcessor.load(folder, info.config.num_image_tokens, info.system_prompt)
+    model = without_memory(kind, info.config)
+    if info.is_packed:
+        load_packed_(model, folder, device, dtype)
+    elif info.rounding:
+        load_quantized_(model, folder, info.rounding, device, dtype)
+    else:
+        load_float_(model, folder, device, dtype)
+    adapters = lora.load_adapter_(model, folder) if info.has_adapters else None
+    model.form = ModelForm(adapters, info.rounding, info.is_packed)
+    return with_processor(model, processor, folder)
+
+
+def load_float_(model: nn.Module, folder: Path, device: Device, dtype: torch.dtype | None) -> None:
+    tensors = {name: value.to(device, dtype) for name, value in read_floats(folder).items()}
+    load_base_(model, tensors, folder)
+
+
+def load_quantized_(model: nn.Module, folder: Path, rounding: str, device: Device, dtype: torch.dtype | None) -> None:
+    """Float weights whose linear layers become int8 or int4 again; rounded before any cast, so that no bit changes."""
+    tensors = read_floats(folder)
+    for name, value in tensors.items():
+        tensors[name] = value.to(device, None if name.startswith("language_model.") else dtype)
+    load_base_(model, tensors, folder)
+    quantize_(model.language_model, rounding)
+    for parameter in model.language_model.parameters():
+        parameter.data = parameter.data.to(device, dtype or torch.float32)
+
+
+def load_packed_(model: nn.Module, folder: Path, device: Device, dtype: torch.dtype | None) -> None:
+    """int8 weights in the kernels' layout; `dtype` is that of the other parameters."""
+    empty_(model)
+    load_strict_(model, {name: value.to(device) for name, value in read_tensors(folder).items()}, folder)
+    to_device_layout_(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+
+
+def load_base_(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    if model.config.text.tie_word_embeddings:
+        tensors.setdefault(HEAD, tensors.get(EMBEDDING, torch.empty(0)))
+    load_strict_(model, tensors, folder)
+    model.language_model.tie_weights()
+
+
+def read_floats(folder: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(folder)
+    refuse_integers(tensors, folder)
+    return tensors
+
+
+# Two published models -------------------------------------------------------------------------------------------------
+
+
+def load_towers(
+    kind: type[nn.Module],
+    clip: str | Path,
+    qwen: str | Path,
+    features: str,
+    system: str,
+    *,
+    seed: int,
+    device: Device,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """See `MultimodalLLM.from_towers`, which is `kind`."""
+    clip_folder, qwen_folder = locate(clip), locate(qwen)
+    vision = CLIPVisionConfig.from_dict(read_tower_config(clip_folder, "clip", "clip_vision_model"))
+    text = Qwen2Config.from_dict(read_tower_config(qwen_folder, "qwen2"))
+    tokenizer = Tokenizer(qwen_folder)
+    config = MultimodalConfig(vision, text, features, tokenizer.image_id)
+    images = ImageProcessor.from_dict(read_json(clip_folder / "preprocessor_config.json"))
+    model = without_memory(kind, config)
+    for tower, tensors, folder in (
+        (model.vision_tower, vision_tensors(clip_folder, features), clip_folder),
+        (model.language_model, language_tensors(qwen_folder, text), qwen_folder),
+    ):
+        refuse_integers(tensors, folder)
+        load_strict_(tower, {name: value.to(device, dtype) for name, value in tensors.items()}, folder)
+    model.language_model.tie_weights()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = Projector(config.feature_shape[1], text.hidden_size)
+    model.multi_modal_projector = projector.to(device, dtype)
+    return with_processor(model, ChatProcessor(tokenizer, images, config.num_image_tokens, system), qwen_folder)
+
+
+def read_tower_config(folder: Path, *kinds: str) -> dict:
+    """The config.json of a published model whose model_type is one of `kinds`."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in kinds:
+        found = config.get("model_type")
+        raise CheckpointError(f"{folder / 'config.json'}: model_type is {found!r}; {' or '.join(kinds)} is needed here")
+    if "quantization_config" in config:
+        raise CheckpointError(f"{folder / 'config.json'}: a quantised model; use the plain one")
+    return config
+
+
+def vision_tensors(folder: Path, features: str) -> dict[str, Tensor]:
+    """The tensors of the vision tower; a CLIP file also holds the text tower and, in old files, position ids."""
+    kept = ("vision_model.", "visual_projection.") if features == "pooled" else ("vision_model.",)
+    tensors = read_tensors(folder)
+    return {name: v for name, v in tensors.items() if name.startswith(kept) and not name.endswith(".position_ids")}
+
+
+def language_tensors(folder: Path, config: Qwen2Config) -> dict[str, Tensor]:
+    """The tensors of a Qwen2 file; where the head is tied, one in the file must equal the embedding."""
+    tensors = read_tensors(folder)
+    embedding = tensors.get("model.embed_tokens.weight", torch.empty(0))
+    if config.tie_word_embeddings and not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+        raise CheckpointError(
+            f"{folder}: lm_head.weight differs from the embedding, but config.json says they are tied"
+        )
+    return tensors
+
+
+# Either ---------------------------------------------------------------------------------------------------------------
+
+
+class WithoutValues(TorchFunctionMode):
+    """Modules built inside keep uninitialised values, because values will be loaded.
+
+    On the meta device, too: there the initialisation of an embedding makes torch import its compiler, 1.2 s.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> object:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.constant_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def without_memory(kind: type[nn.Module], config: MultimodalConfig) -> nn.Module:
+    with torch.device("meta"), WithoutValues():
+        return kind(config)
+
+
+def with_processor(model: nn.Module, processor: ChatProcessor, folder: Path) -> nn.Module:
+    """`model` in evaluation mode with its processor; CheckpointError if they do not fit each other."""
+    rows, side = model.config.text.vocab_size, model.config.vision.image_size
+    if processor.tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has {processor.tokenizer.vocab_size} tokens, but the model has {rows} rows; "
+            "they belong to different models"
+        )
+    if processor.image_processor.size != side:
+        raise CheckpointError(
+            f"{folder}: preprocessor_config.json makes images of {processor.image_processor.size} pixels, "
+            f"but the vision tower takes {side}"
+        )
+    model.processor = processor
+    return model.eval()
+
+
+# Save -----------------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, folder: str | Path, replace: bool) -> None:
+    """See `MultimodalLLM.save_pretrained`."""
+    with atomic_directory(folder, replace=replace) as temporary:
+        for name, tensors in tensor_files(model).items():
+            save_file({n: value.contiguous() for n, value in tensors.items()}, temporary / name, {"format": "pt"})
+        write_small_files(model, temporary)
+
+
+def tensor_files(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The tensors of the model's directory by file: the base in model.safetensors, adapters in a file of their own."""
+    if model.form.precision:
+        raise ValueError(f"this model was made ready to answer in {model.form.precision} and cannot be written back")
+    left_out = lora.adapter_names(model) | ({HEAD} if model.config.text.tie_word_embeddings else set())
+    base = {name: value for name, value in model.state_dict().items() if name not in left_out}
+    return {"model.safetensors": base} | ({lora.TENSOR_FILE: lora.adapter_tensors(model)} if model.form.lora else {})
+
+
+def write_small_files(model: nn.Module, folder: Path) -> None:
+    """Writes everything but the tensors: both configurations, the processor's files, the adapters' configuration."""
+    form = model.form
+    ours = {
+        "format_version": 1,
+        "features": model.config.features,
+        "system_prompt": model.processor.system,
+        "surgery": [*filter(None, ("packed" * form.is_packed, form.rounding, "lora" * bool(form.lora)))],
+    }
+    for name, content in (("config.json", model.config.to_dict()), ("mmllm.json", ours)):
+        write_json(folder / name, content)
+    if form.lora:
+        lora.write_adapter_config(folder, model, form.lora)
+    model.processor.save(folder)
