@@ -7,8 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from mmllm.data.batches import BatchLoader, make_batch, ordered_batches, read_row, read_rows
-from mmllm.data.chat import IGNORED, assistant, user
-from mmllm.data.packing import encode_shared, pack
+from mmllm.data.chat import assistant, user
 from mmllm.data.samples import Sample, share_images
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.shared_prefix import attention_of, positions_of, predictor_positions
@@ -82,18 +81,6 @@ def test_one_row_a_picture_has_the_targets_loss_and_gradient_of_separate_rows(mo
     assert worst <= tolerance
 
 
-def test_captions_share_all_up_to_the_answer_and_questions_the_picture(model, samples):
-    process = model.processor
-    captions, questions, *_ = share_images(samples)
-    (row,) = encode_shared(captions, process)
-    begin = process.encode_prompt(list(samples[0].messages[:1]))
-    assert row.ids[: row.segment_ids.count(0)] == begin
-    assert row.segment_ids.count(1) == len([*process.tokenizer.encode("a cat"), "<|im_end|>", "\n"])
-    (row,) = encode_shared(questions, process)
-    ends = [process.tokenizer.id("<|vision_end|>"), *process.tokenizer.encode("\nwh")]  # what? what? why?
-    assert row.ids[: row.segment_ids.count(0)][-len(ends) :] == ends
-
-
 def test_a_row_by_hand():
     segment_ids = torch.tensor([[0, 0, 1, 1, 2, -1], [0, 0, 0, -1, -1, -1]])
     assert positions_of(segment_ids)[:, :5].tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
@@ -105,41 +92,6 @@ def test_a_row_by_hand():
         [1, 1, 1, 1, 0, 0],
         [1, 1, 0, 0, 1, 0],
     ]
-
-
-def test_what_does_not_fit_one_row_takes_several_and_nothing_is_lost(model, samples):
-    process = model.processor
-    separate = [process.encode(list(sample.messages)) for sample in samples[:5]]
-    whole = pack(separate, process.tokenizer.image_id)
-    limit = max(len(row.ids) for row in separate) + 8
-    rows = pack(separate, process.tokenizer.image_id, limit)
-    assert len(whole) == 1 and 1 < len(rows) < 5
-    assert all(len(row.ids) <= limit for row in rows)
-    learnt = [[label for row in group for label in row.labels if label != IGNORED] for group in (separate, rows, whole)]
-    assert learnt[0] == learnt[1] == learnt[2]
-
-
-def test_a_picture_that_comes_later_in_the_conversation_is_not_shared(model, samples):
-    picture = samples[0].images
-    late = [
-        Sample("", picture, (user(text), assistant("in"), user("and?", images=1), assistant("on"))) for text in "ab"
-    ]
-    (group,) = share_images(late)
-    assert [row.segment_ids for row in encode_shared(group, model.processor)] == [[], []]
-
-
-def test_samples_of_the_same_pictures_become_one_and_text_alone_stays(samples):
-    groups = share_images(samples)
-    assert [(group.id, [other.id for other in group.shared]) for group in groups] == [
-        ("a cat", ["a cat on the mat", "a hat", "a cat", "in"]),
-        ("a thing", ["red", "the thing is on the mat"]),
-        ("one", []),
-        ("both", ["both"]),
-        ("one", []),
-        ("two", []),
-    ]
-    many = share_images([caption(samples[0].images, str(i)) for i in range(40)])
-    assert [1 + len(group.shared) for group in many] == [16, 16, 8]
 
 
 def test_validation_and_training_batches_hold_whole_groups(world, model, samples, tmp_path):
