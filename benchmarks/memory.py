@@ -13,7 +13,7 @@ from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device
 from mmllm.runtime.memory import forget_peak, peak_memory
 from mmllm.training.dry_run import stage_memory
-from mmllm.training.surgery import cast_
+from mmllm.training.prepare import cast_
 
 CASES = ("stage 1", "stage 2, full", "stage 2, LoRA", "stage 2, LoRA on int8")
 VARIANTS = tuple((bf16, checkpointing) for bf16 in (True, False) for checkpointing in (False, True))

@@ -31,11 +31,9 @@ from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device, synchronize
 from mmllm.runtime.distributed import World
 from mmllm.runtime.memory import forget_peak, keep_freed_memory, peak_memory
-from mmllm.training.optim import adamw
-from mmllm.training.out_of_memory import peak_flops, step_flops, trained_parts
-from mmllm.training.prepare import frozen_weights, prepare
-from mmllm.training.stage import stage_groups, step_counts, update_
-from mmllm.training.surgery import cast_, train_only_
+from mmllm.training.prepare import cast_, frozen_weights, prepare, train_only_, trained_parts
+from mmllm.training.stage import stage_groups
+from mmllm.training.step import adamw, peak_flops, step_counts, step_flops, update_
 
 TOKENS, LEARNT = 128, 40
 RATE = 1e-5

@@ -35,8 +35,8 @@ from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.distributed import World, full
 from mmllm.training.experiment import train
 from mmllm.training.fsdp import is_sharded, shard_
-from mmllm.training.stage import accumulate_gradients, step_counts
-from mmllm.training.surgery import checkpoint_blocks_, train_only_
+from mmllm.training.prepare import checkpoint_blocks_, train_only_
+from mmllm.training.step import accumulate_gradients, step_counts
 
 FORGOTTEN_S = 300  # a group that is not done by then is killed, and its codes say so
 

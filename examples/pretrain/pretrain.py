@@ -38,7 +38,7 @@ from mmllm.models.qwen import Qwen2
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import autocast, choose_device
 from mmllm.storage.atomic import atomic_directory
-from mmllm.training.optim import adamw, parameter_groups, set_learning_rates_
+from mmllm.training.step import adamw, parameter_groups, set_learning_rates_
 
 CONTROL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),

@@ -20,10 +20,8 @@ from mmllm.models.loading import read_info
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.device import choose_device
 from mmllm.runtime.files import read_json
-from mmllm.training.out_of_memory import trained_parts
-from mmllm.training.prepare import prepare
+from mmllm.training.prepare import cast_, prepare, train_only_, trained_parts
 from mmllm.training.step_memory import step_peak
-from mmllm.training.surgery import cast_, train_only_
 
 PUBLISHED_CLIP = {"openai/clip-vit-base-patch32": CLIPVisionConfig()}
 PUBLISHED_QWEN = {"Qwen/Qwen2.5-0.5B": Qwen2Config(), "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config()}

@@ -1,8 +1,7 @@
 """From a configuration to a finished run: what `train.py` does once its arguments are read.
 
-The surprising fact: most of it is refusing early. Whatever can be wrong with settings, data, disk or checkpoint is found
-before the first weight is read, because the alternative is finding it after the first epoch.
-Next: trainer.py, resume.py.
+Most of it refuses early: whatever can be wrong with settings, data, disk or checkpoint is found before the first weight is
+read, because the alternative is to find it after the first epoch.
 """
 
 import os
@@ -10,6 +9,7 @@ import shutil
 import signal
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,10 +32,18 @@ from mmllm.storage import checkpoint as disk
 from mmllm.storage.atomic import reported
 from mmllm.storage.checkpoint_writer import CheckpointWriter
 from mmllm.training.fsdp import is_wanted, shard_
-from mmllm.training.out_of_memory import named_out_of_memory, peak_flops
+from mmllm.training.out_of_memory import named_out_of_memory
 from mmllm.training.prepare import prepare
-from mmllm.training.resume import data_sha256, find_checkpoint, open_directory, refuse_changes, refuse_other_count
-from mmllm.training.stage import Position, Run, run_stage, steps_per_epoch
+from mmllm.training.resume import (
+    data_sha256,
+    find_checkpoint,
+    open_directory,
+    refuse_changes,
+    refuse_other_count,
+    stage_positions,
+)
+from mmllm.training.run import Run, TrainingData
+from mmllm.training.stage import Stage
 
 
 def train(
@@ -51,131 +59,54 @@ def train(
     `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
     """
     with World.start(config.device, config.training.timeout_s) as world:
-        return train_in(world, config, origins or {}, resume, overwrite, allow_data_change)
-
-
-def train_in(
-    world: World,
-    config: ExperimentConfig,
-    origins: dict[str, str],
-    resume: str | None,
-    overwrite: bool,
-    allow_data_change: bool,
-) -> int:
-    """What `train` does in each of the processes."""
-    device = world.device
-    sha256 = data_sha256(config)
-    directory = world.on_rank0(lambda: open_directory(config))
-    checkpoint = world.on_rank0(lambda: find_checkpoint(directory, resume, overwrite))
-    state = disk.read_state(checkpoint) if checkpoint else None
-    if state:
-        refuse_changes(config, checkpoint, state, sha256, allow_data_change, world.size)
-    for line in explain(config, origins):
-        print_rank0(f"  {line}")
-    settle_precision(config, device)
-    is_spread = is_wanted(config, world.size)
-    model = load_model(config, origins, checkpoint, None if is_spread else device)
-    prepare(model, config)
-    if is_spread:
-        shard_(model, world, reshard_after_forward=config.training.reshard_after_forward)
-    keep_freed_memory(device)  # not what loading needed
-    table = feature_table(config, model)
-    train_samples, val_samples = load_data(config, model, directory if world.is_first else None, table)
-    if state and not allow_data_change:
-        refuse_other_count(config, state, len(train_samples))
-    positions, total_steps = stage_positions(config, len(train_samples), checkpoint, state, world.size)
-    if not positions:
-        print_rank0(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
-        return 0
-    read_image = (
-        fill_cache(config, model, [*train_samples, *val_samples], world) if config.data.cache_features else table
-    )
-    with (
-        StopSignal() as stop,
-        closing(begin(config, origins, directory, checkpoint, state, world)) as log,
-        CheckpointWriter(world, checkpoint and checkpoint.name) as writer,
-    ):
-        run = Run(
-            config,
-            directory,
-            train_samples,
-            val_samples,
-            log,
-            stop,
-            world,
-            writer,
-            data_sha256=sha256,
-            total_steps=total_steps,
-            best=best_of(directory, state, sha256),
-            tokens=state.get("tokens", 0) if state else 0,
-            flops=(peak_flops(device) or 0) * world.size or None,
-            read_image=read_image,
-        )
-        for position in positions:
-            with named_out_of_memory(config, position.stage, device, lambda: run.place):
-                if run_stage(model, config.stages()[position.stage - 1], run, position):
+        sha256 = data_sha256(config)
+        directory = world.on_rank0(lambda: open_directory(config))
+        checkpoint = world.on_rank0(lambda: find_checkpoint(directory, resume, overwrite))
+        state = disk.read_state(checkpoint) if checkpoint else {}
+        if state:
+            refuse_changes(config, checkpoint, state, sha256, allow_data_change, world.size)
+        for line in explain(config, origins or {}):
+            print_rank0(f"  {line}")
+        model = ready_model(config, origins or {}, checkpoint, world)
+        data = load_data(config, model, directory, sha256, world)
+        if state and not allow_data_change:
+            refuse_other_count(config, state, len(data.train))
+        positions, total_steps = stage_positions(config, len(data.train), checkpoint, state, world.size)
+        if not positions:
+            print_rank0(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
+            return 0
+        if config.data.cache_features:
+            data = replace(data, read_image=fill_cache(config, model, data, world))
+        with (
+            StopSignal() as stop,
+            closing(begin(config, origins or {}, directory, checkpoint, state, world)) as log,
+            CheckpointWriter(world, checkpoint and checkpoint.name) as writer,
+        ):
+            best, tokens = best_of(directory, state, sha256), state.get("tokens", 0)
+            run = Run(config, directory, data, world, log, stop, writer, total_steps, best, tokens)
+            for position in positions:
+                with named_out_of_memory(config, position.stage, world.device, lambda: run.place):
+                    Stage(model, config.stages()[position.stage - 1], run, position).train()
+                if run.stopping:
                     break
-    return world.on_rank0(lambda: conclude(run))
+        return world.on_rank0(lambda: conclude(run))
 
 
-def begin(
-    config: ExperimentConfig,
-    origins: dict[str, str],
-    directory: Path,
-    checkpoint: Path | None,
-    state: dict | None,
-    world: World,
-) -> RunLog | OtherLog:
-    """Nothing is refused any more: clear the place, write down what begins, open the log."""
-    if not world.is_first:
-        return OtherLog()
-    device = world.device
-    if state:
-        print_rank0(f"going on from {checkpoint}: step {state['step']}, stage {state['stage']}")
-    if checkpoint and checkpoint.parent.resolve() == directory.resolve():
-        disk.set_aside_later(directory, state["step"])
-    else:
-        disk.remove_all(directory)
-        for name in ("metrics.jsonl", "run.json"):  # another run's
-            (directory / name).unlink(missing_ok=True)
-        shutil.rmtree(directory / "evaluation", ignore_errors=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    wandb_run = start_wandb("mmllm", config.experiment_name, config.to_dict()) if config.use_wandb else None
-    with reported(directory):
-        record_start(directory, device=name, origins=origins, resumed_from=checkpoint and str(checkpoint))
-        config.save(directory / "experiment.json")
-        return RunLog(directory, state["step"] if state else 0, wandb_run)
-
-
-def best_of(directory: Path, state: dict | None, sha256: dict[str, str]) -> dict | None:
-    """The best checkpoint so far, if it is still there and was measured on the same validation data."""
-    best = state and state["best"]
-    is_same = best and state["data_sha256"].get("val") == sha256.get("val") and (directory / best["name"]).is_dir()
-    return best if is_same else None
-
-
-def settle_precision(config: ExperimentConfig, device: torch.device) -> None:
-    """Cards before Ampere only imitate bfloat16, slowly: say so and train in float32."""
-    if config.training.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        print_rank0("this card has no bfloat16: training in float32")
+def ready_model(
+    config: ExperimentConfig, origins: dict[str, str], checkpoint: Path | None, world: World
+) -> MultimodalLLM:
+    """The model to train, prepared, on the device of this process."""
+    is_cuda = world.device.type == "cuda"
+    if config.training.bf16 and is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print_rank0("this card has no bfloat16, and would emulate it slowly: training in float32")
         config.training.bf16 = False
-
-
-def conclude(run: Run) -> int:
-    """The last lines of a run, and its exit code."""
-    with warned_of_disk(run.directory / "report.md"):
-        write_report(run.directory)
-    if run.stopping:
-        cause = signal.Signals(run.stopping).name
-        print_rank0(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")
-        return 128 + run.stopping
-    model = run.directory / disk.BEST
-    which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.writer.last_saved
-    images = [path for sample in [*run.val_samples, *run.train_samples] for path in sample.images[:1]]
-    print_rank0(f"done. Best model: {model} -> {which}")
-    print_rank0(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")
-    print_rank0(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
-    return 0
+    is_sharded = is_wanted(config, world.size)
+    model = load_model(config, origins, checkpoint, None if is_sharded else world.device)
+    prepare(model, config)
+    if is_sharded:
+        shard_(model, world, reshard_after_forward=config.training.reshard_after_forward)
+    keep_freed_memory(world.device)  # what loading has freed goes back first
+    return model
 
 
 def load_model(
@@ -183,7 +114,7 @@ def load_model(
 ) -> MultimodalLLM:
     """The model of the checkpoint, of `model.pretrained`, or of the two towers; float32, in memory of its own.
 
-    `device` None: as its files have it and still in them, for `shard_` to take what it needs.
+    `device` None: every tensor as its file has it and still in the file, for `shard_` to copy its rows from.
     """
     settings = config.model
     source = checkpoint or settings.pretrained
@@ -210,8 +141,40 @@ def load_model(
     return model
 
 
+def load_data(
+    config: ExperimentConfig, model: MultimodalLLM, directory: Path, sha256: dict[str, str], world: World
+) -> TrainingData:
+    """The checked samples for training and validation, the latter in a fixed mixed order; prints the first one.
+
+    Rank 0 lists the bad ones in `directory`. With a table of features the images need not exist.
+    """
+    data, process, table = config.data, model.processor, feature_table(config, model)
+
+    def samples_of(split: str, path: str, part: str, limit: int | None) -> list[Sample]:
+        report = directory / f"bad_{split}samples.jsonl" if world.is_first else Path(os.devnull)
+        fault = table and table.fault
+        return checked_samples(path, data, process, report, split=part, limit=limit, fault=fault)
+
+    train = samples_of("", data.train_data_path, data.train_split, data.max_train_samples)
+    val = []
+    if data.val_data_path:
+        val = samples_of("val_", data.val_data_path, data.val_split, data.max_val_samples)
+    else:
+        print_rank0("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
+    print_rank0(f"{count(train)} to train on, {count(val)} to validate. The first one, with its targets in [[ ]]:")
+    first, *_ = encode_shared(train[0], process, data.max_length)
+    print_rank0("  " + marked(first, process, "[[", "]]").strip().replace("\n", "\n  "))
+    return TrainingData(train, [val[index] for index in sample_order(len(val), 0, 0)], sha256, table)
+
+
+def count(samples: list[Sample]) -> str:
+    """The number of samples, and of the texts in them where several share an image."""
+    texts = len(samples) + sum(len(sample.shared) for sample in samples)
+    return f"{len(samples)} samples" + (f" ({texts} texts, those of an image in one row)" * (texts > len(samples)))
+
+
 def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTable | None:
-    """The features that stand for the pictures, where the configuration names a file of them."""
+    """The features to read in place of the images, where `data.features_path` names a file of them."""
     data = config.data
     if data.features_path is None:
         return None
@@ -220,78 +183,66 @@ def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTabl
     return FeatureTable(data.features_path, folders, model.config.feature_shape)
 
 
-def fill_cache(config: ExperimentConfig, model: MultimodalLLM, samples: list[Sample], world: World) -> FeatureCache:
-    """The features of all pictures, made where they are not kept already; each process makes its share."""
+def fill_cache(config: ExperimentConfig, model: MultimodalLLM, data: TrainingData, world: World) -> FeatureCache:
+    """The cache with the features of all images; each process computes its share of those that are missing."""
     begin = time.perf_counter()
     cache = FeatureCache(model, Path(config.output_dir) / "features", config.training.bf16)
-    pictures = {path for sample in samples for path in sample.images}
-    made = cache.fill(pictures, rank=world.rank, world_size=world.size, num_workers=config.data.num_workers)
-    (made,) = world.sum([made])  # and nobody goes on before all are there
-    print_rank0(
-        f"features of {len(pictures)} pictures: {made:.0f} made in {duration(time.perf_counter() - begin)}, in {cache.folder}"
-    )
+    images = {path for sample in (*data.train, *data.val) for path in sample.images}
+    made = cache.fill(images, rank=world.rank, world_size=world.size, num_workers=config.data.num_workers)
+    (made,) = world.sum([made])  # and wait until all are there
+    took = duration(time.perf_counter() - begin)
+    print_rank0(f"features of {len(images)} images: {made:.0f} made in {took}, in {cache.folder}")
     return cache
 
 
-def load_data(
-    config: ExperimentConfig, model: MultimodalLLM, directory: Path | None, table: FeatureTable | None = None
-) -> tuple[list[Sample], list[Sample]]:
-    """The checked samples for training and validation, the latter in a fixed mixed order; shows what will be learnt.
-
-    `directory` takes the lists of the bad ones; None: another process writes them. With a `table` the pictures themselves
-    need not be there.
-    """
-    data, process, fault = config.data, model.processor, table and table.fault
-    report = directory / "bad_samples.jsonl" if directory else Path(os.devnull)
-    train_samples = checked_samples(
-        data.train_data_path, data, process, report, split=data.train_split, limit=data.max_train_samples, fault=fault
-    )
-    val_samples = []
-    if data.val_data_path:
-        report = directory / "bad_val_samples.jsonl" if directory else Path(os.devnull)
-        val_samples = checked_samples(
-            data.val_data_path, data, process, report, split=data.val_split, limit=data.max_val_samples, fault=fault
-        )
+def begin(
+    config: ExperimentConfig,
+    origins: dict[str, str],
+    directory: Path,
+    checkpoint: Path | None,
+    state: dict,
+    world: World,
+) -> RunLog | OtherLog:
+    """Clear the directory, record the start and open the log: nothing is refused any more."""
+    if not world.is_first:
+        return OtherLog()
+    if state:
+        print_rank0(f"going on from {checkpoint}: step {state['step']}, stage {state['stage']}")
+    if checkpoint and checkpoint.parent.resolve() == directory.resolve():
+        disk.set_aside_later(directory, state["step"])
     else:
-        print_rank0("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
-    print_rank0(
-        f"{told(train_samples)} to train on, {told(val_samples)} to validate. The first, what is learnt in [[ ]]:"
-    )
-    first, *_ = encode_shared(train_samples[0], process, data.max_length)
-    print_rank0("  " + marked(first, process, "[[", "]]").strip().replace("\n", "\n  "))
-    return train_samples, [val_samples[index] for index in sample_order(len(val_samples), 0, 0)]
+        disk.remove_all(directory)
+        for name in ("metrics.jsonl", "run.json"):  # of another run
+            (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(directory / "evaluation", ignore_errors=True)
+    device = world.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    wandb_run = start_wandb("mmllm", config.experiment_name, config.to_dict()) if config.use_wandb else None
+    with reported(directory):
+        record_start(directory, device=name, origins=origins, resumed_from=checkpoint and str(checkpoint))
+        config.save(directory / "experiment.json")
+        return RunLog(directory, state.get("step", 0), wandb_run)
 
 
-def told(samples: list[Sample]) -> str:
-    """The number of samples, and of the texts in them where these are more."""
-    texts = len(samples) + sum(len(sample.shared) for sample in samples)
-    return f"{len(samples)} samples" + (
-        f" ({texts} texts, those of a picture in one row)" if texts > len(samples) else ""
-    )
+def best_of(directory: Path, state: dict, sha256: dict[str, str]) -> dict | None:
+    """The best checkpoint so far, if it still exists and was measured on the same validation data."""
+    best = state.get("best")
+    is_same = best and state["data_sha256"].get("val") == sha256.get("val") and (directory / best["name"]).is_dir()
+    return best if is_same else None
 
 
-def stage_positions(
-    config: ExperimentConfig, num_samples: int, checkpoint: Path | None, state: dict | None, processes: int = 1
-) -> tuple[list[Position], int]:
-    """Where each stage that is left begins, and the number of steps of the whole run."""
-    stages = config.stages()
-    for number, stage in enumerate(stages, 1):
-        if stage.epochs and not stage.train:
-            raise ConfigError(f"training.stage{number}.train is empty; name what it trains, or set its epochs to 0")
-    steps = [stage.epochs and stage.epochs * steps_per_epoch(stage, num_samples, processes) for stage in stages]
-    if not sum(steps):
-        raise ConfigError("both stages have 0 epochs; set training.stage1.epochs or training.stage2.epochs")
-    if state is None:
-        positions = [Position(1), Position(2, steps[0], stages[0].epochs)]
-        return [position for position in positions if steps[position.stage - 1]], sum(steps)
-    number, done = state["stage"], state["stage_step"]
-    epochs_before = 0 if number == 1 else stages[0].epochs
-    resumed = Position(
-        number, state["step"] - done, epochs_before, done, state["updates"], state["is_pending"], checkpoint
-    )
-    positions = [resumed]
-    if number == 1 and steps[1]:
-        positions.append(Position(2, max(steps[0], done), stages[0].epochs))
-    total = max(positions[-1].steps_before + steps[positions[-1].stage - 1], state["step"])
-    is_finished = state["step"] == total and not state["is_pending"]
-    return [] if is_finished else positions, total
+def conclude(run: Run) -> int:
+    """Print the last lines of a run; return its exit code."""
+    with warned_of_disk(run.directory / "report.md"):
+        write_report(run.directory)
+    if run.stopping:
+        cause = signal.Signals(run.stopping).name
+        print_rank0(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")
+        return 128 + run.stopping
+    model = run.directory / disk.BEST
+    which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.writer.last_saved
+    images = [path for sample in [*run.data.val, *run.data.train] for path in sample.images[:1]]
+    print_rank0(f"done. Best model: {model} -> {which}")
+    print_rank0(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")
+    print_rank0(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
+    return 0

@@ -1,48 +1,64 @@
-"""What a loaded model becomes before it is trained, as the configuration says: rounded, with adapters, frozen, recomputing.
+"""What a loaded model becomes before it is trained: quantized, with adapters, partly frozen, recomputed, compiled.
 
-The surprising fact: the order is forced. Adapters sit beside weights that are rounded already, nothing can be frozen that
-is not there yet, and what is compiled or spread over processes must be finished.
-Next: trainer.py.
+The order is forced: adapters sit beside weights that are already quantized, only parameters that exist can be frozen, and
+what is compiled or sharded must be finished. A block's `forward` is replaced on the instance, the block is not wrapped:
+no parameter changes its name, and a checkpoint written with recomputation loads without it.
 """
 
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mmllm.config.schema import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.errors import ConfigError
-from mmllm.layers.lora import adapters, add_lora_, merge_lora_, target_layers
-from mmllm.layers.quantized import quantize_
+from mmllm.layers.lora import adapter_names, adapters, add_lora_, merge_lora_, target_layers
+from mmllm.layers.quantized import count_parameters, quantize_
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import print_rank0
-from mmllm.training.out_of_memory import is_trained, trained_parts
-from mmllm.training.surgery import checkpoint_blocks_, compile_blocks_, exact_in_bfloat16, train_only_
+from mmllm.runtime.memory import blocks_apart
+
+PART_OF = {  # the words of the configuration: the model's own names
+    "projector": "multi_modal_projector",
+    "language_model": "language_model",
+    "vision_tower": "vision_tower",
+}
+
+
+def trained_parts(stage: StageConfig) -> list[str]:
+    """The model's names of the parts that a stage trains."""
+    return [PART_OF[part] for part in stage.train]
 
 
 def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
-    """The surgery on a loaded model, in the only order that works:
+    """quantize_ -> add_lora_ -> train_only_ -> checkpoint_blocks_ -> compile_blocks_, as the configuration says.
 
-    quantize_ -> add_lora_ -> train_only_ -> checkpoint_blocks_ -> compile_blocks_ -> shard_.
-    Each stage narrows `train_only_` to its own. The last is experiment.py's, who knows the processes.
+    `shard_` comes after it, and each stage narrows `train_only_` to its own parts.
     """
     apply_rounding_(model, config)
     apply_lora_(model, config)
-    # few rows, which autograd adds to the whole gradient of the head; on a GPU their order would be left to chance
+    # Autograd adds few rows to the gradient of the tied head. On a GPU the order of the sum would not be deterministic.
     is_tied = model.config.text.tie_word_embeddings
     model.language_model.model.embed_tokens.sparse = is_tied and model.device.type == "cpu"
     train_only_(model, {part for stage in config.stages() for part in trained_parts(stage)})
     if config.training.gradient_checkpointing:
         checkpoint_blocks_(model.language_model.model.layers)
-        if is_trained(model.vision_tower):
+        if count_parameters(model.vision_tower, only_trainable=True):
             checkpoint_blocks_(model.vision_tower.vision_model.encoder.layers)
     if config.training.compile:
         compile_blocks_(model.language_model.model.layers)
 
 
 def apply_rounding_(model: MultimodalLLM, config: ExperimentConfig) -> None:
-    """Make the language model int8 or int4 where the configuration asks for it."""
+    """Quantize the language model to int8 or int4 where the configuration asks for it."""
     if model.form.is_packed:
-        raise ConfigError("model.pretrained holds int8 weights for answering alone; train from what it was made of")
+        raise ConfigError("model.pretrained holds int8 weights for inference only; train from the model they came from")
     settings = {"int8": "model.load_in_8bit", "int4": "model.load_in_4bit"}
     wanted = next((kind for kind, name in settings.items() if config.get(name)), None)
     if model.form.rounding and model.form.rounding != wanted:
@@ -57,7 +73,7 @@ def apply_rounding_(model: MultimodalLLM, config: ExperimentConfig) -> None:
 
 
 def apply_lora_(model: MultimodalLLM, config: ExperimentConfig) -> None:
-    """Adapters as the configuration says: new ones, those that the model came with, or none."""
+    """Give the model the adapters that the configuration asks for: new ones, those it came with, or none."""
     wanted = config.model.lora_config if config.model.use_lora else None
     if model.form.lora and wanted:
         same_layers = set(adapters(model.language_model)) == set(target_layers(model.language_model, wanted))
@@ -72,8 +88,86 @@ def apply_lora_(model: MultimodalLLM, config: ExperimentConfig) -> None:
         model.form = replace(model.form, lora=wanted)
 
 
+def train_only_(model: nn.Module, parts: Iterable[str]) -> None:
+    """Make the children called `parts` trainable; freeze the others and keep them in evaluation mode.
+
+    In a child with adapters, only the adapters are trained.
+    """
+    parts = set(parts)
+    unknown = parts - dict(model.named_children()).keys()
+    if unknown:
+        raise ValueError(f"no part {', '.join(sorted(unknown))} in a {type(model).__name__}")
+    for name, child in model.named_children():
+        of_adapters = adapter_names(child)
+        for key, parameter in child.named_parameters():
+            parameter.requires_grad_(name in parts and (key in of_adapters or not of_adapters))
+        child.train(name in parts)
+
+
+def checkpoint_blocks_(blocks: Iterable[nn.Module]) -> None:
+    """Keep only the inputs of each block for the backward pass, which runs the block again (1.2 to 1.35 x the time)."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks_(blocks: Iterable[nn.Module]) -> None:
+    """Compile each block, for use where autograd records; all lengths share one compilation.
+
+    Validation and captions have other shapes and another graph, and run the plain block. With dropout, the random numbers
+    differ from those of the plain block.
+    """
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    if not any(map(shutil.which, compilers)):
+        raise ConfigError(
+            f"training.compile needs a C++ compiler, and there is no {' or '.join(compilers)} on the PATH; install one, or "
+            "set training.compile=false"
+        )
+    for block in blocks:
+        plain = block.forward
+        block.forward = partial(_compiled_or_plain, torch.compile(plain, dynamic=True), plain)
+
+
+def _compiled_or_plain(compiled: Callable[..., Tensor], plain: Callable[..., Tensor], *arguments: object) -> Tensor:
+    return compiled(*arguments) if torch.is_grad_enabled() else plain(*arguments)
+
+
+# Frozen weights in half of their memory
+
+
+@torch.no_grad()
 def frozen_weights(model: MultimodalLLM) -> list[nn.Parameter]:
-    """The matrices of the towers that this stage need not hold in more than bfloat16."""
-    linear = [layer for part in (model.vision_tower, model.language_model) for layer in part.modules()]
-    linear = [layer for layer in linear if isinstance(layer, nn.Linear)]
-    return exact_in_bfloat16([*linear, model.language_model.model.embed_tokens])
+    """The frozen matrices of the towers whose values are exact in bfloat16, as those of Qwen2.5 are.
+
+    Autocast rounds them to bfloat16 in every product anyway, so holding them as bfloat16 changes no bit of a step.
+    Shards stay as they are.
+    """
+    modules = [*model.vision_tower.modules(), *model.language_model.modules()]
+    layers = [layer for layer in modules if isinstance(layer, nn.Linear)] + [model.language_model.model.embed_tokens]
+    weights = {id(p): p for layer in layers if type(p := layer.weight) is nn.Parameter and not p.requires_grad}
+    return [p for p in weights.values() if p.dtype == torch.float32 and _is_exact_in_bfloat16(p)]
+
+
+def _is_exact_in_bfloat16(p: Tensor) -> bool:
+    """Compared in pieces: copies of a whole embedding would be the peak of a stage's memory."""
+    return all(torch.equal(rows.bfloat16().float(), rows) for rows in p.split(4096))
+
+
+@contextmanager
+def held_as(weights: list[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
+    """Hold `weights`, which have one dtype, as `dtype` inside the block; an error leaves them so."""
+    before = weights[0].dtype if weights else dtype
+    cast_(weights, dtype)
+    yield
+    cast_(weights, before)
+
+
+def cast_(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Convert `weights` to `dtype`, one at a time.
+
+    Each is there twice for a moment, so the largest is converted while the others are small: first where they grow, last
+    where they shrink.
+    """
+    weights = sorted(weights, key=torch.Tensor.numel)
+    with blocks_apart():
+        for weight in weights if dtype.itemsize == 2 else reversed(weights):
+            weight.data = weight.data.to(dtype)

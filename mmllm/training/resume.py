@@ -1,8 +1,7 @@
-"""May this run begin, and from where? Everything that is refused before a weight is read.
+"""Whether a run may begin, and from where: what is refused before a weight is read.
 
-The surprising fact: a run that quietly goes on with other data or another model looks healthy. So what was trained on is
-known by its checksum, and every setting that changed since the checkpoint is refused or told.
-Next: trainer.py.
+A run that silently continues with other data or another model looks healthy. So the data files are compared by checksum,
+and every setting that has changed since the checkpoint is refused or printed.
 """
 
 import hashlib
@@ -14,13 +13,17 @@ from mmllm.data.formats import vqa_annotations
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.runtime.console import print_rank0
 from mmllm.storage import checkpoint as disk
+from mmllm.training.run import Position
+from mmllm.training.stage import steps_per_epoch
 
 DATA_FILES = {"train": "data.train_data_path", "val": "data.val_data_path", "features": "data.features_path"}
 
 
 def data_sha256(config: ExperimentConfig) -> dict[str, str]:
-    """The checksums of the data files, by "train" and, where there are such, "val" and "features"; VQAv2's answers, which
-    lie in a file beside the questions, belong to them."""
+    """The checksums of the data files, by "train" and, where they are set, "val" and "features".
+
+    VQAv2's answers, which lie in a file beside the questions, are part of them.
+    """
     paths = {split: config.get(name) for split, name in DATA_FILES.items()}
     if paths["train"] is None:
         raise ConfigError("data.train_data_path is not set; name a data file: data.train_data_path=FILE")
@@ -40,7 +43,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def open_directory(config: ExperimentConfig) -> Path:
-    """The directory of the run, made if need be; UserError when nothing can be written there."""
+    """The directory of the run, created if it does not exist; UserError where nothing can be written there."""
     directory = Path(config.output_dir) / config.experiment_name
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def open_directory(config: ExperimentConfig) -> Path:
 
 
 def find_checkpoint(directory: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, None for a new run; UserError when that would write over another run unasked."""
+    """The checkpoint to resume from, None for a new run; UserError where that would overwrite another run unasked."""
     existing = disk.checkpoints(directory)
     if resume == "auto":
         found = disk.newest(directory)
@@ -62,20 +65,21 @@ def find_checkpoint(directory: Path, resume: str | None, overwrite: bool) -> Pat
         if not found:
             print_rank0(f"nothing to resume in {directory}: a new run begins")
         return found
+    found = None
     if resume is not None:
         found = chosen_checkpoint(Path(resume))
-        if found.parent.resolve() == directory.resolve() or not existing:
+        if found.parent.resolve() == directory.resolve():
             return found
     if existing and not overwrite:
         raise UserError(
             f"{directory}: holds a run already ({existing[-1].name}); go on with --resume auto, start over with "
             "--overwrite, or choose another experiment_name"
         )
-    return found if resume is not None else None
+    return found
 
 
 def chosen_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, verified, or the newest whole one when `path` is the directory of a run."""
+    """The checkpoint at `path`, verified, or the newest whole one where `path` is the directory of a run."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint; name one, or use --resume auto")
     path = path.resolve() if path.is_symlink() else path
@@ -96,18 +100,17 @@ def refuse_changes(
     allow_data_change: bool,
     processes: int = 1,
 ) -> None:
-    """UserError for what a resumed run cannot change; what it may change is told."""
+    """UserError for a setting that a resumed run cannot change; a line for each that it may."""
     old = ExperimentConfig.load(checkpoint / "training" / "experiment.json")
     was, now = flat(old), flat(config)
     changed = {
         name: f"{name}: {was[name]!r} at the checkpoint, {now[name]!r} now" for name in now if was[name] != now[name]
     }
-    stage = f"training.stage{state['stage']}.train"
-    fixed_names = ("seed", "data.share_images", stage)
+    fixed_names = ("seed", "data.share_images", f"training.stage{state['stage']}.train")
     fixed = [line for name, line in changed.items() if name.startswith("model.") or name in fixed_names]
-    per_step = [c.stages()[state["stage"] - 1] for c in (old, config)]
+    stages = [c.stages()[state["stage"] - 1] for c in (old, config)]
     counts = (state.get("processes", 1), processes)
-    sizes = [s.batch_size * s.gradient_accumulation_steps * n for s, n in zip(per_step, counts, strict=True)]
+    sizes = [s.batch_size * s.gradient_accumulation_steps * n for s, n in zip(stages, counts, strict=True)]
     if sizes[0] != sizes[1]:
         what = "samples of a step (batch_size x gradient_accumulation_steps x processes)"
         fixed.append(f"{what}: {sizes[0]} then, {sizes[1]} now")
@@ -116,9 +119,7 @@ def refuse_changes(
     for split in sha256.keys() & state["data_sha256"].keys():
         if sha256[split] != state["data_sha256"][split] and not allow_data_change:
             path = config.get(DATA_FILES[split])
-            raise DataError(
-                f"{path}: not the file of the checkpoint any more; go on all the same with --allow-data-change"
-            )
+            raise DataError(f"{path}: not the file of the checkpoint any more; go on anyway with --allow-data-change")
     if counts[0] != counts[1]:
         print_rank0(f"changed: processes: {counts[0]} at the checkpoint, {counts[1]} now")
     for name, line in sorted(changed.items()):
@@ -127,9 +128,33 @@ def refuse_changes(
 
 
 def refuse_other_count(config: ExperimentConfig, state: dict, num_samples: int) -> None:
-    """DataError when other samples of the same file are used: the order would be another one."""
+    """DataError where another number of samples of the same file is used: their order would differ."""
     if state["num_samples"] != num_samples:
         raise DataError(
             f"{config.data.train_data_path}: {num_samples} samples are used, {state['num_samples']} were at the "
             "checkpoint; undo what changed their number, or go on with --allow-data-change"
         )
+
+
+def stage_positions(
+    config: ExperimentConfig, num_samples: int, checkpoint: Path | None, state: dict, processes: int = 1
+) -> tuple[list[Position], int]:
+    """Where each stage that is left begins, and the number of steps of the whole run. `state` {}: a new run."""
+    stages = config.stages()
+    for number, stage in enumerate(stages, 1):
+        if stage.epochs and not stage.train:
+            raise ConfigError(f"training.stage{number}.train is empty; name what it trains, or set its epochs to 0")
+    steps = [stage.epochs and stage.epochs * steps_per_epoch(stage, num_samples, processes) for stage in stages]
+    if not sum(steps):
+        raise ConfigError("both stages have 0 epochs; set training.stage1.epochs or training.stage2.epochs")
+    if not state:
+        positions = [Position(1), Position(2, steps[0], stages[0].epochs)]
+        return [position for position in positions if steps[position.stage - 1]], sum(steps)
+    number, done = state["stage"], state["stage_step"]
+    before = (state["step"] - done, stages[0].epochs if number == 2 else 0)
+    positions = [Position(number, *before, done, state["updates"], state["is_pending"], checkpoint)]
+    if number == 1 and steps[1]:
+        positions.append(Position(2, max(steps[0], done), stages[0].epochs))
+    total = max(positions[-1].steps_before + steps[positions[-1].stage - 1], state["step"])
+    is_finished = state["step"] == total and not state["is_pending"]
+    return [] if is_finished else positions, total

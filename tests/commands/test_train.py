@@ -14,8 +14,8 @@ from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import ConfigError
 from mmllm.storage import checkpoint as disk
 from mmllm.training.dry_run import architecture, describe
-from mmllm.training.out_of_memory import step_flops
-from mmllm.training.surgery import train_only_
+from mmllm.training.prepare import train_only_
+from mmllm.training.step import step_flops
 from tiny_run import write_world
 
 ROOT = Path(__file__).parents[2]

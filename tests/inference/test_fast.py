@@ -166,7 +166,7 @@ def test_int8_weights_are_not_read_as_anything_else(int8_folder):
 
 
 def test_int8_weights_are_not_trained(int8_folder):
-    with pytest.raises(ConfigError, match="int8 weights for answering alone; train from what it was made of"):
+    with pytest.raises(ConfigError, match="int8 weights for inference only; train from the model they came from"):
         prepare(MultimodalLLM.from_pretrained(int8_folder), ExperimentConfig())
 
 

@@ -19,8 +19,8 @@ from mmllm.models.loading import ModelForm
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
-from mmllm.training.stage import accumulate_gradients
-from mmllm.training.surgery import train_only_
+from mmllm.training.prepare import train_only_
+from mmllm.training.step import accumulate_gradients
 from official import write_model
 from tiny_run import write_world
 

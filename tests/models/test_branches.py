@@ -11,7 +11,7 @@ from mmllm.data.chat import assistant, user
 from mmllm.data.samples import Sample, share_images
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.shared_prefix import attention_of, positions_of, predictor_positions
-from mmllm.training.stage import accumulate_gradients, count_targets
+from mmllm.training.step import accumulate_gradients, count_targets
 from mmllm.training.validation import validation_losses
 from tiny_run import write_world
 

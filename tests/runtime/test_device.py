@@ -41,7 +41,7 @@ WEIGHTS = """
 import torch
 from torch import nn
 from mmllm.runtime.memory import forget_peak, keep_freed_memory, peak_memory
-from mmllm.training.surgery import cast_
+from mmllm.training.prepare import cast_
 cpu = torch.device("cpu")
 weights = [nn.Parameter(torch.ones(n, 2**20), False) for n in (4, 16, 8, 12, 10)]
 keep_freed_memory(cpu)

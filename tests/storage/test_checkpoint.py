@@ -11,7 +11,7 @@ from mmllm.errors import CheckpointError, RunError
 from mmllm.runtime.distributed import ALONE
 from mmllm.storage import checkpoint as disk
 from mmllm.storage.checkpoint_writer import CheckpointWriter
-from mmllm.training.optim import adamw
+from mmllm.training.step import adamw
 
 
 class Model(nn.Linear):

@@ -23,9 +23,8 @@ from mmllm.models.loss import cross_entropy_sum
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
-from mmllm.training.prepare import frozen_weights
-from mmllm.training.stage import accumulate_gradients
-from mmllm.training.surgery import cast_, compile_blocks_, train_only_
+from mmllm.training.prepare import cast_, compile_blocks_, frozen_weights, train_only_
+from mmllm.training.step import accumulate_gradients
 from tiny_run import write_world
 
 HAS_COMPILER = any(map(shutil.which, [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]))

@@ -25,7 +25,7 @@ from mmllm.runtime.distributed import ALONE, World, row_range
 from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
 from mmllm.training.fsdp import is_wanted
-from mmllm.training.stage import accumulate_gradients
+from mmllm.training.step import accumulate_gradients
 from processes import KINDS, WAYS, model_for
 from tiny_run import write_world
 

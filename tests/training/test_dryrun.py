@@ -8,8 +8,7 @@ from benchmarks.random_model import random_model, sizes
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import RunError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.training import experiment
-from mmllm.training import stage as trainer
+from mmllm.training import experiment, stage
 from mmllm.training.dry_run import GAPS, stage_memory
 from mmllm.training.out_of_memory import is_out_of_memory, named_out_of_memory, smaller
 from mmllm.training.step_memory import LiveBytes, step_peak
@@ -150,15 +149,16 @@ def test_a_run_that_finds_no_memory_ends_with_the_advice(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "what, place", [("validate", "validation or checkpoint after step 5"), ("step_batches", "at its")]
+    "owner, what, place",
+    [(stage.Stage, "validate", "validation or checkpoint after step 5"), (stage, "step_batches", "at its")],
 )
-def test_memory_that_runs_out_beside_the_steps_is_told_as_well(tmp_path, monkeypatch, what, place):
+def test_memory_that_runs_out_beside_the_steps_is_reported_as_well(tmp_path, monkeypatch, owner, what, place):
     """In a validation, or where a worker makes a batch."""
     config = write_world(tmp_path).config(tmp_path / "out")
 
     def no_memory(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(trainer, what, no_memory)
+    monkeypatch.setattr(owner, what, no_memory)
     with pytest.raises(RunError, match=f"out of memory at .* in stage 1, .*{place}.*; try data.batch_size=1"):
         experiment.train(config)

@@ -15,7 +15,7 @@ from conftest import ROOT
 from mmllm.errors import ConfigError, DataError, RunError, UserError
 from mmllm.reporting.log import read_metrics
 from mmllm.storage import checkpoint as disk
-from mmllm.training import stage as trainer
+from mmllm.training import stage
 from mmllm.training.experiment import train
 from tiny_run import break_picture, directory_of, weights, write_world
 
@@ -64,12 +64,12 @@ def test_a_bad_step_may_be_left_out_when_the_settings_say_so(poisoned, tmp_path,
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert sum("left_out" in row for row in rows) == 1
     assert weights(config)["multi_modal_projector.linear_1.weight"].isfinite().all()
-    assert capsys.readouterr().out.count("; left out") == 1
+    assert capsys.readouterr().out.count("; skipped") == 1
 
 
 def test_one_bad_step_more_than_allowed_in_a_row_ends_the_run(poisoned, tmp_path, monkeypatch):
-    update = trainer.update_
-    monkeypatch.setattr(trainer, "update_", lambda *arguments: (float("nan"), update(*arguments)[1]))
+    update = stage.update_
+    monkeypatch.setattr(stage, "update_", lambda *arguments: (float("nan"), update(*arguments)[1]))
     with pytest.raises(RunError, match="step 3: loss nan"):
         train(poisoned.config(tmp_path, max_skipped_steps=2))
 
@@ -158,7 +158,7 @@ def test_a_broken_picture_of_the_validation_is_replaced_and_told(tmp_path, capsy
 def test_a_validation_that_is_not_a_number_is_never_the_best(world, tmp_path, monkeypatch):
     losses = iter([float("nan"), 5.0])
     monkeypatch.setattr(
-        trainer, "validation_losses", lambda *_, **__: {"val_loss": next(losses), "val_loss_shuffled": None}
+        stage, "validation_losses", lambda *_, **__: {"val_loss": next(losses), "val_loss_shuffled": None}
     )
     config = world.config(tmp_path)
     assert train(config) == 0

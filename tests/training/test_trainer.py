@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from mmllm.commands import evaluate
-from mmllm.config.schema import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig, TrainingConfig
 from mmllm.data.batches import make_batch, read_row
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
@@ -22,10 +22,10 @@ from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.log import read_metrics
 from mmllm.runtime.distributed import World
 from mmllm.storage import checkpoint as disk
-from mmllm.training import stage as trainer
 from mmllm.training.experiment import train
-from mmllm.training.optim import learning_rate_at
-from mmllm.training.surgery import checkpoint_blocks_, train_only_
+from mmllm.training.prepare import PART_OF, checkpoint_blocks_, train_only_
+from mmllm.training.stage import stage_groups
+from mmllm.training.step import accumulate_gradients, adamw, count_targets, learning_rate_at, update_
 from mmllm.training.validation import sample_captions, validation_losses
 from tiny_run import directory_of, weights, write_world
 
@@ -58,7 +58,7 @@ def batches_of(world, model, size):
 
 def gradients(model, batches, bf16=False):
     model.zero_grad()
-    loss = trainer.accumulate_gradients(model, batches, bf16)
+    loss = accumulate_gradients(model, batches, bf16)
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -83,7 +83,7 @@ def assert_equal_runs(config, other):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_any_split_into_micro_batches_gives_the_same_gradient(world, size, dtype, tolerance):
     model = new_model(world).to(dtype)
-    train_only_(model, [trainer.PART_OF[part] for part in EVERY])
+    train_only_(model, [PART_OF[part] for part in EVERY])
     loss, whole = gradients(model, batches_of(world, model, 8))
     split_loss, split = gradients(model, batches_of(world, model, size))
     assert split.keys() == whole.keys()
@@ -101,7 +101,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens_only(world):
     logits = model.logits(batches[0].ids_BT, batches[0].pixels_N3SS)[:, :-1].log_softmax(-1)
     labels = batches[0].labels_BT[:, 1:]
     learnt = [-logits[b, t, labels[b, t]] for b, t in (labels != -100).nonzero().tolist()]
-    assert len(learnt) == trainer.count_targets(batches)
+    assert len(learnt) == count_targets(batches)
     assert loss == pytest.approx(torch.stack(learnt).mean().item(), rel=1e-5)
 
 
@@ -148,12 +148,12 @@ def test_a_gradient_that_is_not_finite_moves_nothing(world):
     model = new_model(world)
     train_only_(model, ["multi_modal_projector"])
     stage = ExperimentConfig().stages()[0]
-    optimizer = trainer.adamw(trainer.stage_groups(model, stage, 0.0), 0.9, 0.95)
+    optimizer = adamw(stage_groups(model, stage, 0.0), 0.9, 0.95)
     before = model.multi_modal_projector.linear_1.weight.clone()
     batch = batches_of(world, model, 8)[0]
     batch.pixels_N3SS[0] = float("inf")
-    loss, norm = trainer.update_(
-        model, optimizer, [batch], trainer.TrainingConfig(bf16=False), targets=9, world=World(torch.device("cpu"))
+    loss, norm = update_(
+        model, optimizer, [batch], TrainingConfig(bf16=False), targets=9, world=World(torch.device("cpu"))
     )
     assert not (torch.tensor([loss, norm]).isfinite().all())
     assert torch.equal(model.multi_modal_projector.linear_1.weight, before)
@@ -213,7 +213,7 @@ def test_another_learning_rate_is_told_and_holds_from_there_on(world, whole_run,
     assert train(config, resume=str(directory_of(whole_run) / "checkpoint-epoch-1-step-5")) == 0
     printed = capsys.readouterr().out
     assert "changed: training.stage2.learning_rate: None at the checkpoint, 0.0007 now" in printed
-    assert "stage 2: 5 steps" in printed and "parameters, with a new optimiser" in printed
+    assert "stage 2: 5 steps" in printed and "parameters, with a new optimizer" in printed
     wanted = [learning_rate_at(step, 7e-4, round(config.training.warmup_ratio * 5), 5) for step in range(5)]
     assert [row["learning_rate"] for row in numbers(config) if "loss" in row] == pytest.approx(wanted)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmllm.training.optim import adamw, learning_rate_at, parameter_groups, set_learning_rates_
+from mmllm.training.step import adamw, learning_rate_at, parameter_groups, set_learning_rates_
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_nearly_nothing():

@@ -1,0 +1,153 @@
+"""A run in progress: what both stages share, when it stops, its checkpoints, and the lines that it writes."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmllm.config.schema import ExperimentConfig
+from mmllm.data.batches import BatchLoader, ReadImage
+from mmllm.data.samples import Sample
+from mmllm.errors import RunError
+from mmllm.models.multimodal import MultimodalLLM
+from mmllm.reporting.log import RunLog, progress_line
+from mmllm.runtime.console import duration, print_rank0, warned_of_disk
+from mmllm.runtime.distributed import World
+from mmllm.runtime.signals import StopSignal
+from mmllm.storage import checkpoint as disk
+from mmllm.storage.checkpoint_writer import CheckpointWriter
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The samples of a run. `sha256` holds the checksums of the data files, see resume.py."""
+
+    train: list[Sample]
+    val: list[Sample]
+    sha256: dict[str, str]
+    read_image: ReadImage | None = None  # None: the pixels of the image file
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stage begins: the steps and epochs of the run before it, and its own steps that are done already."""
+
+    stage: int
+    steps_before: int = 0
+    epochs_before: int = 0
+    done: int = 0
+    updates: int = 0  # of the optimizer
+    is_pending: bool = False  # the run stopped before the validation that was due
+    checkpoint: Path | None = None
+
+
+@dataclass
+class Run:
+    config: ExperimentConfig
+    directory: Path
+    data: TrainingData
+    world: World
+    log: RunLog
+    stop: StopSignal  # of this process; all processes act on `stopping`
+    writer: CheckpointWriter
+    total_steps: int
+    best: dict | None = None  # name and val_loss of the best checkpoint
+    tokens: int = 0  # in all steps
+    stopping: int = 0  # the signal that ends the run, in all processes
+    skipped: int = 0  # steps in a row
+    place: str = "at its start"  # in the stage, for error messages
+    shown: dict[str, float] = field(default_factory=dict)  # smoothed loss and ms, for the console
+    broken: set[int] = field(default_factory=set)  # samples that bad_samples.jsonl lists already
+
+    def sync_stop(self) -> bool:
+        """Whether any process has had a signal, the same answer in all of them; polls the pending save as well.
+
+        A collective: all processes call it at the same places. A later signal waits for the next call.
+        """
+        number, state = self.world.all_reduce_max([self.stop.number, self.writer.state()])
+        self.stopping = self.stopping or number
+        with self._tolerate_failed_save():
+            self.writer.advance(state)
+        return bool(self.stopping)
+
+    def save(
+        self, model: MultimodalLLM, optimizer: torch.optim.Optimizer, progress: dict, val_loss: float | None
+    ) -> None:
+        """Begin a checkpoint, which is written while training goes on; the last one of the run is waited for.
+
+        `progress` are the numbers of stage, stage_step, step and epoch.
+        """
+        self._wait_for_save()
+        name, begin = disk.checkpoint_name(progress["epoch"], progress["step"]), time.perf_counter()
+        best = self.best
+        if val_loss is not None and math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
+            best = {"name": name, "val_loss": val_loss}
+        state = progress | {
+            "is_pending": bool(self.stopping) and val_loss is None,
+            "best": best,
+            "tokens": self.tokens,
+            "num_samples": len(self.data.train),
+            "processes": self.world.size,
+            "data_sha256": self.data.sha256,
+            "config": self.config.to_dict(),
+        }
+
+        def on_complete() -> None:
+            self.best = best
+            best_name = best["name"] if best else name
+            disk.point_best(self.directory, best_name)
+            disk.prune(self.directory, self.config.training.keep_checkpoints, best_name)
+            print_rank0(f"saved {self.directory / name} in {duration(time.perf_counter() - begin)}")
+
+        is_last = bool(self.stopping) or progress["step"] == self.total_steps
+        with self._tolerate_failed_save(is_last):
+            self.writer.begin(self.directory / name, model, optimizer, state, on_complete)
+            if is_last:
+                self.writer.wait()
+
+    def _wait_for_save(self) -> None:
+        with self._tolerate_failed_save():
+            self.writer.wait()
+
+    @contextmanager
+    def _tolerate_failed_save(self, is_last: bool = False) -> Iterator[None]:
+        """One checkpoint that cannot be written is a warning; the second in a row, or the last of the run, is an error."""
+        try:
+            yield
+        except RunError as error:
+            if is_last or self.writer.failures > 1:
+                raise
+            print_rank0(f"warning: {error}; the run goes on and tries again at the next checkpoint")
+
+    def skip_step(self, row: dict, loss: float, norm: float, names: str) -> None:
+        """Log a step whose gradient is not finite; RunError where the settings allow no more of them in a row."""
+        self._wait_for_save()
+        self.skipped += 1
+        what = f"step {row['step']}: loss {loss}, gradient norm {norm}, with the samples {names}"
+        if self.skipped > self.config.training.max_skipped_steps:
+            raise RunError(
+                f"{what}; the weights were not updated. Last checkpoint: {self.writer.last_saved or 'none'}. Look at "
+                "these samples, lower the learning rate, or allow some such steps with training.max_skipped_steps"
+            )
+        print_rank0(f"warning: {what}; skipped")
+        self.log.write(row | {"left_out": f"loss {loss}, gradient norm {norm}"})
+
+    def report_step(self, row: dict, is_last: bool) -> None:
+        self.skipped = 0
+        self.log.write(row)
+        self.shown = {name: 0.9 * self.shown.get(name, row[name]) + 0.1 * row[name] for name in ("loss", "ms")}
+        if is_last or row["step"] % self.config.training.log_steps == 0:
+            print_rank0(progress_line(row | {"ms": self.shown["ms"]}, self.shown["loss"], self.total_steps))
+
+    def report_broken(self, loader: BatchLoader) -> None:
+        """Add to bad_samples.jsonl the images that could not be decoded when they were used."""
+        for index in loader.broken.keys() - self.broken:
+            self.broken.add(index)
+            row = {"index": index, "file": self.data.train[index].id, "reason": loader.broken[index]}
+            with warned_of_disk(self.directory / "bad_samples.jsonl") as path, path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
