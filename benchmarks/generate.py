@@ -25,11 +25,9 @@ from benchmarks.runner import Work, compete, speeds
 from mmllm.config.schema import PRECISIONS
 from mmllm.errors import RunError
 from mmllm.inference.engine import Engine
-from mmllm.inference.generate import drive
 from mmllm.inference.optimize import make_int8_
 from mmllm.inference.pipeline import load_pipeline
-from mmllm.inference.request import Prompt
-from mmllm.inference.sampling import GenerationConfig
+from mmllm.inference.request import GenerationConfig, Handle, Prompt
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device
@@ -213,8 +211,8 @@ def own_answers(spec: dict) -> tuple[dict, Work]:
             heard.append((row, time.perf_counter()))
 
         begin = time.perf_counter()
-        handles = [engine.submit(prompt, config, on_token=partial(hear, row)) for row, prompt in enumerate(prompts)]
-        drive(engine, handles)
+        handles = [Handle(prompt, config, on_token=partial(hear, row)) for row, prompt in enumerate(prompts)]
+        engine.run([engine.submit(handle) for handle in handles])
         total = time.perf_counter() - begin
         answers = [handle.result() for handle in handles]
         if any(len(answer.ids) != asked["new_tokens"] for answer in answers):

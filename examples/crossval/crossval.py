@@ -45,8 +45,9 @@ from mmllm.errors import DataError, UserError, run
 from mmllm.evaluation.evaluate import make_directory, table, write_json
 from mmllm.evaluation.ptb import words
 from mmllm.evaluation.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
-from mmllm.inference.generate import GenerationConfig, Prompt, generate
+from mmllm.inference.generate import generate
 from mmllm.inference.pipeline import load_pipeline
+from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes two seconds to import: only now that the command line is known to be right
     from mmllm.data.samples import load_samples
     from mmllm.inference.pipeline import default_model, load_pipeline
-    from mmllm.inference.sampling import GenerationConfig
+    from mmllm.inference.request import GenerationConfig
 
     evaluator = MultimodalEvaluator(meteor=options.meteor)  # a missing Java is reported now, not after an hour
     without_java = MultimodalEvaluator(meteor=False)

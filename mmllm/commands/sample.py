@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # torch takes two seconds to import: only now that the command line is known to be right
     from mmllm.inference.pipeline import load_pipeline
-    from mmllm.inference.sampling import GenerationConfig
+    from mmllm.inference.request import GenerationConfig
 
     names = {field.name for field in fields(GenerationConfig)}
     config = GenerationConfig(**{name: value for name, value in vars(options).items() if name in names})

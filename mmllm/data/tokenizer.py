@@ -9,7 +9,6 @@ Next: chat.py.
 from pathlib import Path
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from mmllm.errors import CheckpointError
 
@@ -56,22 +55,6 @@ class Tokenizer:
         """The text of `ids` without control tokens."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self) -> "TextStream":
-        """A decoder for ids that come one by one."""
-        return TextStream(self.inner)
-
     def save(self, folder: str | Path) -> None:
         """Writes the file byte for byte as it was: the library would change it."""
         (Path(folder) / FILE).write_bytes(self.content)
-
-
-class TextStream:
-    """Ids in, text out, in pieces of whole characters: one character may take several tokens."""
-
-    def __init__(self, inner: tokenizers.Tokenizer):
-        self.inner = inner
-        self.decoder = DecodeStream(skip_special_tokens=True)
-
-    def step(self, token: int) -> str:
-        """The text that `token` completes; "" while a character is unfinished."""
-        return self.decoder.step(self.inner, token) or ""

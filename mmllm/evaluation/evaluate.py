@@ -87,14 +87,14 @@ def with_other_pictures(tasks: list[Task], seed: int) -> list[Task]:
 def predict(pipeline, tasks: list[Task], config, slots: int, name: str) -> list[str]:
     """What the model says, in the order of the tasks, `slots` of them side by side; pictures are read a few ahead."""
     from mmllm.data.batches import prefetch
-    from mmllm.inference.generate import generate_each
+    from mmllm.inference.generate import generate
 
     def prompt(number: int):
         return pipeline.prompt(list(tasks[number].messages), list(tasks[number].images))
 
     prompts = prefetch(prompt, range(len(tasks)), num_workers=2)
     said = []
-    for answer in generate_each(pipeline.model, prompts, config, slots=slots, is_exact=False):
+    for answer in generate(pipeline.model, prompts, config, slots=slots, is_exact=False):
         said.append(answer.text.strip())
         if sys.stderr.isatty():
             print(f"\r{name}: {len(said)} of {len(tasks)}", end="", file=sys.stderr, flush=True)

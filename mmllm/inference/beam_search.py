@@ -1,14 +1,13 @@
-"""Beam search: several hypotheses of one answer side by side, each in a slot of its own.
+"""Beam search: several hypotheses of one answer side by side, each in its own slot.
 
-The surprising fact: the end token counts. A hypothesis is judged by its sum of log-probabilities over its number of
-tokens to the power of `length_penalty`, and the token that ends it is one of them, as in transformers; leave it out and
-other answers win.
+As in transformers, the end token counts: a hypothesis scores its sum of log-probabilities over its number of tokens to
+the power of `length_penalty`, and the token that ends it is one of them. Without it other answers win.
 
-A hypothesis is finished when its end token ranks among the first B candidates of a step; one ranked lower vanishes. The
-search ends when B are finished and none that lives can beat the worst of them: at its present length
-(`early_stopping` False), at the greatest length allowed ("never"), or at once (True).
+A hypothesis is finished when its end token ranks among the first B candidates of a step; an end token ranked lower is
+dropped. The search ends when B hypotheses are finished and no live beam can beat the worst of them: at its present
+length (`early_stopping` False), at the greatest length allowed ("never"), or immediately (True).
 
-B beams, V vocabulary. Next: engine.py.
+B beams, V vocabulary.
 """
 
 import math
@@ -16,82 +15,86 @@ import math
 import torch
 from torch import Tensor
 
-from mmllm.inference.sampling import GenerationConfig, forbid, not_finite, penalise_repetition, seen_in
+from mmllm.data.tokenizer import Tokenizer
+from mmllm.inference.request import GenerationConfig, Hypothesis
+from mmllm.inference.sampling import forbid, non_finite_error, penalise_repetition, seen_in
+from mmllm.inference.text_stream import whole_text
 
 
 class BeamSearch:
-    """The hypotheses of one request. `finished` holds (score, logprob, ids, reason), best first."""
+    """The beams of one request: the ids of each live one in `beams`, and the `finished` hypotheses, best first."""
 
     def __init__(
         self,
         config: GenerationConfig,
         prompt_ids: tuple[int, ...],
-        stop_ids: frozenset[int],
+        tokenizer: Tokenizer,
         vocab_size: int,
         device: torch.device,
     ):
-        self.config, self.stop_ids, self.vocab_size, self.device = config, stop_ids, vocab_size, device
-        self.scores_B = torch.tensor([0.0], device=device)  # one live beam at the start
+        self.config, self.tokenizer, self.vocab_size, self.device = config, tokenizer, vocab_size, device
+        self.beams: list[tuple[int, ...]] = [()]  # one at the start
+        self.logprobs_B = torch.tensor([0.0], device=device)
+        self.finished: list[Hypothesis] = []
         self.seen_BV: Tensor | None = None
         if config.repetition_penalty != 1:
             self.seen_BV = seen_in(prompt_ids, vocab_size, device)[None]
-        self.live: list[tuple[int, ...]] = [()]
-        self.finished: list[tuple[float, float, tuple[int, ...], str]] = []
 
     def advance(self, logits_BV: Tensor) -> tuple[list[int], list[int]] | None:
-        """The beams of the next step, by the row that each goes on from and the token that it adds; None at the end."""
-        config, beams = self.config, self.config.num_beams
-        n = len(self.live[0]) + 1
-        candidates = self._candidates(logits_BV, n)
-        is_last = n == config.max_new_tokens
-        for score, row, token in candidates[:beams]:
-            if token in self.stop_ids:
-                self._finish(score, n, self.live[row], "stop")
+        """The next beams, as the row that each continues and the token that it adds; None at the end of the search."""
+        num_beams, stop_ids = self.config.num_beams, self.tokenizer.stop_ids
+        length = len(self.beams[0]) + 1
+        is_last = length == self.config.max_new_tokens
+        candidates = self._candidates(logits_BV, length)
+        for logprob, row, token in candidates[:num_beams]:
+            if token in stop_ids:
+                self._finish(logprob, length, self.beams[row], "stop")
             elif is_last:
-                self._finish(score, n, (*self.live[row], token), "length")
-        self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis[0])[:beams]
-        going_on = [candidate for candidate in candidates if candidate[2] not in self.stop_ids][:beams]
-        if is_last or self._is_beaten(going_on[0][0], n):
+                self._finish(logprob, length, (*self.beams[row], token), "length")
+        self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[:num_beams]
+        live = [candidate for candidate in candidates if candidate[2] not in stop_ids][:num_beams]
+        if is_last or self._is_beaten(live[0][0], length):
             return None
-        rows, tokens = [row for _, row, _ in going_on], [token for _, _, token in going_on]
-        self.scores_B = torch.tensor([score for score, _, _ in going_on], device=self.device)
-        self.live = [(*self.live[row], token) for row, token in zip(rows, tokens, strict=True)]
+        logprobs, rows, tokens = (list(column) for column in zip(*live, strict=True))
+        self.logprobs_B = torch.tensor(logprobs, device=self.device)
+        self.beams = [(*self.beams[row], token) for row, token in zip(rows, tokens, strict=True)]
         if self.seen_BV is not None:
             self.seen_BV = self.seen_BV[rows]
             self.seen_BV[range(len(rows)), tokens] = True
         return rows, tokens
 
-    def give_up(self) -> None:
-        """Ends the search with the best hypothesis that lives."""
-        n = max(1, len(self.live[0]))
-        self._finish(float(self.scores_B[0]), n, self.live[0], "cancelled")
-        self.finished = self.finished[-1:]
+    def cancel(self) -> None:
+        """Ends the search with the best live beam as its only hypothesis."""
+        self.finished = []
+        self._finish(float(self.logprobs_B[0]), max(1, len(self.beams[0])), self.beams[0], "cancelled")
 
-    def _candidates(self, logits_BV: Tensor, n: int) -> list[tuple[float, int, int]]:
+    def _candidates(self, logits_BV: Tensor, length: int) -> list[tuple[float, int, int]]:
         """The best continuations: (sum of log-probabilities, row, token), best first."""
+        stop_ids = list(self.tokenizer.stop_ids)
         log_BV = logits_BV.log_softmax(-1)
         if self.seen_BV is not None:
             log_BV = penalise_repetition(log_BV, self.seen_BV, self.config.repetition_penalty)
-        if n <= self.config.min_new_tokens:
-            log_BV = forbid(log_BV, list(range(len(log_BV))), list(self.stop_ids))
-        sums_N = (self.scores_B[:, None] + log_BV).flatten()
-        best = sums_N.topk(min(max(2, 1 + len(self.stop_ids)) * self.config.num_beams, len(sums_N)))
-        values, places = best.values.tolist(), best.indices.tolist()  # the one wait for the device in a step
-        if not math.isfinite(values[0]):  # NaN counts as the largest of all
-            raise not_finite(n - 1)
-        return [
-            (score, flat // self.vocab_size, flat % self.vocab_size) for score, flat in zip(values, places, strict=True)
-        ]
+        if length <= self.config.min_new_tokens:
+            log_BV = forbid(log_BV, list(range(len(log_BV))), stop_ids)
+        sums_N = (self.logprobs_B[:, None] + log_BV).flatten()
+        # Even if every end token ranks first, enough candidates are left for all beams.
+        best = sums_N.topk(min((1 + len(stop_ids)) * self.config.num_beams, len(sums_N)))
+        logprobs, places = best.values.tolist(), best.indices.tolist()  # the one wait for the device in a step
+        if not math.isfinite(logprobs[0]):  # topk ranks NaN first
+            raise non_finite_error(length - 1)
+        pairs = zip(logprobs, places, strict=True)
+        return [(logprob, place // self.vocab_size, place % self.vocab_size) for logprob, place in pairs]
 
-    def _finish(self, logprob: float, n: int, ids: tuple[int, ...], reason: str) -> None:
-        self.finished.append((logprob / n**self.config.length_penalty, logprob, ids, reason))
+    def _finish(self, logprob: float, length: int, ids: tuple[int, ...], reason: str) -> None:
+        score = logprob / length**self.config.length_penalty
+        self.finished.append(Hypothesis(ids, whole_text(self.tokenizer, ids), reason, logprob, score))
 
-    def _is_beaten(self, best: float, n: int) -> bool:
-        """Whether the best live sum of log-probabilities cannot enter the finished ones any more."""
+    def _is_beaten(self, best_logprob: float, length: int) -> bool:
+        """Whether the best live beam can no longer enter the finished hypotheses."""
         config = self.config
         if len(self.finished) < config.num_beams:
             return False
         if config.early_stopping is True:
             return True
-        longest = config.max_new_tokens if config.early_stopping == "never" and config.length_penalty > 0 else n
-        return best / longest**config.length_penalty <= self.finished[-1][0]
+        longest = config.max_new_tokens if config.early_stopping == "never" and config.length_penalty > 0 else length
+        return best_logprob / longest**config.length_penalty <= self.finished[-1].score

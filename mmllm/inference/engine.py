@@ -1,87 +1,80 @@
-"""The engine: many requests side by side in slots, each at its own position, joining and leaving between steps.
+"""The engine answers many requests at once: each has a slot of the KV cache, and every step gives each one token.
 
-The surprising fact: a batch that waits for its slowest row wastes most of itself. Here a row that is done gives its slot
-to the next request at once (continuous batching, https://www.usenix.org/conference/osdi22/presentation/yu), and a
-question that comes in is under way after one step, whatever the others are doing.
+When a request is finished, the next one takes its slot while the others continue (continuous batching,
+https://www.usenix.org/conference/osdi22/presentation/yu); a batch that waits for its slowest row would waste most of
+its time. `Engine.step` is the decode loop: prefill what is waiting, decode one token per row, choose, accept.
 
-An answer does not depend on who else is asking (`is_exact`): a prompt is read by itself, attention never mixes rows
-(cache.py), and on a CPU rows share a matrix product only where it gives each row the bits that it would give it alone;
-torch's own do not, so their rows take turns. On a GPU every step has the same shape, however many slots are taken.
+An answer does not depend on the requests beside it: each prompt is prefilled alone, attention never mixes rows
+(kv_cache.py), and rows share a matrix product only where that does not change their bits (model_runner.py).
 
-One thread drives it: `submit` and `Handle.cancel` may be called from others, `step` from one. No event loop in here.
+One thread drives the engine with `step`; `submit` and `Handle.cancel` may be called from any thread.
 
-B rows of a step, T prompt tokens, D hidden size, V vocabulary. Next: generate.py, pipeline.py, worker.py.
+B rows of a step, V vocabulary.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmllm.errors import GenerationError, RunError, UserError
 from mmllm.inference.beam_search import BeamSearch
-from mmllm.inference.request import Generated, Handle, Hypothesis, Prefix, Prompt
-from mmllm.inference.sampling import GenerationConfig, Row, choose, not_finite
-from mmllm.inference.static_step import FixedStep
-from mmllm.inference.text_stream import AnswerText, whole_text
-from mmllm.layers.lora import has_adapter
-from mmllm.layers.packed import Packed
-from mmllm.layers.quantized import FrozenLinear
-from mmllm.models.kv_cache import KVCache, PerSlot
+from mmllm.inference.model_runner import ModelRunner
+from mmllm.inference.request import Generated, Handle
+from mmllm.inference.sampling import NOT_FINITE, SamplerState, choose, non_finite_error
+from mmllm.inference.static_step import BUCKET
+from mmllm.inference.text_stream import AnswerText
 from mmllm.models.multimodal import MultimodalLLM
 
-GROWTH = 256  # tokens by which the cache grows; GPUs want masks of a multiple of 8
-SLOTS = {"cpu": 4, "cuda": 64, "mps": 4}  # requests side by side where nobody says how many
-
-
-def rounded(length: int) -> int:
-    return -(-length // GROWTH) * GROWTH
+SLOTS = {"cpu": 4, "cuda": 64, "mps": 4}  # default number of requests side by side
 
 
 @dataclass(eq=False)
-class Live:
-    """A request in its slots: one, or one a beam. `position` is where the next token goes."""
+class ActiveRequest:
+    """A request in its slots: one, or one per beam. `sampler` or `search` chooses its tokens."""
 
     handle: Handle
     slots: list[int]
-    text: AnswerText | None
-    search: BeamSearch | None
-    row: Row | None
-    position: int
-    ids: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)  # chosen but not read yet, one a slot
+    position: int  # where the next token goes in the cache
+    text: AnswerText
+    sampler: SamplerState | None = None
+    search: BeamSearch | None = None
+    ids: list[int] = field(default_factory=list)  # the answer so far
+    tokens: list[int] = field(default_factory=list)  # chosen but not yet in the cache, one per slot
+
+    @property
+    def num_rows(self) -> int:
+        return 1 if self.search is None else len(self.search.beams)
 
 
 class Engine:
-    """Answers requests in `slots` slots. `is_exact` False lets rows share any product: faster on a CPU without our
-    kernels, and near ties may fall otherwise in company. `is_compiled` compiles the step (a minute, once a machine).
-    `is_fixed` False keeps it out of a CUDA graph, which cannot hold what the layers of a spread model do besides."""
+    """Answers requests in `slots` slots (None: SLOTS). The cache begins with room for `max_length` tokens and grows.
+
+    `is_exact` False lets rows share any matrix product: faster on a CPU without our kernels, but near ties may then
+    depend on other requests. `is_compiled` compiles the step (a minute, once per machine). `use_static_step` None means
+    on CUDA; a sharded model must not use it, because its collectives do not fit into a CUDA graph.
+    """
 
     def __init__(
         self,
         model: MultimodalLLM,
         slots: int | None = None,
         *,
-        max_length: int = GROWTH,
+        max_length: int = BUCKET,
         prefills_per_step: int = 1,
         is_exact: bool = True,
         is_compiled: bool = False,
-        is_fixed: bool | None = None,
+        use_static_step: bool | None = None,
     ):
-        self.model, self.slots = model, slots or SLOTS[model.device.type]
-        self.tokenizer, self.vocab_size = model.processor.tokenizer, model.config.text.vocab_size
-        self.prefills_per_step = prefills_per_step
-        self.rows_take_turns = is_exact and model.device.type == "cpu" and has_plain_products(model.language_model)
-        with torch.inference_mode():
-            self.cache = KVCache(
-                model.config.text, self.slots, rounded(max_length), device=model.device, dtype=model.dtype
-            )
-        is_fixed = is_compiled or (model.device.type == "cuda" if is_fixed is None else is_fixed)
-        self.fixed = FixedStep(model.language_model, self.cache, self.slots, is_compiled) if is_fixed else None
+        self.model, self.slots, self.prefills_per_step = model, slots or SLOTS[model.device.type], prefills_per_step
+        self.tokenizer = model.processor.tokenizer
+        is_static = is_compiled or (model.device.type == "cuda" if use_static_step is None else use_static_step)
+        self.runner = ModelRunner(model, self.slots, max_length, is_exact, is_compiled, is_static)
         self.waiting: deque[Handle] = deque()
-        self.live: list[Live] = []
+        self.active: list[ActiveRequest] = []
         self.free = list(range(self.slots))
 
     @property
@@ -90,25 +83,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.live)
+        return bool(self.waiting or self.active)
 
-    def submit(
-        self,
-        prompt: Prompt,
-        config: GenerationConfig,
-        *,
-        on_start: Callable[[], None] | None = None,
-        on_token: Callable[[int], None] | None = None,
-        on_text: Callable[[str], None] | None = None,
-        on_done: Callable[[Handle], None] | None = None,
-    ) -> Handle:
-        """Puts a request at the end of the queue. UserError for what could never be answered here."""
-        self.check(prompt, config)
-        handle = Handle(prompt, config, on_start, on_token, on_text, on_done)
-        self.waiting.append(handle)
-        return handle
-
-    def check(self, prompt: Prompt, config: GenerationConfig) -> None:
+    def submit(self, handle: Handle) -> Handle:
+        """Appends a request to the queue and returns it. UserError if it can never be answered here."""
+        prompt, config = handle.prompt, handle.config
         room = self.model.config.text.max_position_embeddings
         if len(prompt.ids) + config.max_new_tokens > room:
             raise UserError(
@@ -117,204 +96,161 @@ class Engine:
             )
         if config.num_beams > self.slots:
             raise UserError(f"num_beams is {config.num_beams}, but this engine has {self.slots} slots; give it more")
+        self.waiting.append(handle)
+        return handle
 
-    @torch.inference_mode()
-    def read(self, ids: tuple[int, ...], pixels_N3SS: Tensor) -> Prefix:
-        """The beginning of prompts, read once, for `Prompt.prefix`. Call it in the thread that drives the engine."""
-        cache = KVCache(self.model.config.text, 1, len(ids), device=self.model.device, dtype=self.model.dtype)
-        self._read(cache, 0, 0, ids, pixels_N3SS)
-        return Prefix(ids, len(pixels_N3SS), *cache.read(0, len(ids)))
+    # The decode loop --------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Lets the cancelled go, reads the prompts of those whose turn it is, and makes one token for every live row.
+        """Drops cancelled requests, prefills waiting ones and decodes one token for every active row.
 
-        Whether anything is left to do. What is wrong with one request is that request's error; what is raised here
-        concerns all of them: then `fail` them.
+        Returns whether work is left. The error of one request goes to its handle; what is raised here concerns all of
+        them: call `fail`.
         """
         self._drop_cancelled()
         for _ in range(self.prefills_per_step):
             if not self._admit():
                 break
-        if self.live:
-            self._decode(list(self.live))
+        if self.active:
+            self._choose(list(self.active), self._decode())
         return self.has_work
 
-    def fail(self, error: BaseException) -> None:
-        """Every request ends with `error`."""
-        for live in list(self.live):
-            self._leave(live, error=error)
-        while self.waiting:
-            self.waiting.popleft().finish(error=error)
-
-    def _drop_cancelled(self) -> None:
-        for live in [live for live in self.live if live.handle.is_cancelled]:
-            if live.search is not None:
-                live.search.give_up()
-            self._end(live, "cancelled")
-        for handle in [handle for handle in list(self.waiting) if handle.is_cancelled]:  # others may be adding to it
-            self.waiting.remove(handle)
-            handle.finish(Generated((), "", "cancelled", len(handle.prompt.ids)))
-
     def _admit(self) -> bool:
-        """Gives the next request its slots and reads its prompt; whether there was one, and room for it."""
+        """Gives the next waiting request its slots and its first token. False: none is waiting, or slots are missing."""
         if not self.waiting or len(self.free) < self.waiting[0].config.num_beams:
             return False
         handle = self.waiting.popleft()
-        config, prompt = handle.config, handle.prompt
-        slots = [self.free.pop(0) for _ in range(config.num_beams)]
-        text = AnswerText(self.tokenizer, config.stop) if config.stop or handle.on_text else None
-        row = search = None
-        if config.num_beams == 1:
-            row = Row(config, prompt.ids, self.vocab_size, self.model.device)
-        else:
-            stop_ids = self.tokenizer.stop_ids
-            search = BeamSearch(config, prompt.ids, stop_ids, self.vocab_size, self.model.device)
-        live = Live(handle, slots, text, search, row, len(prompt.ids))
-        self.live.append(live)
-        if handle.on_start:
-            handle.on_start()
+        request = self._activate(handle)
+        first, *others = request.slots
         try:
-            logits_1V = self._prefill(prompt, config, slots[0])
+            logits_1V = self.runner.prefill(first, handle.prompt, handle.config.max_new_tokens)
         except (UserError, RunError, ValueError, torch.OutOfMemoryError) as error:
-            self._leave_clean(live, error)
+            self._fail_request(request, error)
             return True
-        self.cache.copy_([slots[0]] * (len(slots) - 1), slots[1:], live.position)
-        self._choose([live], logits_1V)
+        self.runner.cache.copy_([first] * len(others), others, request.position)
+        self._choose([request], logits_1V)
         return True
 
-    def _prefill(self, prompt: Prompt, config: GenerationConfig, slot: int) -> Tensor:
-        """Reads a prompt into a slot; the logits of its first new token, (1, V)."""
-        needed = len(prompt.ids) + config.max_new_tokens
-        if needed > self.cache.length:
-            self.cache.grow_(rounded(needed))
-        prefix, start, pixels_N3SS = prompt.prefix, 0, prompt.pixels
-        if prefix is not None and prefix.begins(prompt.ids):
-            self.cache.write(slot, prefix.keys_LGTK, prefix.values_LGTK)
-            start, pixels_N3SS = len(prefix.ids), prompt.pixels[prefix.num_images :]
-        return self._read(self.cache, slot, start, prompt.ids[start:], pixels_N3SS)
+    def _decode(self) -> Tensor:
+        """Puts the last token of every active row into the cache. Logits (B, V) of the next ones."""
+        slots = [slot for request in self.active for slot in request.slots]
+        tokens = [token for request in self.active for token in request.tokens]
+        positions = [request.position for request in self.active for _ in request.slots]
+        for request in self.active:
+            request.position += 1
+        return self.runner.decode(slots, tokens, positions)
 
-    def _read(self, cache: KVCache, slot: int, start: int, ids: tuple[int, ...], pixels_N3SS: Tensor) -> Tensor:
-        language_model, device = self.model.language_model, self.model.device
-        x_1TD = self.model.embed(torch.tensor([ids], device=device), pixels_N3SS)
-        positions_1T = torch.arange(start, start + len(ids), device=device)[None]
-        last = torch.tensor([0], device=device), torch.tensor([len(ids) - 1], device=device)
-        x_1D = language_model(x_1TD, positions_1T, cache=PerSlot(cache, [slot], [start]), keep=last)
-        return language_model.logits(x_1D)
+    def _choose(self, requests: list[ActiveRequest], logits_BV: Tensor) -> None:
+        """Chooses the next token of every row; the rows of logits are in the order of the requests."""
+        first_row = dict(zip(requests, accumulate((r.num_rows for r in requests), initial=0), strict=False))
+        sampled = [request for request in requests if request.search is None]
+        if sampled:
+            rows_BV = logits_BV if len(sampled) == len(requests) else logits_BV[[first_row[r] for r in sampled]]
+            tokens = choose(rows_BV, [request.sampler for request in sampled], list(self.tokenizer.stop_ids))
+            for request, token in zip(sampled, tokens, strict=True):
+                self._accept_token(request, token)
+        for request in requests:
+            if request.search is not None:
+                self._advance_beams(request, logits_BV[first_row[request] :][: request.num_rows])
 
-    def _decode(self, lives: list[Live]) -> None:
-        """Reads the token that every live row chose last, and chooses the next."""
-        slots = [slot for live in lives for slot in live.slots]
-        tokens = [token for live in lives for token in live.tokens]
-        starts = [live.position for live in lives for _ in live.slots]
-        for live in lives:
-            live.position += 1
-        if self.fixed is not None:
-            logits_BV = self.fixed(slots, tokens, starts)
-        elif self.rows_take_turns:
-            each = zip(slots, tokens, starts, strict=True)
-            logits_BV = torch.cat([self._next([slot], [token], [start]) for slot, token, start in each])
-        else:
-            logits_BV = self._next(slots, tokens, starts)
-        self._choose(lives, logits_BV)
-
-    def _next(self, slots: list[int], tokens: list[int], starts: list[int]) -> Tensor:
-        """Logits (B, V) of what follows `tokens`, which go to the positions `starts` of `slots`."""
-        language_model, device = self.model.language_model, self.model.device
-        x_B1D = language_model.embed(torch.tensor(tokens, device=device)[:, None])
-        positions_B1 = torch.tensor(starts, device=device)[:, None]
-        x_B1D = language_model(x_B1D, positions_B1, cache=PerSlot(self.cache, slots, starts))
-        return language_model.logits(x_B1D[:, 0])
-
-    def _choose(self, lives: list[Live], logits_BV: Tensor) -> None:
-        """Takes the next token of every row out of its logits; they lie in the order of the rows."""
-        counts = [1 if live.search is None else len(live.search.live) for live in lives]
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        single = [i for i, live in enumerate(lives) if live.search is None]
-        if single:
-            rows_BV = logits_BV[[starts[i] for i in single]] if len(single) < len(lives) else logits_BV
-            tokens = choose(rows_BV, [lives[i].row for i in single], list(self.tokenizer.stop_ids))
-            for i, token in zip(single, tokens, strict=True):
-                self._hear(lives[i], token)
-        for live, start, count in zip(lives, starts, counts, strict=True):
-            if live.search is not None:
-                self._search(live, logits_BV[start : start + count])
-
-    def _hear(self, live: Live, token: int) -> None:
-        """A row has chosen `token`."""
-        handle = live.handle
-        if token < 0:
-            self._leave_clean(live, not_finite(len(live.ids)))
+    def _accept_token(self, request: ActiveRequest, token: int) -> None:
+        """Adds a chosen token to its answer, or ends the answer."""
+        handle = request.handle
+        if token == NOT_FINITE:
+            self._fail_request(request, non_finite_error(len(request.ids)))
         elif token in self.tokenizer.stop_ids:
-            self._end(live, "stop")
+            self._finish(request, "stop")
         else:
-            live.ids.append(token)
-            live.tokens = [token]
+            request.ids.append(token)
+            request.tokens = [token]
             if handle.on_token:
                 handle.on_token(token)
-            if live.text is not None:
-                self._tell(handle, live.text.feed(token))
-            if live.text is not None and live.text.is_stopped:
-                self._end(live, "stop")
-            elif len(live.ids) == handle.config.max_new_tokens:
-                self._end(live, "length")
+            self._emit_text(handle, request.text.feed(token))
+            if request.text.is_stopped:
+                self._finish(request, "stop")
+            elif len(request.ids) == handle.config.max_new_tokens:
+                self._finish(request, "length")
 
-    def _search(self, live: Live, logits_BV: Tensor) -> None:
-        """A request's beams go on, or end."""
+    def _advance_beams(self, request: ActiveRequest, logits_BV: Tensor) -> None:
+        """Continues the best beams, or ends the search. A beam that continues another one takes over its cache."""
         try:
-            step = live.search.advance(logits_BV)
+            step = request.search.advance(logits_BV)
         except GenerationError as error:
-            self._leave_clean(live, error)
+            self._fail_request(request, error)
             return
         if step is None:
-            self._end(live, live.search.finished[0][3])
+            self._finish(request, request.search.finished[0].finish_reason)
             return
-        rows, live.tokens = step
-        moved = [(live.slots[row], slot) for row, slot in zip(rows, live.slots, strict=True) if live.slots[row] != slot]
-        if moved:
-            sources, targets = zip(*moved, strict=True)
-            self.cache.copy_(list(sources), list(targets), live.position)
+        rows, request.tokens = step
+        pairs = zip((request.slots[row] for row in rows), request.slots, strict=True)
+        moved = [(source, target) for source, target in pairs if source != target]
+        self.runner.cache.copy_([source for source, _ in moved], [target for _, target in moved], request.position)
 
-    def _end(self, live: Live, reason: str) -> None:
-        handle = live.handle
-        hypotheses = ()
-        if live.search is not None:
-            found = live.search.finished[: handle.config.num_return_sequences]
-            hypotheses = tuple(
-                Hypothesis(ids, whole_text(self.tokenizer, list(ids)), why, logprob, score)
-                for score, logprob, ids, why in found
-            )
-            live.ids = list(hypotheses[0].ids)
-            for token in live.ids:
-                if handle.on_token:
-                    handle.on_token(token)
-        if live.text is None:
-            text = whole_text(self.tokenizer, live.ids)
+    # Requests come and go ---------------------------------------------------------------------------------------------
+
+    def _activate(self, handle: Handle) -> ActiveRequest:
+        config, prompt_ids = handle.config, handle.prompt.ids
+        slots, self.free = self.free[: config.num_beams], self.free[config.num_beams :]
+        text = AnswerText(self.tokenizer, config.stop, is_streamed=handle.on_text is not None)
+        request = ActiveRequest(handle, slots, len(prompt_ids), text)
+        vocab_size, device = self.model.config.text.vocab_size, self.model.device
+        if config.num_beams == 1:
+            request.sampler = SamplerState(config, prompt_ids, vocab_size, device)
         else:
-            self._tell(handle, live.text.close(live.ids))
-            text = live.text.text
-        answer = Generated(tuple(live.ids), text, reason, len(handle.prompt.ids), hypotheses)
-        self._leave(live, answer)
+            request.search = BeamSearch(config, prompt_ids, self.tokenizer, vocab_size, device)
+        self.active.append(request)
+        if handle.on_start:
+            handle.on_start()
+        return request
 
-    def _tell(self, handle: Handle, piece: str) -> None:
+    def _drop_cancelled(self) -> None:
+        for request in [request for request in self.active if request.handle.is_cancelled]:
+            if request.search is not None:
+                request.search.cancel()
+            self._finish(request, "cancelled")
+        for handle in [handle for handle in list(self.waiting) if handle.is_cancelled]:  # other threads may append
+            self.waiting.remove(handle)
+            handle.finish(Generated((), "", "cancelled", len(handle.prompt.ids)))
+
+    def _finish(self, request: ActiveRequest, reason: str) -> None:
+        handle, hypotheses = request.handle, ()
+        if request.search is not None:
+            hypotheses = tuple(request.search.finished[: handle.config.num_return_sequences])
+            request.ids = list(hypotheses[0].ids)
+            for token in request.ids if handle.on_token else ():
+                handle.on_token(token)
+        self._emit_text(handle, request.text.close(request.ids))
+        answer = Generated(tuple(request.ids), request.text.text, reason, len(handle.prompt.ids), hypotheses)
+        self._release(request, answer)
+
+    def _emit_text(self, handle: Handle, piece: str) -> None:
         if piece and handle.on_text:
             handle.on_text(piece)
 
-    def _leave_clean(self, live: Live, error: BaseException) -> None:
-        """A request that failed by itself: nothing of it stays behind for the next one in its slots."""
-        self.cache.clear_(live.slots)
-        self._leave(live, error=error)
+    def _fail_request(self, request: ActiveRequest, error: BaseException) -> None:
+        """Ends one request with its error. Its slots are cleared: under a mask, NaN would reach the next request."""
+        self.runner.cache.clear_(request.slots)
+        self._release(request, error=error)
 
-    def _leave(self, live: Live, answer: Generated | None = None, error: BaseException | None = None) -> None:
-        self.live.remove(live)
-        self.free = sorted(self.free + live.slots)
-        live.handle.finish(answer, error)
+    def fail(self, error: BaseException) -> None:
+        """Ends every request with `error`."""
+        for request in list(self.active):
+            self._release(request, error=error)
+        while self.waiting:
+            self.waiting.popleft().finish(error=error)
 
+    def _release(
+        self, request: ActiveRequest, answer: Generated | None = None, error: BaseException | None = None
+    ) -> None:
+        self.active.remove(request)
+        self.free = sorted(self.free + request.slots)
+        request.handle.finish(answer, error)
 
-def has_plain_products(module: nn.Module) -> bool:
-    """Whether some layer is one of torch's matrix products, whose last bits depend on the number of rows."""
-    return any(
-        isinstance(layer, nn.Linear | FrozenLinear)
-        or (isinstance(layer, Packed) and (layer.mixes_rows or has_adapter(layer)))
-        for layer in module.modules()
-    )
+    def run(self, handles: list[Handle], is_cancelled: Callable[[], bool] = bool) -> None:
+        """Steps until all of `handles` are done, or `is_cancelled()`, asked after every step, cancels them."""
+        while not all(handle.is_done for handle in handles):
+            self.step()
+            if is_cancelled():
+                for handle in handles:
+                    handle.cancel()

@@ -1,17 +1,15 @@
-"""A model made ready for answering: loaded in a precision, its layers packed, its step cut to what has to be done.
+"""A model prepared for answering: loaded in a precision, its layers packed, its decoding step cut to fewer operations.
 
-The surprising fact: of the 25 ms that a token took in int8, three went into 49 norms and two dozen small operations a
-layer, each of which costs torch more to start than to do.
-
-The network's files know nothing of this: layers are replaced on the built model, or their `forward` on the instance.
+The model's own files do not know of this: layers of the built model are replaced, or their `forward` on the instance. Of
+the 25 ms of an int8 token, three went into norms and small operations that torch takes longer to start than to do.
 
     float32        nothing is rounded
-    bfloat16       on a CPU the weights alone, where our kernels run (kernels.py); on a GPU everything
-    int8           the weights of both towers' linear layers, one scale a row, and of embedding and head
-    int8-dynamic   the language model's activations too: faster with many rows, at twice the divergence (README)
-    int4           experimental: the language model's layers with a scale for 32 weights; the rest as in int8
+    bfloat16       on a CPU with our kernels only the weights are rounded; on a GPU everything
+    int8           the linear layers of both towers, one scale per row, and the embedding and head
+    int8-dynamic   the language model's activations too: faster with many rows, at twice the divergence
+    int4           experimental: the language model's layers with one scale per 32 weights; the rest as in int8
 
-T tokens, D hidden size. Next: pipeline.py.
+T tokens, D hidden size, P patch size, S image side.
 """
 
 from dataclasses import replace
@@ -41,23 +39,29 @@ from mmllm.models.kv_cache import PerSlot
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Cache, Qwen2Attention, Qwen2MLP, RMSNorm
 
+PRECISIONS_ON = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8"), "mps": ("float32", "bfloat16")}
+
 
 def load_model(source: str | Path, *, device: str | torch.device = "cpu", precision: str = "float32") -> MultimodalLLM:
-    """The model of a directory in one of PRECISIONS, ready to answer and no more to be trained.
+    """The model of a directory in one of PRECISIONS, prepared for answering; it can no longer be trained or saved.
 
-    Adapters are added to weights that can take them. UserError for a precision that the device or the directory has not.
+    UserError for a precision that the device or the directory does not support.
     """
     device = torch.device(device)
-    refuse_impossible(precision, device)
+    if precision not in PRECISIONS:
+        raise UserError(f"dtype {precision!r}; it can be {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS_ON[device.type]:
+        raise UserError(
+            f"dtype {precision} does not run on {device.type}; it can be {', '.join(PRECISIONS_ON[device.type])}"
+        )
     is_float = precision == "float32" or (precision == "bfloat16" and device.type != "cpu")
-    dtype = getattr(torch, precision) if is_float else None
-    model = MultimodalLLM.from_pretrained(source, device=device, dtype=dtype)
+    model = MultimodalLLM.from_pretrained(source, device=device, dtype=getattr(torch, precision) if is_float else None)
     if model.form.is_packed and precision not in BITS:
         raise UserError(f"{source}: its weights are int8, not {precision}; use dtype int8 or int8-dynamic")
-    fold_where_possible_(model)
+    merge_where_possible_(model)
     if not is_float:
         pack_towers_(model, precision)
-        convert_rest_(model)
+        cast_rest_(model)
         if device.type == "cpu" and kernels.native():
             fuse_(model)
     model.form = replace(model.form, precision=precision)
@@ -65,24 +69,17 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
 
 
 def make_int8_(model: MultimodalLLM) -> None:
-    """Makes a model int8 that `save_pretrained` shall write, for answering."""
-    fold_where_possible_(model)
+    """Makes a float model int8, for `save_pretrained` to write a directory that only answers."""
+    merge_where_possible_(model)
     pack_towers_(model, "int8")
 
 
-def fold_where_possible_(model: MultimodalLLM) -> None:
-    """Adds adapters to float weights; beside int8 ones they stay, as the rounding would swallow them."""
-    if model.form.lora and not model.form.rounding and not model.form.is_packed:
+def merge_where_possible_(model: MultimodalLLM) -> None:
+    """Merges adapters into float weights. On rounded weights they stay, as rounding again would lose them."""
+    form = model.form
+    if form.lora and not form.rounding and not form.is_packed:
         merge_lora_(model.language_model)
-        model.form = replace(model.form, lora=None)
-
-
-def refuse_impossible(precision: str, device: torch.device) -> None:
-    if precision not in PRECISIONS:
-        raise UserError(f"dtype {precision!r}; it can be {', '.join(PRECISIONS)}")
-    possible = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8")}.get(device.type, ("float32", "bfloat16"))
-    if precision not in possible:
-        raise UserError(f"dtype {precision} does not run on {device.type}; it can be {', '.join(possible)}")
+        model.form = replace(form, lora=None)
 
 
 @torch.no_grad()
@@ -105,53 +102,52 @@ def pack_towers_(model: MultimodalLLM, precision: str) -> None:
     model.form = replace(model.form, rounding=None, is_packed=precision not in ("bfloat16", "int4"))
 
 
-@torch.no_grad()
-def convert_rest_(model: MultimodalLLM) -> None:
-    """The rest in float32, on a GPU in bfloat16."""
-    is_cpu = model.device.type == "cpu"
+def cast_rest_(model: MultimodalLLM) -> None:
+    """Casts what is not packed to float32, on a GPU to bfloat16."""
+    dtype = torch.float32 if model.device.type == "cpu" else torch.bfloat16
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if is_cpu else torch.bfloat16)
+        parameter.data = parameter.data.to(dtype)
 
 
-# The step -------------------------------------------------------------------------------------------------------------
+# Forward passes of fewer operations, for our CPU kernels --------------------------------------------------------------
 
 
 def fuse_(model: MultimodalLLM) -> None:
-    """Replaces forward passes by what takes fewer operations, where our kernels run."""
-    language_model, embeddings = model.language_model, model.vision_tower.vision_model.embeddings
-    for module in language_model.modules():
+    """Replaces forward passes of the decoding step and of the patch embedding."""
+    for module in model.language_model.modules():
         if isinstance(module, RMSNorm):
-            module.forward = partial(short_norm, module)
+            module.forward = partial(fused_norm, module)
         elif isinstance(module, Qwen2MLP) and module.down_proj.in_features % 16 == 0:
-            module.forward = partial(short_mlp, module)
+            module.forward = partial(fused_mlp, module)
         elif isinstance(module, Qwen2Attention) and module.head_dim % 16 == 0 and module.head_dim <= 256:
-            module.forward = partial(short_attention, module)
-    embeddings.patch_embedding.forward = partial(short_patches, embeddings.patch_embedding)
+            module.forward = partial(fused_attention, module)
+    convolution = model.vision_tower.vision_model.embeddings.patch_embedding
+    convolution.forward = partial(embed_patches, convolution)
 
 
-def short_patches(convolution: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
-    """A convolution whose windows do not overlap is one matrix product, (B, D, S/P, S/P): a quarter of the time."""
+def embed_patches(convolution: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
+    """A convolution of windows that do not overlap as one matrix product, (B, D, S/P, S/P): a quarter of the time."""
     side = convolution.kernel_size[0]
     windows = pixels_B3SS.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
     return F.linear(windows, convolution.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
-def short_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+def fused_norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return torch.ops.mmllm.rms_norm(x, norm.weight, norm.eps)
 
 
-def short_mlp(mlp: Qwen2MLP, x_BTD: Tensor) -> Tensor:
+def fused_mlp(mlp: Qwen2MLP, x_BTD: Tensor) -> Tensor:
     return mlp.down_proj(torch.ops.mmllm.swiglu(side_by_side((mlp.gate_proj, mlp.up_proj), x_BTD)))
 
 
-def short_attention(
+def fused_attention(
     attention: Qwen2Attention,
     x_BTD: Tensor,
     rope: tuple[Tensor, Tensor],
     attend_B1TS: Tensor | None,
     cache: Cache | None,
 ) -> Tensor:
-    """One token a row, as in decoding: projections in one call; turning, caching and attending in another."""
+    """With one token per row, as in decoding: one call for the projections, one for rotation, cache and attention."""
     if x_BTD.shape[1] > 1 or not isinstance(cache, PerSlot):
         return Qwen2Attention.forward(attention, x_BTD, rope, attend_B1TS, cache)
     qkv_B1N = side_by_side((attention.q_proj, attention.k_proj, attention.v_proj), x_BTD)

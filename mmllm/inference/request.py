@@ -1,48 +1,99 @@
-"""What is asked of the model and what comes back.
+"""What the engine is asked and what it returns.
 
-The surprising fact: most of what a question about a picture costs is the picture. A `Prefix` keeps what the model has
-computed for it, so that the second question pays for its own words only.
-Next: engine.py.
+Most of the cost of a question about an image is the image itself. A `Prefix` keeps the keys and values computed for it,
+so that a second question about the same image costs only its own tokens.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mmllm.inference.sampling import GenerationConfig
+from mmllm.errors import UserError
+
+GREEDY_BELOW = 1e-3  # dividing logits by a smaller temperature overflows; it means greedy
+MAX_STOPS = 16
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to decode: `temperature` 0 is greedy, `top_k` 0, `top_p` 1 and `min_p` 0 filter nothing.
+
+    An answer ends before the first of the strings in `stop`. Beam search with `num_beams` returns the best
+    `num_return_sequences` hypotheses; `early_stopping` is False, True or "never" as in transformers.
+    UserError for values out of range.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    min_p: float = 0.0
+    min_new_tokens: int = 0
+    early_stopping: bool | str = False
+    num_return_sequences: int = 1
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        is_stop_list = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
+        for name, is_valid, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
+            ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
+            ("num_return_sequences", 1 <= self.num_return_sequences <= self.num_beams, "from 1 to num_beams"),
+            ("stop", is_stop_list and len(self.stop) <= MAX_STOPS, f"a tuple of at most {MAX_STOPS} non-empty strings"),
+        ):
+            if not is_valid:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+        if self.num_beams > 1 and not self.is_greedy:
+            raise UserError(
+                f"num_beams {self.num_beams} with temperature {self.temperature}: beam search does not sample"
+            )
+        if self.num_beams > 1 and self.stop:
+            raise UserError(f"num_beams {self.num_beams} with stop strings: beam search ends at the end token only")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the token of the largest logit is always right."""
+        return self.is_greedy and self.repetition_penalty == 1 and self.min_new_tokens == 0
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The beginning of prompts, read once: its ids, its number of pictures, and keys and values (L, G, T, K)."""
+    """The computed beginning of prompts: token ids, pixels of its images (n, 3, S, S), keys and values (L, G, T, K)."""
 
     ids: tuple[int, ...]
-    num_images: int
+    pixels: Tensor
     keys_LGTK: Tensor
     values_LGTK: Tensor
 
     def begins(self, ids: tuple[int, ...]) -> bool:
-        """Whether a prompt of `ids` begins so and goes on."""
+        """Whether a prompt of `ids` begins with this prefix and continues after it."""
         return len(ids) > len(self.ids) and ids[: len(self.ids)] == self.ids
 
 
 @dataclass(frozen=True)
-class EncodedImage:
-    """A picture that the model has looked at once, to be asked about many times: a value that its user may keep.
-
-    `pixels` are (3, S, S); `prefix` is all of a conversation that begins with this picture, up to the first word.
-    """
-
-    pixels: Tensor
-    prefix: Prefix
-
-
-@dataclass(frozen=True)
 class Prompt:
-    """Token ids with their image places, and the pictures that belong there: (n, 3, S, S), n may be 0.
+    """Token ids with image placeholders, and the pixels (n, 3, S, S) of the images in order; n may be 0.
 
-    Where the ids begin with those of `prefix` (its pictures are then the first ones), they are not read again.
+    If the ids begin with those of `prefix`, that part is not computed again; its images are then the first ones.
     """
 
     ids: tuple[int, ...]
@@ -52,8 +103,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One way that beam search found: `logprob` is the sum over its tokens, the end token's included; `score` is
-    `logprob / tokens ** length_penalty`."""
+    """A result of beam search. `logprob` is the sum over its tokens, end token included;
+    `score` is `logprob / tokens ** length_penalty`."""
 
     ids: tuple[int, ...]
     text: str
@@ -64,9 +115,9 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Generated:
-    """An answer. `ids` are without the token that ended it; `finish_reason` is "stop", "length" or "cancelled".
+    """An answer. `ids` exclude the end token; `finish_reason` is "stop", "length" or "cancelled".
 
-    Under beam search `hypotheses` are the best `num_return_sequences`, the answer itself first.
+    Beam search also returns the best `num_return_sequences` as `hypotheses`, of which the first is the answer.
     """
 
     ids: tuple[int, ...]
@@ -78,11 +129,11 @@ class Generated:
 
 @dataclass(eq=False)
 class Handle:
-    """A request that was handed in. Exactly one of `answer` and `error` is set when it is done.
+    """A submitted request. When it is done, exactly one of `answer` and `error` is set.
 
-    The callbacks are called in the thread that drives the engine: `on_start()` when the request gets its slot,
-    `on_token(id)` for every token, `on_text(piece)` for text of whole characters that no stop string can take back,
-    `on_done(handle)` at the end. Under beam search tokens and text come at the end.
+    The callbacks run in the thread that drives the engine: `on_start()` when the request gets its slot, `on_token(id)`
+    for every token, `on_text(piece)` for every piece of text that is final, and `on_done(handle)` at the end. Under
+    beam search all tokens and text come at the end.
     """
 
     prompt: Prompt
@@ -100,11 +151,11 @@ class Handle:
         return self.answer is not None or self.error is not None
 
     def cancel(self) -> None:
-        """Gives the answer up, from any thread: its slot is free after the step under way."""
+        """Ends the request after the current step; may be called from any thread."""
         self.is_cancelled = True
 
     def result(self) -> Generated:
-        """The answer; raises what it failed with."""
+        """The answer; raises the request's error if it failed, ValueError if it is not done."""
         if self.error is not None:
             raise self.error
         if self.answer is None:

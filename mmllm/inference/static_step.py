@@ -1,11 +1,10 @@
-"""A decoding step of one fixed shape, for machines that are slowed down by starting work and not by doing it.
+"""A decoding step of one fixed shape, for GPUs that spend more time launching kernels than running them.
 
-The surprising fact: on a large GPU this model's step is some 300 kernels of a few microseconds, and telling the GPU to
-start them takes four times as long as the work. A CUDA graph is told once and then runs as one; it needs the same
-addresses and shapes each time, so every slot takes part, taken or not. The same shape serves `torch.compile`, which
-makes fewer, larger kernels.
+On a large GPU a step of this model is some 300 kernels of a few microseconds each, and launching them takes four times
+as long as their work. A CUDA graph launches all of them at once. It needs the same addresses and shapes each time, so
+every slot takes part, in use or not. `torch.compile` uses the same fixed shape to make fewer, larger kernels.
 
-S slots, V vocabulary. Next: engine.py.
+S slots, V vocabulary.
 """
 
 import os
@@ -18,63 +17,69 @@ from mmllm.models.kv_cache import AllSlots, KVCache
 from mmllm.models.qwen import Qwen2
 from mmllm.runtime.machine import cache_folder
 
-BUCKET = 256  # attention goes over a multiple of so many positions: few shapes, little waste
+BUCKET = 256  # the cache and the length of attention are multiples of this: few shapes, little waste
 
 
-def compiled(step: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-    """Compiled for each length; what was compiled is kept from run to run where our own kernels are."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-    lengths = 2**15 // BUCKET
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, lengths)
-    return torch.compile(step, dynamic=False)
+def round_up(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
 
 
-class FixedStep:
-    """The logits of the next tokens, from a graph (on CUDA) or from compiled code for each length of attention."""
+class StaticStep:
+    """Logits of the next tokens, by a CUDA graph or by compiled code for each length of attention."""
 
     def __init__(self, language_model: Qwen2, cache: KVCache, slots: int, is_compiled: bool):
         self.language_model, self.cache = language_model, cache
         device = cache.keys.device
         self.tokens_S = torch.zeros(slots, dtype=torch.long, device=device)
         self.positions_S = torch.zeros(slots, dtype=torch.long, device=device)
-        self.run = compiled(self._run) if is_compiled else self._run
+        self.forward = compile_step(self._forward) if is_compiled else self._forward
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.captured_keys = cache.keys
 
-    def __call__(self, slots: list[int], tokens: list[int], starts: list[int]) -> Tensor:
-        """Logits (B, V) of what follows `tokens`, which go to the positions `starts` of `slots`."""
-        all_tokens, all_starts = [0] * len(self.tokens_S), [0] * len(self.tokens_S)  # a free slot writes to its start
-        for slot, token, start in zip(slots, tokens, starts, strict=True):
-            all_tokens[slot], all_starts[slot] = token, start
-        self.tokens_S.copy_(torch.tensor(all_tokens))
-        self.positions_S.copy_(torch.tensor(all_starts))
-        length = min(-(-(max(starts) + 1) // BUCKET) * BUCKET, self.cache.length)
-        logits_SV = self._graph(length) if self.tokens_S.is_cuda else self.run(length)
+    def __call__(self, slots: list[int], tokens: list[int], positions: list[int]) -> Tensor:
+        """Logits (B, V) of what follows `tokens`, which go to `positions` of `slots`."""
+        all_tokens, all_positions = [0] * len(self.tokens_S), [0] * len(self.tokens_S)
+        for slot, token, position in zip(slots, tokens, positions, strict=True):
+            all_tokens[slot], all_positions[slot] = token, position
+        self.tokens_S.copy_(
+            torch.tensor(all_tokens)
+        )  # a free slot writes to position 0, which its next request overwrites
+        self.positions_S.copy_(torch.tensor(all_positions))
+        length = min(round_up(max(positions) + 1), self.cache.length)
+        logits_SV = self._replay(length) if self.tokens_S.is_cuda else self.forward(length)
         if slots == list(range(len(logits_SV))):
             return logits_SV
-        return torch.stack([logits_SV[slot] for slot in slots])  # by a list of numbers it would wait for the device
+        return torch.stack([logits_SV[slot] for slot in slots])  # indexing by a list would wait for the device
 
-    def _run(self, length: int) -> Tensor:
-        rows = AllSlots(self.cache, self.positions_S, length)
+    def _forward(self, length: int) -> Tensor:
+        cache = AllSlots(self.cache, self.positions_S, length)
         x_S1D = self.language_model.embed(self.tokens_S[:, None])
-        return self.language_model.logits(self.language_model(x_S1D, self.positions_S[:, None], cache=rows)[:, 0])
+        return self.language_model.logits(self.language_model(x_S1D, self.positions_S[:, None], cache=cache)[:, 0])
 
-    def _graph(self, length: int) -> Tensor:
-        """Runs the step as a graph, which is captured when a length is new or the cache has moved."""
+    def _replay(self, length: int) -> Tensor:
+        """Runs the graph for `length`, captured when the length is new or the cache has been reallocated."""
         if self.captured_keys is not self.cache.keys:
             self.graphs.clear()
             self.captured_keys = self.cache.keys
         if length not in self.graphs:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # what is made at the first call only must not be part of the graph
+            with torch.cuda.stream(side):  # the work of first calls must not become part of the graph
                 for _ in range(2):
-                    self.run(length)
+                    self.forward(length)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                logits_SV = self.run(length)
+                logits_SV = self.forward(length)
             self.graphs[length] = graph, logits_SV
         graph, logits_SV = self.graphs[length]
         graph.replay()
         return logits_SV
+
+
+def compile_step(step: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    """`step` compiled anew for each length. The results are kept on disk beside our own kernels."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    lengths = 2**15 // BUCKET
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, lengths)
+    return torch.compile(step, dynamic=False)

@@ -1,62 +1,66 @@
-"""The text of an answer as it grows: whole characters, and never a piece of a string that ends it.
+"""The text of an answer while its tokens arrive: whole characters only, and nothing of the stop string that ends it.
 
-The surprising fact: a token ends neither at a character nor at a stop string. One emoji takes three tokens, and one
-token may hold the end of the answer, the stop string and what would have followed. So text is held back while it could
-still become something else, and cut inside a token where it must be.
-Next: request.py.
+Tokens end neither at characters nor at stop strings: one emoji takes three tokens, and one token may hold the end of
+the answer, the stop string and more. So text that could be the beginning of a stop string is held back until the next
+tokens decide, and the answer may be cut inside a token.
 """
+
+from tokenizers.decoders import DecodeStream
 
 from mmllm.data.tokenizer import Tokenizer
 
-UNFINISHED = "\ufffd"  # what decoders put in the place of half a character
+UNFINISHED = "\ufffd"  # decoders write this for an incomplete character
 
 
 class AnswerText:
-    """Ids in, text out. The pieces that `feed` and `close` give are together `text`, cut before the first stop string.
+    """Decodes an answer token by token. The pieces returned by `feed` and `close` join to `text`.
 
-    First is the one that ends first: so the text is the same however it was cut into tokens.
+    `text` ends before the stop string that is complete first, so it does not depend on how it is cut into tokens.
+    Without stop strings and with `is_streamed` False, all of it comes from `close`, which is cheaper.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), *, is_streamed: bool = True):
         self.tokenizer, self.stops = tokenizer, stops
-        self.stream = tokenizer.stream()
-        self.text, self.told = "", 0
+        self.decoder = DecodeStream(skip_special_tokens=True) if is_streamed or stops else None
+        self.text, self.num_emitted = "", 0
         self.is_stopped = False
 
     def feed(self, token: int) -> str:
-        """What may be shown now that `token` is there; `is_stopped` tells whether the answer has ended with it."""
-        self.text += self.stream.step(token)
-        return self._tell()
+        """The text that may be shown after `token`; sets `is_stopped` when a stop string is complete."""
+        if self.decoder is None:
+            return ""
+        self.text += self.decoder.step(self.tokenizer.inner, token) or ""
+        self._cut()
+        held_back = 0 if self.is_stopped else longest_overlap(self.text[self.num_emitted :], self.stops)
+        return self._emit(len(self.text) - held_back)
 
     def close(self, ids: list[int]) -> str:
-        """The rest, when no token will follow `ids`: all but half a character at the end."""
+        """The rest of the text, given all `ids` of the answer; an incomplete character at the end is dropped."""
         if not self.is_stopped:
             self.text = whole_text(self.tokenizer, ids)
             self._cut()
-        return self._tell(is_all=True)
+        return self._emit(len(self.text))
 
-    def _tell(self, *, is_all: bool = False) -> str:
-        self._cut()
-        held = 0 if self.is_stopped or is_all else longest_beginning(self.text[self.told :], self.stops)
-        piece = self.text[self.told : len(self.text) - held]
-        self.told += len(piece)
+    def _emit(self, end: int) -> str:
+        piece = self.text[self.num_emitted : end]
+        self.num_emitted += len(piece)
         return piece
 
     def _cut(self) -> None:
-        """Takes off the first stop string and what follows; none can begin before `told`, or it would be held back."""
-        fresh = self.text[self.told :]
-        found = [(at + len(stop), at) for stop in self.stops if (at := fresh.find(stop)) >= 0]
+        """Cuts `text` before the first complete stop string, which cannot begin in what was already emitted."""
+        fresh = self.text[self.num_emitted :]
+        found = [(start + len(stop), start) for stop in self.stops if (start := fresh.find(stop)) >= 0]
         if found and not self.is_stopped:
-            self.text = self.text[: self.told + min(found)[1]]
+            self.text = self.text[: self.num_emitted + min(found)[1]]
             self.is_stopped = True
 
 
-def longest_beginning(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` with which one of `stops` begins."""
+def longest_overlap(text: str, stops: tuple[str, ...]) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of one of `stops`."""
     sizes = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
     return max(sizes, default=0)
 
 
-def whole_text(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text of a whole answer, without half a character at its end."""
+def whole_text(tokenizer: Tokenizer, ids: list[int] | tuple[int, ...]) -> str:
+    """The text of a complete answer, without an incomplete character at its end."""
     return tokenizer.decode(ids).rstrip(UNFINISHED)

@@ -39,8 +39,7 @@ from mmllm import __version__
 from mmllm.data.image import decode, decode_base64
 from mmllm.errors import GenerationError, ImageError, RunError, UserError
 from mmllm.inference.pipeline import DEFAULT_PROMPT, MultimodalInferencePipeline
-from mmllm.inference.request import Generated, Prompt
-from mmllm.inference.sampling import GenerationConfig
+from mmllm.inference.request import Generated, GenerationConfig, Prompt
 from mmllm.serving.conversations import Conversation, Conversations
 from mmllm.serving.events import EventStream, Pieces
 from mmllm.serving.http import (

@@ -17,11 +17,10 @@ from PIL import Image
 
 from mmllm.data.chat import user
 from mmllm.errors import RunError, UserError
-from mmllm.inference.engine import GROWTH, Engine
-from mmllm.inference.generate import drive
+from mmllm.inference.engine import Engine
 from mmllm.inference.pipeline import MultimodalInferencePipeline
-from mmllm.inference.request import Generated, Handle, Prompt
-from mmllm.inference.sampling import GenerationConfig
+from mmllm.inference.request import Generated, GenerationConfig, Handle, Prompt
+from mmllm.inference.static_step import BUCKET
 
 log = logging.getLogger("mmllm.serving")
 
@@ -69,7 +68,7 @@ class Worker:
     """
 
     def __init__(
-        self, load: Callable[[], MultimodalInferencePipeline], slots: int | None = None, max_context: int = GROWTH
+        self, load: Callable[[], MultimodalInferencePipeline], slots: int | None = None, max_context: int = BUCKET
     ):
         self.load, self.wanted_slots, self.max_context = load, slots, max_context
         self.thread = ThreadPoolExecutor(1, "model")
@@ -101,11 +100,11 @@ class Worker:
     def _load(self) -> None:
         start = time.perf_counter()
         pipeline = self.load()
-        is_fixed = pipeline.model.device.type == "cuda"  # there the step has one shape, made for the longest context
-        engine = Engine(pipeline.model, self.wanted_slots, max_length=self.max_context if is_fixed else GROWTH)
+        is_static = pipeline.model.device.type == "cuda"  # there the step has one shape, made for the longest context
+        engine = Engine(pipeline.model, self.wanted_slots, max_length=self.max_context if is_static else BUCKET)
         prompt = pipeline.prompt([user("?", images=1)], [Image.new("RGB", (1, 1))])
-        handle = engine.submit(prompt, GenerationConfig(max_new_tokens=2))
-        drive(engine, [handle])
+        handle = engine.submit(Handle(prompt, GenerationConfig(max_new_tokens=2)))
+        engine.run([handle])
         handle.result()
         self.engine, self.pipeline = engine, pipeline
         log.info(f"ready after {time.perf_counter() - start:.1f} s")
@@ -163,11 +162,13 @@ class Worker:
             if self.error is not None:
                 raise RunError("the model failed")
             job.handle = self.engine.submit(
-                prompt,
-                config,
-                on_start=lambda: self.events.append((job.start, None)),
-                on_text=tell and (lambda piece: self.events.append((job.hear, piece))),
-                on_done=lambda handle: self._done(job, handle),
+                Handle(
+                    prompt,
+                    config,
+                    on_start=lambda: self.events.append((job.start, None)),
+                    on_text=tell and (lambda piece: self.events.append((job.hear, piece))),
+                    on_done=lambda handle: self._done(job, handle),
+                )
             )
         self.wake.set()
         return job

@@ -15,8 +15,7 @@ from mmllm.data.chat import IMAGE
 from mmllm.data.samples import Sample
 from mmllm.errors import ImageError
 from mmllm.inference.generate import generate
-from mmllm.inference.request import Prompt
-from mmllm.inference.sampling import GenerationConfig
+from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import stderr
 from mmllm.runtime.device import autocast
@@ -118,6 +117,8 @@ def sample_captions(
     if room < 1:
         return []
     settings = GenerationConfig(max_new_tokens=min(CAPTION_TOKENS, room))
-    is_fixed = False if is_sharded(model) else None
-    answers = generate(model, prompts, settings, is_exact=False, is_fixed=is_fixed, cancelled=is_stopped)
+    use_static_step = False if is_sharded(model) else None
+    answers = generate(
+        model, prompts, settings, is_exact=False, use_static_step=use_static_step, is_cancelled=is_stopped
+    )
     return [caption | {"answer": answer.text} for caption, answer in zip(captions, answers, strict=True)]

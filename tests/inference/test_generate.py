@@ -7,8 +7,7 @@ import torch
 
 from mmllm.errors import GenerationError, UserError
 from mmllm.inference.generate import generate
-from mmllm.inference.request import Prompt
-from mmllm.inference.sampling import GenerationConfig
+from mmllm.inference.request import Generated, GenerationConfig, Prompt
 from mmllm.models.multimodal import MultimodalLLM
 from official import write_model
 
@@ -24,10 +23,14 @@ def text_prompt(*ids: int) -> Prompt:
     return Prompt(ids, NO_IMAGE)
 
 
+def answer(model: MultimodalLLM, prompt: Prompt, **options) -> Generated:
+    return next(generate(model, [prompt], GenerationConfig(**options)))
+
+
 def test_greedy_is_the_argmax_of_the_whole_sequence_at_every_step(model):
     """The cache against the slow way: the whole text anew for every token."""
     ids = [5, 17, 3, 200]
-    fast = generate(model, [text_prompt(*ids)], GenerationConfig(max_new_tokens=12))[0].ids
+    fast = answer(model, text_prompt(*ids), max_new_tokens=12).ids
     with torch.no_grad():
         for token in fast:
             assert model.logits(torch.tensor([ids]), NO_IMAGE)[0, -1].argmax() == token
@@ -37,47 +40,39 @@ def test_greedy_is_the_argmax_of_the_whole_sequence_at_every_step(model):
 def test_an_answer_does_not_depend_on_its_neighbours(model):
     prompts = [text_prompt(*range(3, 3 + n)) for n in (2, 9, 30, 1)]
     for config in (GenerationConfig(max_new_tokens=8), GenerationConfig(max_new_tokens=8, temperature=1.0, seed=3)):
-        alone = [generate(model, [prompt], config)[0].ids for prompt in prompts]
-        assert [answer.ids for answer in generate(model, prompts, config)] == alone
+        alone = [next(generate(model, [prompt], config)).ids for prompt in prompts]
+        assert [one.ids for one in generate(model, prompts, config)] == alone
 
 
 def test_a_seed_repeats_an_answer_and_another_seed_changes_it(model):
     first, again, other = (
-        generate(model, [text_prompt(5, 6)], GenerationConfig(max_new_tokens=10, temperature=1.5, seed=seed))[0].ids
-        for seed in (7, 7, 8)
+        answer(model, text_prompt(5, 6), max_new_tokens=10, temperature=1.5, seed=seed).ids for seed in (7, 7, 8)
     )
     assert first == again != other
 
 
-def test_pictures_change_the_answer(model):
+def test_images_change_the_answer(model):
     image_id, places = model.config.image_token_id, model.config.num_image_tokens
     prompt = (4, *[image_id] * places, 9)
-    pictures = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    first, second = (
-        generate(model, [Prompt(prompt, pixels)], GenerationConfig(max_new_tokens=10))[0].ids for pixels in pictures
-    )
+    images = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first, second = (answer(model, Prompt(prompt, pixels), max_new_tokens=10).ids for pixels in images)
     assert first != second
 
 
-def test_a_cancelled_answer_ends_within_one_step(model):
-    heard = []
-    answer = generate(
-        model,
-        [text_prompt(5, 6)],
-        GenerationConfig(max_new_tokens=50),
-        on_token=lambda row, token: heard.append(token),
-        cancelled=lambda: len(heard) == 3,
-    )[0]
-    assert (answer.finish_reason, len(answer.ids)) == ("cancelled", 3)
+def test_cancelled_answers_end_within_one_step(model):
+    asked = iter([False, False, True])
+    prompts, config = [text_prompt(5, 6), text_prompt(9)], GenerationConfig(max_new_tokens=50, min_new_tokens=50)
+    answers = list(generate(model, prompts, config, is_cancelled=lambda: next(asked, True)))
+    assert [(one.finish_reason, len(one.ids)) for one in answers] == [("cancelled", 4)] * 2  # prefill and three steps
 
 
-def test_logits_that_are_not_finite_are_an_error_and_not_exclamation_marks(model):
+def test_non_finite_logits_are_an_error_and_not_exclamation_marks(model):
     weight = model.language_model.model.norm.weight
     before = weight.detach().clone()
     weight.data[0] = math.nan
     try:
         with pytest.raises(GenerationError, match="not finite at token 0"):
-            generate(model, [text_prompt(5)], GenerationConfig())
+            answer(model, text_prompt(5))
     finally:
         weight.data.copy_(before)
 
@@ -85,7 +80,7 @@ def test_logits_that_are_not_finite_are_an_error_and_not_exclamation_marks(model
 def test_a_prompt_without_room_for_the_answer_is_refused_with_both_counts(model):
     room = model.config.text.max_position_embeddings
     with pytest.raises(UserError, match=rf"2 tokens and max_new_tokens is {room - 1}.* {room} positions"):
-        generate(model, [text_prompt(5, 6)], GenerationConfig(max_new_tokens=room - 1))
+        answer(model, text_prompt(5, 6), max_new_tokens=room - 1)
 
 
 # --- beam search on a model whose next-token probabilities are a table -------------------------------------------
@@ -132,15 +127,18 @@ HYPOTHESES = [  # options, then the hypotheses and their scores, as worked out b
 @pytest.mark.parametrize("options, wanted", HYPOTHESES)
 def test_beam_search_finds_the_hypotheses_worked_out_by_hand(bigram_model, options, wanted):
     options = {"max_new_tokens": 5, "num_beams": 2, "num_return_sequences": len(wanted)} | options
-    answer = generate(bigram_model, [text_prompt(S)], GenerationConfig(**options))[0]
-    found = {"".join({A: "a", B: "b", C: "c"}[token] for token in one.ids): one.score for one in answer.hypotheses}
+    found_answer = answer(bigram_model, text_prompt(S), **options)
+    found = {
+        "".join({A: "a", B: "b", C: "c"}[token] for token in one.ids): one.score for one in found_answer.hypotheses
+    }
     assert list(found) == list(wanted)
     assert list(found.values()) == pytest.approx(list(wanted.values()), abs=1e-4)
-    for one in answer.hypotheses:
+    for one in found_answer.hypotheses:
         assert one.finish_reason == ("length" if len(one.ids) == 5 else "stop")
         tokens = len(one.ids) + (one.finish_reason == "stop")
         assert one.score == pytest.approx(one.logprob / tokens ** options["length_penalty"])
-    assert (answer.ids, answer.text) == (answer.hypotheses[0].ids, answer.hypotheses[0].text)
+    best = found_answer.hypotheses[0]
+    assert (found_answer.ids, found_answer.text) == (best.ids, best.text)
 
 
 # --- whole answers of transformers ---------------------------------------------------------------------------------
@@ -172,7 +170,7 @@ def generated_by_transformers(theirs, ids: list[int], stop_ids: list[int], **opt
 def test_a_greedy_answer_is_that_of_transformers(model, theirs, options):
     stop_ids = list(model.processor.tokenizer.stop_ids)
     for ids in ([7, 30, 12, 99], [5], [250, 3, 3, 80, 41, 6]):
-        ours = generate(model, [text_prompt(*ids)], GenerationConfig(max_new_tokens=25, **options))[0]
+        ours = answer(model, text_prompt(*ids), max_new_tokens=25, **options)
         assert [list(ours.ids)] == generated_by_transformers(theirs, ids, stop_ids, max_new_tokens=25, **options)[0]
 
 
@@ -192,7 +190,7 @@ def test_beams_and_their_scores_are_those_of_transformers(model, theirs, options
     options = {"max_new_tokens": 9, "num_return_sequences": options["num_beams"]} | options
     stop_ids = list(model.processor.tokenizer.stop_ids)
     for ids in ([7, 30, 12, 99], [5]):
-        ours = generate(model, [text_prompt(*ids)], GenerationConfig(**options))[0].hypotheses
+        ours = answer(model, text_prompt(*ids), **options).hypotheses
         answers, scores = generated_by_transformers(theirs, ids, stop_ids, **options)
         assert [list(one.ids) for one in ours] == answers
         assert [one.score for one in ours] == pytest.approx(scores, abs=1e-3)  # sums of nine tokens, once times nine

@@ -1,4 +1,4 @@
-"""The model as a person uses it."""
+"""The pipeline: captions, answers and conversations."""
 
 import os
 
@@ -10,7 +10,7 @@ from mmllm import MultimodalInferencePipeline, MultimodalLLM
 from mmllm.data.chat import IMAGE, user
 from mmllm.errors import ImageError, UserError
 from mmllm.inference.pipeline import default_model, load_pipeline
-from mmllm.inference.sampling import GenerationConfig
+from mmllm.inference.request import GenerationConfig
 from mmllm.models.config import MultimodalConfig
 from official import write_model
 
@@ -24,91 +24,91 @@ def pipeline(request, tmp_path_factory) -> MultimodalInferencePipeline:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "x.png"
+def image_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "x.png"
     Image.radial_gradient("L").save(path)
     return path
 
 
-def test_a_caption_is_the_answer_to_the_default_prompt(pipeline, picture):
-    caption = pipeline.caption_image(picture, config=SHORT)
-    assert caption == pipeline.answer_question(picture, "Describe this image.", SHORT)
+def test_a_caption_is_the_answer_to_the_default_prompt(pipeline, image_path):
+    caption = pipeline.caption_image(image_path, config=SHORT)
+    assert caption == pipeline.answer_question(image_path, "Describe this image.", SHORT)
 
 
-def test_a_picture_is_the_same_as_path_bytes_and_pil(pipeline, picture):
+def test_an_image_is_the_same_as_path_bytes_and_pil(pipeline, image_path):
     answers = {
         pipeline.caption_image(image, config=SHORT)
-        for image in (picture, str(picture), picture.read_bytes(), Image.open(picture))
+        for image in (image_path, str(image_path), image_path.read_bytes(), Image.open(image_path))
     }
     assert len(answers) == 1
 
 
-def test_a_conversation_remembers_its_turns_and_its_picture(pipeline, picture):
+def test_a_conversation_remembers_its_turns_and_its_image(pipeline, image_path):
     pipeline.reset()
-    first = pipeline.chat("What do you see?", image=picture, config=SHORT)
+    first = pipeline.chat("What do you see?", image=image_path, config=SHORT)
     second = pipeline.chat("And where is it?", config=SHORT)
     messages = [user("What do you see?", images=1), *pipeline.messages[1:3]]
     assert pipeline.messages[1].parts == (first,) and pipeline.messages[3].parts == (second,)
-    assert pipeline.generate(pipeline.prompt(messages, [picture]), SHORT).text == second
+    assert pipeline.generate(pipeline.prompt(messages, [image_path]), SHORT).text == second
 
 
-def test_a_failed_turn_leaves_the_conversation_as_it_was(pipeline, picture, tmp_path):
+def test_a_failed_turn_leaves_the_conversation_as_it_was(pipeline, image_path, tmp_path):
     pipeline.reset()
-    pipeline.chat("What do you see?", image=picture, config=SHORT)
+    pipeline.chat("What do you see?", image=image_path, config=SHORT)
     before = list(pipeline.messages)
     with pytest.raises(ImageError):
         pipeline.chat("And here?", image=tmp_path / "missing.png", config=SHORT)
-    assert pipeline.messages == before and len(pipeline.pictures) == 1
+    assert pipeline.messages == before and len(pipeline.images) == 1
 
 
-def test_what_is_heard_piece_by_piece_is_the_whole_answer(pipeline, picture):
+def test_the_pieces_of_text_join_to_the_answer(pipeline, image_path):
     pieces = []
-    prompt = pipeline.prompt([user("Describe this image.", images=1)], [picture])
+    prompt = pipeline.prompt([user("Describe this image.", images=1)], [image_path])
     answer = pipeline.generate(prompt, GenerationConfig(max_new_tokens=40), on_text=pieces.append)
     assert answer.text == "".join(pieces)
 
 
-def test_a_picture_that_was_encoded_once_is_answered_about_as_the_picture_itself(pipeline, picture):
-    encoded = pipeline.encode_image(picture)
+def test_an_image_that_was_encoded_once_is_answered_about_as_the_image_itself(pipeline, image_path):
+    encoded = pipeline.encode_image(image_path)
     for question in ("What is this?", "What color is it?", "\nWhere?"):
-        assert pipeline.answer_question(encoded, question, SHORT) == pipeline.answer_question(picture, question, SHORT)
+        assert pipeline.answer_question(encoded, question, SHORT) == pipeline.answer_question(
+            image_path, question, SHORT
+        )
     chats = []
-    for image in (picture, encoded):
+    for image in (image_path, encoded):
         pipeline.reset()
         chats.append([pipeline.chat("What?", image=image, config=SHORT), pipeline.chat("And where?", config=SHORT)])
     assert chats[0] == chats[1]
 
 
-def test_an_encoded_picture_holds_all_of_the_prompt_up_to_the_first_word(pipeline, picture):
-    encoded = pipeline.encode_image(picture)
+def test_an_encoded_image_covers_the_prompt_up_to_the_first_word(pipeline, image_path):
+    encoded = pipeline.encode_image(image_path)
     prompt = pipeline.prompt([user("What is this?", images=1)], [encoded])
-    assert prompt.prefix is encoded.prefix and encoded.prefix.begins(prompt.ids)
-    rest = pipeline.processor.tokenizer.inner.decode(
-        list(prompt.ids[len(encoded.prefix.ids) :]), skip_special_tokens=False
-    )
+    assert prompt.prefix is encoded and encoded.begins(prompt.ids)
+    rest = pipeline.processor.tokenizer.inner.decode(list(prompt.ids[len(encoded.ids) :]), skip_special_tokens=False)
     assert rest == "\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
     assert pipeline.encode_image(encoded) is encoded
 
 
-def test_an_interrupted_answer_leaves_the_pipeline_usable(pipeline, picture):
+def test_an_interrupted_answer_leaves_the_pipeline_usable(pipeline, image_path):
     def interrupt():
         raise KeyboardInterrupt
 
-    prompt = pipeline.prompt([user("Describe this image.", images=1)], [picture])
+    prompt = pipeline.prompt([user("Describe this image.", images=1)], [image_path])
     with pytest.raises(KeyboardInterrupt):
-        pipeline.generate(prompt, GenerationConfig(max_new_tokens=40, min_new_tokens=40), cancelled=interrupt)
+        pipeline.generate(prompt, GenerationConfig(max_new_tokens=40, min_new_tokens=40), is_cancelled=interrupt)
     assert pipeline.engine.busy == 0
     assert pipeline.generate(prompt, SHORT).finish_reason in ("stop", "length")
 
 
-def test_a_picture_without_a_place_is_refused(pipeline):
+def test_an_image_without_a_placeholder_is_refused(pipeline):
     prompt = pipeline.prompt([user("hello")], [torch.zeros(3, 32, 32)])
     with pytest.raises(ValueError, match="0 image places in the text for 1 images"):
         pipeline.generate(prompt, SHORT)
 
 
-def test_the_places_of_the_prompt_are_the_visual_tokens(pipeline, picture):
-    ids = pipeline.prompt([user("Look", images=1)], [picture]).ids
+def test_a_prompt_has_one_placeholder_per_visual_token(pipeline, image_path):
+    ids = pipeline.prompt([user("Look", images=1)], [image_path]).ids
     assert ids.count(pipeline.model.config.image_token_id) == pipeline.model.config.num_image_tokens
     assert IMAGE in user("Look", images=1).parts
 

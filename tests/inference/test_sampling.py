@@ -15,17 +15,18 @@ from transformers import (
 )
 
 from mmllm.errors import UserError
+from mmllm.inference.request import GenerationConfig
 from mmllm.inference.sampling import (
-    GenerationConfig,
-    Row,
+    NOT_FINITE,
+    SamplerState,
     choose,
-    corrected,
     draw,
     filter_min_p,
     filter_top_k,
     filter_top_p,
     filtered,
     penalise_repetition,
+    penalised,
 )
 
 CPU = torch.device("cpu")
@@ -67,8 +68,8 @@ def test_top_p_keeps_what_transformers_keeps(scores, top_p):
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9])
 @pytest.mark.parametrize("spread", [8.0, 1.0, 0.01])
-def test_top_p_of_a_vocabulary_that_is_not_sorted_whole(top_p, spread):
-    """A peaked row needs few of its 5,000 tokens, a flat one most of them; beside each other too."""
+def test_top_p_of_a_vocabulary_that_is_sorted_in_part(top_p, spread):
+    """A peaked row needs few of its 5,000 tokens, a flat one most of them; both in one batch."""
     scores = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [[spread], [8.0], [spread]]
     )
@@ -86,7 +87,7 @@ def test_min_p_keeps_what_transformers_keeps(scores, min_p):
     assert_close(filter_min_p(scores, column(*[min_p] * 6)), MinPLogitsWarper(min_p)(None, scores))
 
 
-def test_min_p_is_a_part_of_the_likeliest():
+def test_min_p_is_relative_to_the_likeliest_token():
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     kept = {p: int(filter_min_p(scores, column(p)).isfinite().sum()) for p in (0.0, 0.3, 0.59, 0.61)}
     assert kept == {0.0: 4, 0.3: 3, 0.59: 2, 0.61: 1}
@@ -121,8 +122,8 @@ def test_rows_of_one_batch_have_their_own_options_and_each_keeps_what_transforme
     rng = torch.Generator().manual_seed(6)
     logits = torch.randn(7, 97, generator=rng) * 2
     prompts = torch.randint(0, 97, (7, 9), generator=rng)
-    rows = [Row(config, tuple(ids.tolist()), 97, CPU) for config, ids in zip(MIXED, prompts, strict=True)]
-    scores = corrected(logits, rows, STOP_IDS)
+    rows = [SamplerState(config, tuple(ids.tolist()), 97, CPU) for config, ids in zip(MIXED, prompts, strict=True)]
+    scores = penalised(logits, rows, STOP_IDS)
     sampled = [i for i, config in enumerate(MIXED) if not config.is_greedy]
     scores[sampled] = filtered(scores[sampled], [MIXED[i] for i in sampled])
     for row, config in enumerate(MIXED):
@@ -133,33 +134,33 @@ def test_rows_of_one_batch_have_their_own_options_and_each_keeps_what_transforme
         assert_close(scores[row : row + 1], steps(prompts[row : row + 1], logits[row : row + 1].clone()))
 
 
-def test_a_row_draws_the_same_in_any_company(scores):
-    def draws(slots: list[int]) -> list[int]:
-        rows = [Row(MIXED[i], (1, 2), 97, CPU) for i in slots]
-        return [choose(scores[slots], rows, STOP_IDS)[slots.index(3)] for _ in range(12)]
+def test_a_row_draws_the_same_in_any_batch(scores):
+    def draws(rows: list[int]) -> list[int]:
+        states = [SamplerState(MIXED[i], (1, 2), 97, CPU) for i in rows]
+        return [choose(scores[rows], states, STOP_IDS)[rows.index(3)] for _ in range(12)]
 
     assert draws([3]) == draws([1, 3, 5]) == draws([5, 4, 3, 2, 1, 0])
 
 
 def test_a_penalised_token_is_remembered_from_step_to_step():
-    row = Row(GenerationConfig(repetition_penalty=2.0), (), 4, CPU)
+    row = SamplerState(GenerationConfig(repetition_penalty=2.0), (), 4, CPU)
     logits = torch.tensor([[1.0, 0.9, 0.8, -5.0]])
     assert [choose(logits, [row], [3])[0] for _ in range(4)] == [0, 1, 2, 0]
 
 
-def test_the_end_is_not_chosen_before_the_least_number_of_tokens():
-    rows = [Row(GenerationConfig(min_new_tokens=least), (), 4, CPU) for least in (0, 2)]
+def test_the_end_token_is_not_chosen_before_min_new_tokens():
+    rows = [SamplerState(GenerationConfig(min_new_tokens=least), (), 4, CPU) for least in (0, 2)]
     logits = torch.tensor([[0.0, 1.0, 5.0, 4.0]]).expand(2, -1)
     assert [choose(logits, rows, [2, 3]) for _ in range(3)] == [[2, 1], [2, 1], [2, 2]]
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_is_told_and_the_others_choose(scores, fault):
+def test_a_row_that_is_not_finite_is_marked_and_the_others_choose(scores, fault):
     scores[[1, 4], [20, 3]] = fault
-    rows = [Row(MIXED[i], (), 97, CPU) for i in (0, 2, 3, 4, 5, 0)]
-    clean = choose(scores.nan_to_num(0.0, 0.0), [Row(row.config, (), 97, CPU) for row in rows], STOP_IDS)
+    rows = [SamplerState(MIXED[i], (), 97, CPU) for i in (0, 1, 2, 3, 5, 0)]
+    clean = choose(scores.nan_to_num(0.0, 0.0), [SamplerState(row.config, (), 97, CPU) for row in rows], STOP_IDS)
     chosen = choose(scores, rows, STOP_IDS)
-    assert chosen[1] == chosen[4] == -1
+    assert chosen[1] == chosen[4] == NOT_FINITE
     assert [chosen[i] for i in (0, 2, 3, 5)] == [clean[i] for i in (0, 2, 3, 5)]
 
 
@@ -182,12 +183,12 @@ def test_a_draw_never_takes_a_token_of_probability_zero():
      ("repetition_penalty", 0.0), ("length_penalty", math.nan), ("early_stopping", "always"),
      ("num_return_sequences", 2), ("min_new_tokens", 101), ("stop", "x"), ("stop", ("",)), ("stop", ("x",) * 17)],
 )  # fmt: skip
-def test_a_setting_out_of_range_is_refused_by_name(field, value):
+def test_an_option_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(UserError, match=f"^{field} is "):
         GenerationConfig(**{field: value})
 
 
 @pytest.mark.parametrize("others", [{"temperature": 0.5}, {"stop": ("x",)}])
-def test_beams_neither_sample_nor_look_for_strings(others):
+def test_beam_search_neither_samples_nor_takes_stop_strings(others):
     with pytest.raises(UserError, match="^num_beams 2 with "):
         GenerationConfig(num_beams=2, **others)

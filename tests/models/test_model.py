@@ -9,8 +9,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from mmllm.data.chat import IGNORED, assistant, user
 from mmllm.errors import CheckpointError
 from mmllm.inference.generate import generate
-from mmllm.inference.request import Prompt
-from mmllm.inference.sampling import GenerationConfig
+from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.layers.quantized import count_parameters
 from mmllm.models.config import MultimodalConfig
 from mmllm.models.multimodal import MultimodalLLM
@@ -57,7 +56,7 @@ def test_logits_and_loss_are_those_of_llava(ours, theirs):
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_llava(ours, theirs):
     prompt = ours.processor.encode_prompt([user("what is it?", images=1)])
-    answer = generate(ours, [Prompt(tuple(prompt), some_pixels(1))], GenerationConfig(max_new_tokens=20))[0]
+    answer = next(generate(ours, [Prompt(tuple(prompt), some_pixels(1))], GenerationConfig(max_new_tokens=20)))
     ids = torch.tensor([prompt])
     wanted = theirs.generate(
         input_ids=ids,

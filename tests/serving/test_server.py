@@ -17,7 +17,7 @@ from mmllm.commands import serve
 from mmllm.data.chat import user
 from mmllm.errors import CheckpointError, UserError, run
 from mmllm.inference.pipeline import load_pipeline
-from mmllm.inference.sampling import GenerationConfig
+from mmllm.inference.request import GenerationConfig
 from mmllm.serving.app import create_app
 from mmllm.serving.settings import Settings
 from official import write_model

@@ -1,4 +1,4 @@
-"""Text as it grows: pieces that are never taken back, cut exactly at the first stop string."""
+"""Streamed text: pieces of whole characters, cut exactly at the first stop string."""
 
 import random
 
@@ -14,8 +14,8 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def told(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[list[str], AnswerText, int]:
-    """The pieces that were shown, the text, and how many tokens it took."""
+def stream(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[list[str], AnswerText, int]:
+    """The emitted pieces, the text, and the number of tokens used."""
     text, pieces = AnswerText(tokenizer, stops), []
     used = 0
     for token in ids:
@@ -27,18 +27,18 @@ def told(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> t
     return pieces, text, used
 
 
-def test_pieces_are_whole_characters_and_together_the_text(tokenizer):
+def test_pieces_are_whole_characters_and_join_to_the_text(tokenizer):
     words = "the cat: 👩‍👩‍👧 ünd 图片 in the thing"
-    pieces, text, _ = told(tokenizer, tokenizer.encode(words))
+    pieces, text, _ = stream(tokenizer, tokenizer.encode(words))
     assert "".join(pieces) == text.text == words
     assert all("\ufffd" not in piece for piece in pieces) and "👩" in pieces
 
 
-def test_any_ids_give_the_text_of_the_whole_without_half_a_character_at_its_end(tokenizer):
+def test_any_ids_give_the_decoded_text_without_an_incomplete_character_at_its_end(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 30))]
-        pieces, text, _ = told(tokenizer, ids)
+        pieces, text, _ = stream(tokenizer, ids)
         assert "".join(pieces) == text.text == tokenizer.decode(ids).rstrip("\ufffd")
 
 
@@ -51,18 +51,18 @@ def first_stop(text: str, stops: tuple[str, ...]) -> str:
     return text
 
 
-def test_text_is_cut_at_the_first_stop_string_and_no_piece_of_it_is_ever_shown(tokenizer):
+def test_text_is_cut_at_the_first_stop_string_and_no_part_of_it_is_emitted(tokenizer):
     rng = random.Random(1)
     for _ in range(400):
         words = "".join(rng.choices("abc the\n", k=rng.randrange(1, 40)))
         stops = tuple("".join(rng.choices("abc \n", k=rng.randrange(1, 4))) for _ in range(rng.randrange(1, 4)))
-        pieces, text, used = told(tokenizer, tokenizer.encode(words), stops)
+        pieces, text, used = stream(tokenizer, tokenizer.encode(words), stops)
         assert "".join(pieces) == text.text == first_stop(words, stops)
         assert text.is_stopped == (text.text != words)
         assert text.is_stopped or used == len(tokenizer.encode(words))
 
 
-def test_what_could_begin_a_stop_string_is_held_back_until_it_does_not(tokenizer):
+def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_decided(tokenizer):
     text = AnswerText(tokenizer, ("ab:",))
     ids = tokenizer.encode("xabab:y")
     assert [text.feed(token) for token in ids[:5]] == ["x", "", "", "ab", ""]
@@ -72,9 +72,9 @@ def test_what_could_begin_a_stop_string_is_held_back_until_it_does_not(tokenizer
 def test_a_stop_string_may_end_inside_a_token(tokenizer):
     ids = tokenizer.encode("x the cat")
     assert len(tokenizer.encode(" the")) == 1
-    pieces, text, used = told(tokenizer, ids, (" th",))
+    pieces, text, used = stream(tokenizer, ids, (" th",))
     assert (text.text, used) == ("x", 2)
 
 
-def test_what_was_held_back_is_shown_when_the_answer_ends(tokenizer):
-    assert "".join(told(tokenizer, tokenizer.encode("one ab"), ("abc",))[0]) == "one ab"
+def test_text_held_back_is_emitted_when_the_answer_ends(tokenizer):
+    assert "".join(stream(tokenizer, tokenizer.encode("one ab"), ("abc",))[0]) == "one ab"
