@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks.random_model import sizes, write_towers
 from mmllm.errors import RunError
-from mmllm.reporting.log import read_metrics
+from mmllm.reporting.metrics import read_metrics
 from mmllm.runtime.console import print_rank0
 
 TRAIN = Path(__file__).parent.parent / "train.py"

@@ -29,7 +29,7 @@ from mmllm.evaluation.evaluate import (
     write_predictions,
 )
 from mmllm.evaluation.scoring import MultimodalEvaluator
-from mmllm.reporting.log import write_report
+from mmllm.reporting.report import write_report
 
 TASK_HELP = "auto: a sample is a caption if it has the default prompt or the kind `caption`, else a question"
 

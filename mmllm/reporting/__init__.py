@@ -1,1 +1,1 @@
-"""What a run leaves to read: metrics, report, loss curves, comparisons of runs."""
+"""What a run writes for its reader, without torch. Reading order: metrics, report, curves, compare."""

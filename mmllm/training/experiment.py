@@ -23,7 +23,8 @@ from mmllm.data.packing import encode_shared
 from mmllm.data.samples import Sample
 from mmllm.errors import ConfigError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import OtherLog, RunLog, record_start, start_wandb, write_report
+from mmllm.reporting.metrics import NullLog, RunLog, start_wandb
+from mmllm.reporting.report import record_start, write_report
 from mmllm.runtime.console import duration, print_rank0, warned_of_disk
 from mmllm.runtime.distributed import World
 from mmllm.runtime.memory import keep_freed_memory
@@ -202,10 +203,10 @@ def begin(
     checkpoint: Path | None,
     state: dict,
     world: World,
-) -> RunLog | OtherLog:
+) -> RunLog | NullLog:
     """Clear the directory, record the start and open the log: nothing is refused any more."""
     if not world.is_first:
-        return OtherLog()
+        return NullLog()
     if state:
         print_rank0(f"going on from {checkpoint}: step {state['step']}, stage {state['stage']}")
     if checkpoint and checkpoint.parent.resolve() == directory.resolve():
@@ -243,6 +244,6 @@ def conclude(run: Run) -> int:
     which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.writer.last_saved
     images = [path for sample in [*run.data.val, *run.data.train] for path in sample.images[:1]]
     print_rank0(f"done. Best model: {model} -> {which}")
-    print_rank0(f"curves: {run.directory / 'loss.svg'}, report: {run.directory / 'report.md'}")
+    print_rank0(f"curves: {run.directory / 'loss.png'}, report: {run.directory / 'report.md'}")
     print_rank0(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
     return 0

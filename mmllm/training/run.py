@@ -15,7 +15,7 @@ from mmllm.data.batches import BatchLoader, ReadImage
 from mmllm.data.samples import Sample
 from mmllm.errors import RunError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import RunLog, progress_line
+from mmllm.reporting.metrics import RunLog, progress_line
 from mmllm.runtime.console import duration, print_rank0, warned_of_disk
 from mmllm.runtime.distributed import World
 from mmllm.runtime.signals import StopSignal

@@ -15,7 +15,7 @@ from mmllm.data.batches import Batch, BatchLoader, allowed_broken, sample_order
 from mmllm.errors import DataError
 from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import write_report
+from mmllm.reporting.report import write_report
 from mmllm.runtime.console import duration, print_rank0, warned_of_disk
 from mmllm.runtime.memory import peak_memory
 from mmllm.storage import checkpoint as disk

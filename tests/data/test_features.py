@@ -15,7 +15,7 @@ from mmllm.data.features import FeatureCache, FeatureTable
 from mmllm.data.samples import load_samples
 from mmllm.errors import ConfigError, DataError, ImageError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import read_metrics
+from mmllm.reporting.metrics import read_metrics
 from mmllm.runtime.device import autocast
 from mmllm.training.experiment import train
 from tiny_run import write_world

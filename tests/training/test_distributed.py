@@ -20,7 +20,7 @@ from conftest import ROOT
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import UserError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import read_metrics
+from mmllm.reporting.metrics import read_metrics
 from mmllm.runtime.distributed import ALONE, World, row_range
 from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train

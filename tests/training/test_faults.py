@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from mmllm.errors import ConfigError, DataError, RunError, UserError
-from mmllm.reporting.log import read_metrics
+from mmllm.reporting.metrics import read_metrics
 from mmllm.storage import checkpoint as disk
 from mmllm.training import stage
 from mmllm.training.experiment import train

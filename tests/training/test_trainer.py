@@ -19,7 +19,7 @@ from mmllm.data.batches import make_batch, read_row
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.log import read_metrics
+from mmllm.reporting.metrics import read_metrics
 from mmllm.runtime.distributed import World
 from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
@@ -170,7 +170,7 @@ def test_a_run_leaves_every_step_once_and_a_best_model_that_loads(whole_run):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
     assert [row["stage"] for row in rows if "loss" in row] == [1] * 5 + [2] * 5
     assert [row["step"] for row in rows if "val_loss" in row] == [5, 10]
-    assert all((directory / name).is_file() for name in ("run.json", "experiment.json", "loss.svg", "report.md"))
+    assert all((directory / name).is_file() for name in ("run.json", "experiment.json", "loss.png", "report.md"))
     best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
     assert disk.step_of((directory / "best_model").resolve()) == best["step"]
     assert MultimodalLLM.from_pretrained(directory / "best_model").processor is not None

@@ -1,0 +1,123 @@
+"""The rows of metrics.jsonl, their copy in wandb, and the console line of a row.
+
+A run that is interrupted and resumed goes on in the same file, so everything that reads it sees one run. wandb is
+imported only by a run that asks for it, and its absence or failure never stops training.
+"""
+
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from mmllm.runtime.console import duration, print_rank0, short, warned_of_disk
+
+
+class RunLog:
+    """Appends rows to metrics.jsonl and to wandb. Rows after `last_step`, where a resumed run goes on, are dropped."""
+
+    def __init__(self, directory: Path, last_step: int = 0, wandb_run: object = None):
+        path = directory / "metrics.jsonl"
+        rows = [row for row in read_metrics(directory) if row["step"] <= last_step] if last_step else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(path)
+        self.path, self.file, self.unwritten = path, path.open("ab", buffering=0), bytearray()
+        self.wandb_run = wandb_run
+
+    def write(self, row: dict) -> None:
+        """Append `row`. Where the disk is full, rows stay in memory and are written with later ones."""
+        self.unwritten += json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        with warned_of_disk(self.path):
+            del self.unwritten[: self.file.write(self.unwritten)]
+        if self.wandb_run:
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+            with self._wandb_may_fail():
+                self.wandb_run.log(numbers, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb_run:
+            with self._wandb_may_fail():
+                self.wandb_run.finish()
+
+    @contextmanager
+    def _wandb_may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # another program's: whatever it is, training continues
+            print_rank0(f"warning: wandb failed ({error!r}); the run goes on without it")
+            self.wandb_run = None
+
+
+class NullLog:
+    """The log of every rank but 0: it writes nothing."""
+
+    def write(self, row: dict) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    """The rows of metrics.jsonl, without a last line that a crash cut off; none where there is no file."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def training_rows(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if "loss" in row]
+
+
+def validation_rows(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if "val_loss" in row]
+
+
+def smooth(values: list[float], keep: float = 0.9) -> list[float]:
+    """Exponential moving average that starts at the first value."""
+    out: list[float] = []
+    for value in values:
+        out.append(keep * out[-1] + (1 - keep) * value if out else value)
+    return out
+
+
+def start_wandb(project: str, name: str, settings: dict) -> object:
+    """A wandb run; None, after a line with the reason, where wandb is not installed, not logged in or unreachable."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        print_rank0("wandb is not installed (pip install wandb); the run goes on without it, see metrics.jsonl")
+        return None
+    if not _is_wandb_usable(wandb):
+        print_rank0("wandb is not logged in (wandb login, or WANDB_MODE=offline); the run goes on without it")
+        return None
+    try:
+        return wandb.init(project=project, name=name, config=settings)
+    except (wandb.Error, OSError) as error:
+        print_rank0(f"wandb did not start ({error}); the run goes on without it")
+        return None
+
+
+def _is_wandb_usable(wandb: ModuleType) -> bool:
+    return os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.api.api_key is not None
+
+
+def progress_line(row: dict, loss: float, total_steps: int) -> str:
+    """The console line of a training row. `loss` is the smoothed one; the time left assumes the speed of this row."""
+    parts = [
+        f"step {row['step']}/{total_steps} {100 * row['step'] / total_steps:4.1f}%",
+        f"loss {loss:.3f}",
+        f"lr {row['learning_rate']:.1e}",
+        f"|g| {row['grad_norm']:.2f}",
+        f"{row['ms']:.0f} ms",
+        f"{short(row['tokens_per_s'])} tok/s",
+        f"{short(row['images_per_s'])} img/s",
+        f"mfu {row['mfu']:.0%}" if row["mfu"] is not None else "mfu n/a",
+        f"{row['peak_bytes'] / 1e9:.1f} GB",
+        f"eta {duration((total_steps - row['step']) * row['ms'] / 1000)}",
+    ]
+    return " | ".join(parts)

@@ -1,0 +1,162 @@
+"""report.md of a run, with loss.png, and run.json, which records how each start of the run came about.
+
+All of it is made from the files of the run directory, so a run that was resumed five times reports as one.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean
+
+from mmllm.reporting.curves import draw_run
+from mmllm.reporting.metrics import read_metrics, training_rows, validation_rows
+from mmllm.runtime.console import duration, short, stderr
+from mmllm.runtime.files import read_json, write_json
+from mmllm.runtime.machine import commit
+
+PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
+
+
+def record_start(directory: Path, *, device: str, origins: dict[str, str], resumed_from: str | None) -> None:
+    """Add this start to run.json: its command, where each setting came from (`origins`), versions and commit."""
+    path = directory / "run.json"
+    starts = read_json(path)["starts"] if resumed_from and path.exists() else []
+    start = {
+        "command": shlex.join(["python", *sys.argv]),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "resumed_from": resumed_from,
+        "settings_from": origins,
+        "device": device,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "commit": commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    write_json(path, {"starts": [*starts, start]})
+
+
+def write_report(directory: Path) -> None:
+    """Write report.md and loss.png of the run in `directory`. OSError where they cannot be written."""
+    rows = read_metrics(directory)
+    start = read_json(directory / "run.json")["starts"][-1]
+    evaluations = validation_rows(rows)
+    versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
+    sections = [
+        f"# {directory.name}",
+        _curves(rows, directory / "loss.png"),
+        _subject(directory),
+        _stages(rows),
+        _cost(rows, start),
+        _image_probe(evaluations),
+        _captions(evaluations, directory),
+        _scores(directory),
+        "## How it was made",
+        f"    {start['command']}",
+        f"{start['time']}, {start['device']}, {start['machine']}; commit {start['commit']}; {versions}",
+        markdown_table(("setting", "from"), start["settings_from"].items()),
+        f"## Try it\n\n    python sample.py --model {directory / 'best_model'} --image x.jpg",
+    ]
+    (directory / "report.md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
+    """A table in Markdown; with `numbers` every column but the first is aligned right."""
+    rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+def _curves(rows: list[dict], path: Path) -> str:
+    try:
+        draw_run(rows, path)
+    except (ImportError, RuntimeError, ValueError) as error:  # a broken matplotlib must not stop training
+        stderr(f"warning: {path}: cannot be drawn ({error}); the run goes on")
+        return ""
+    return f"![curves]({path.name})"
+
+
+def _subject(directory: Path) -> str:
+    """What was trained on what, from experiment.json."""
+    path = directory / "experiment.json"
+    if not path.exists():
+        return ""
+    settings = read_json(path)
+    model, data, training = settings["model"], settings["data"], settings["training"]
+    source = f"`{model['pretrained']}`" if model["pretrained"] else f"`{model['clip']}` and `{model['qwen']}`"
+    how = (
+        " with adapters" * model["use_lora"]
+        + " on int8 weights" * model["load_in_8bit"]
+        + " on int4 weights" * model["load_in_4bit"]
+    )
+    validation = f"`{data['val_data_path']}`" if data["val_data_path"] else "nothing"
+    first, second = (
+        f"tage {number} trains {', '.join(stage['train'])} for {stage['epochs']} epochs"
+        for number, stage in ((1, training["stage1"]), (2, training["stage2"]))
+    )
+    return f"From {source}{how}, on `{data['train_data_path']}`, validated on {validation}. S{first}; s{second}."
+
+
+def _stages(rows: list[dict]) -> str:
+    lines = []
+    for stage in sorted({row["stage"] for row in rows}):
+        mine = [row for row in rows if row["stage"] == stage]
+        train, validation = training_rows(mine), validation_rows(mine)
+        losses = [row["loss"] for row in train]
+        last = f"{validation[-1]['val_loss']:.4f}" if validation else "-"
+        time = duration(sum(row["ms"] for row in train) / 1000)
+        first_10, last_10 = f"{fmean(losses[:10]):.4f}", f"{fmean(losses[-10:]):.4f}"
+        lines.append((str(stage), str(len(train)), first_10, last_10, last, time))
+    return markdown_table(("stage", "steps", "loss, first 10", "loss, last 10", "validation", "time"), lines)
+
+
+def _cost(rows: list[dict], start: dict) -> str:
+    train = training_rows(rows)
+    tokens, images = (sum(row[name] * row["ms"] / 1000 for row in train) for name in ("tokens_per_s", "images_per_s"))
+    seconds, peak = sum(row["ms"] for row in train) / 1000, max(row["peak_bytes"] for row in train)
+    return (
+        f"Cost of the steps: {duration(seconds)} on {start['device']}, {short(tokens)} tokens, {short(images)} images, "
+        f"{peak / 1e9:.1f} GB at most."
+    )
+
+
+def _image_probe(evaluations: list[dict]) -> str:
+    """Whether the answers depend on the image: validation loss with the true images against those of other samples."""
+    probed = [row for row in evaluations if row["val_loss_shuffled"] is not None]
+    if not probed:
+        return ""
+    true, other = probed[-1]["val_loss"], probed[-1]["val_loss_shuffled"]
+    looks = "the model looks at the image" if other > true * 1.02 else "the model hardly looks at the image"
+    return f"Validation loss {true:.4f} with the true images, {other:.4f} with those of other samples: {looks}."
+
+
+def _captions(evaluations: list[dict], directory: Path) -> str:
+    captions = evaluations[-1]["captions"] if evaluations else []
+    if not captions:
+        return ""
+    lines = []
+    for caption in captions:
+        words = (caption[name] for name in ("id", "prompt", "answer", "reference"))
+        image = caption["image"]
+        is_there = image and Path(image).exists()  # not where only features were given
+        shown = f'<img src="{escape(os.path.relpath(image, directory))}" width="112">' if is_there else ""
+        lines.append([shown, *(text.replace("|", "\\|").replace("\n", " ") for text in words)])
+    return "## What it says\n\n" + markdown_table(("image", "sample", "prompt", "model", "reference"), lines)
+
+
+def _scores(directory: Path) -> str:
+    """The scores that the evaluation wrote beside the run."""
+    tables = []
+    for path in sorted(directory.glob("evaluation/*/scores.json")):
+        found = read_json(path)
+        tables.append(f"`{found['data']}`, answered by {found.get('checkpoint', found['model'])}:")
+        for part in ("captions", "vqa", "answers"):
+            rows = {name: scores[part] for name, scores in found["scores"].items() if part in scores}
+            columns = [name for name, value in next(iter(rows.values()), {}).items() if isinstance(value, float)]
+            lines = [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in rows.items()]
+            tables += [markdown_table((part, *columns), lines)] * bool(columns)
+    return "\n\n".join(["## Scores", *tables]) if tables else ""

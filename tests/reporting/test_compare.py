@@ -1,0 +1,33 @@
+"""`mmllm compare` shows what runs differ in, beside their curves."""
+
+import pytest
+
+from mmllm.commands import compare as command
+from mmllm.errors import UserError
+from mmllm.reporting.compare import compare
+from run_rows import write_run
+
+
+def test_two_runs_are_compared_by_settings_and_results(tmp_path, capsys):
+    first = write_run(tmp_path / "first", [4.0, 3.0], batch_size="8")
+    second = write_run(tmp_path / "second", [4.0, 2.0, 1.0], batch_size="16")
+    command.main([str(first), str(second), "--out", str(tmp_path / "both.png")])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "data.batch_size: 8 | 16"
+    assert out[2].split() == [str(first), "2", "3.900", "3.0000", "1s", "9.9k", "11.2", "GB"]
+    assert out[3].split()[:4] == [str(second), "3", "3.520", "1.0000"]
+    assert out[4] == f"curves: {tmp_path / 'both.png'}"
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path):
+    run = write_run(tmp_path / "run", [1.0])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no metrics.jsonl with a step in it"):
+        compare([run, tmp_path / "empty"], tmp_path / "both.svg")
+    with pytest.raises(UserError, match="1 runs to compare; name two to 4"):
+        compare([run], tmp_path / "both.svg")
+    with pytest.raises(UserError, match=r"both.pdf: curves are drawn as .png or .svg"):
+        compare([run, run], tmp_path / "both.pdf")
+    with pytest.raises(UserError, match="both.png: cannot be written"):
+        compare([run, run], tmp_path / "no folder" / "both.png")
