@@ -1,20 +1,19 @@
-"""What a frozen vision tower saw, kept in files: features take the place of pixels in a batch.
+"""Features of a frozen vision tower in files: they take the place of pixels in a batch.
 
-    data.cache_features=true            made once from the pictures, under outputs/features
-    data.features_path=X.safetensors    given, by the names of pictures that need not be there
+    data.cache_features=true            FeatureCache: computed once per image, under outputs/features
+    data.features_path=X.safetensors    FeatureTable: given by image name; the images need not be there
 
-The surprising fact: half of the bits are enough. In a bfloat16 run the projector's first product rounds its input anyway,
-so features kept as bfloat16 give the same loss, bit for bit.
+Half of the bits are enough: in a bfloat16 run the projector's first product rounds its input anyway, so features kept
+as bfloat16 give the same loss, bit for bit.
 
-Q visual tokens a picture, F numbers in each.
-Next: batches.py, trainer.py.
+N images of (3, S, S) pixels, Q visual tokens of F features each.
 """
 
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,17 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from mmllm.data.image import ImageProcessor
 from mmllm.errors import DataError, ImageError
-from mmllm.models.multimodal import MultimodalLLM
-from mmllm.runtime.device import autocast
+from mmllm.runtime.console import progress
 
-AT_ONCE = 32  # pictures in one pass of the tower
+BATCH_SIZE = 32  # images in one pass of the tower
 
 
 class FeatureTable:
-    """Calls as `table(picture) -> Tensor` (Q, F), float32, for pictures in one of `folders`, by their name in there.
+    """`table(image_path)` returns float32 features (Q, F) of an image in one of `folders`, by its path in there.
 
-    The file holds one tensor a picture: (Q, F), or (F,) where Q is 1.
+    The file holds one tensor per image: (Q, F), or (F,) where Q is 1.
     """
 
     def __init__(self, path: str | Path, folders: Sequence[Path], shape: tuple[int, int]):
@@ -44,110 +43,111 @@ class FeatureTable:
             raise DataError(f"{path}: cannot be read as safetensors ({error}); it is data.features_path") from error
         self.names = set(self.file.keys())
 
-    def __call__(self, picture: Path) -> Tensor:
-        if fault := self.fault(picture):
+    def __call__(self, image: Path) -> Tensor:
+        if fault := self.fault(image):
             raise ImageError(fault, "no_features")
-        return self.file.get_tensor(self._name(picture)).float().view(self.shape)
+        return self.file.get_tensor(self._name(image)).float().view(self.shape)
 
-    def fault(self, picture: Path) -> str:
-        """Why there are no features of a picture; "" when there are."""
-        name = self._name(picture)
+    def fault(self, image: Path) -> str:
+        """Why there are no features of an image; "" when there are."""
+        name = self._name(image)
         if name not in self.names:
-            return f"{self.path}: has no features of {name}; its tensors are called as the pictures in the data file"
+            return f"{self.path}: has no features of {name}; its tensors are named as the images in the data file"
         shape = self.file.get_slice(name).get_shape()
         if shape not in (list(self.shape), [self.shape[1]] * (self.shape[0] == 1)):
             return f"{self.path}: {name} is {shape}, but the model takes {list(self.shape)}"
         return ""
 
-    def _name(self, picture: Path) -> str:
-        inside = [picture.relative_to(folder).as_posix() for folder in self.folders if picture.is_relative_to(folder)]
-        return next((name for name in inside if name in self.names), inside[0] if inside else picture.name)
+    def _name(self, image: Path) -> str:
+        inside = [image.relative_to(folder).as_posix() for folder in self.folders if image.is_relative_to(folder)]
+        return next((name for name in inside if name in self.names), inside[0] if inside else image.name)
 
 
 class FeatureCache:
-    """Calls as `cache(picture) -> Tensor` (Q, F), once `fill` has made what was not there.
+    """`cache(image_path)` returns features (Q, F) of `dtype`, once `fill` has computed the missing ones.
 
-    A file is called after the tower (weights, kind of features, number format, arithmetic of the pixels) and the content
-    of the picture, so it is never wrong, whoever wrote it; it appears whole or not at all, so many processes may write.
+    `encode` turns pixels (N, 3, S, S) into features (N, Q, F). `folder` belongs to one tower, see `fingerprint`; a file in
+    it is named after the content of the image, so it stays correct whoever writes it. Files are written atomically, so
+    several processes may write at once.
     """
 
-    def __init__(self, model: MultimodalLLM, folder: Path, bf16: bool):
-        self.model, self.bf16, self.dtype = model, bf16, torch.bfloat16 if bf16 else torch.float32
-        self.folder = folder / fingerprint(model, self.dtype)
-        self.bytes = len(save({"features": torch.zeros(model.config.feature_shape, dtype=self.dtype)}))
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        processor: ImageProcessor,
+        folder: Path,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ):
+        self.encode, self.processor, self.folder, self.dtype = encode, processor, folder, dtype
+        self.file_bytes = len(save({"features": torch.zeros(shape, dtype=dtype)}))
         self.files: dict[Path, Path] = {}
-        self.faults: dict[Path, str] = {}  # of pictures that could not be read
+        self.faults: dict[Path, str] = {}  # by image that cannot be read
 
-    def __call__(self, picture: Path) -> Tensor:
-        if picture in self.faults or not self._is_whole(self.files[picture]):
-            fault = self.faults.get(picture, f"{picture}: another process could not decode it")
+    def __call__(self, image: Path) -> Tensor:
+        if image in self.faults or not self._is_complete(self.files[image]):
+            fault = self.faults.get(image, f"{image}: another process could not decode it")
             raise ImageError(fault, "no_features")
-        return load_file(self.files[picture])["features"]
+        return load_file(self.files[image])["features"]
 
-    def fill(self, pictures: Iterable[Path], *, rank: int = 0, world_size: int = 1, num_workers: int = 2) -> int:
-        """Makes this process's share of what is missing; returns how many features that were."""
-        pictures = sorted(set(pictures))
+    def fill(self, images: Iterable[Path], *, rank: int = 0, world_size: int = 1, num_workers: int = 2) -> int:
+        """Computes this process's share of the missing features; returns how many."""
+        images = sorted(set(images))
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
-            for picture, name in zip(pictures, pool.map(self._file, pictures), strict=True):
-                if name:
-                    self.files[picture] = name
-            one_of = {file: picture for picture, file in self.files.items()}  # of those with the same content
-            share = list(one_of.items())[rank::world_size]  # not of what is missing: others are at work already
-            missing = [picture for file, picture in share if not self._is_whole(file)]
-            for start in range(0, len(missing), AT_ONCE):
-                self._make(missing[start : start + AT_ONCE], pool)
+            for image, file in zip(images, pool.map(self._file, images), strict=True):
+                if file:
+                    self.files[image] = file
+            by_file = {file: image for image, file in self.files.items()}  # one image of those with the same content
+            share = list(by_file.items())[rank::world_size]  # of all, not of the missing: others are already writing
+            missing = [image for file, image in share if not self._is_complete(file)]
+            starts = range(0, len(missing), BATCH_SIZE)
+            for start in progress(starts, len(starts), f"features, batches of {BATCH_SIZE} images"):
+                self._compute(missing[start : start + BATCH_SIZE], pool)
         return len(missing)
 
-    def _file(self, picture: Path) -> Path | None:
-        """Where the features of a picture are, or will be; None when it cannot be read."""
+    def _file(self, image: Path) -> Path | None:
+        """Where the features of an image are or will be; None when it cannot be read."""
         try:
-            content = picture.read_bytes()
+            content = image.read_bytes()
         except OSError as error:
-            self.faults[picture] = f"{picture}: cannot be read ({error.strerror})"
+            self.faults[image] = f"{image}: cannot be read ({error.strerror})"
             return None
         name = hashlib.sha256(content).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def _is_whole(self, file: Path) -> bool:
-        return file.is_file() and file.stat().st_size == self.bytes
+    def _is_complete(self, file: Path) -> bool:
+        return file.is_file() and file.stat().st_size == self.file_bytes
 
-    def _make(self, pictures: list[Path], pool: ThreadPoolExecutor) -> None:
-        """Runs the tower over some pictures and writes a file for each that can be decoded."""
-        pixels = list(pool.map(self._pixels, pictures))
-        good = [picture for picture, image in zip(pictures, pixels, strict=True) if image is not None]
+    def _compute(self, images: list[Path], pool: ThreadPoolExecutor) -> None:
+        """Encodes some images and writes a file for each that can be decoded."""
+        pixels = list(pool.map(self._pixels, images))
+        good = [image for image, image_3SS in zip(images, pixels, strict=True) if image_3SS is not None]
         if not good:
             return
-        with torch.no_grad(), autocast(self.model.device, self.bf16):
-            features_NQF = self.model.vision_features(torch.stack([image for image in pixels if image is not None]))
-        for picture, features_QF in zip(good, features_NQF.to("cpu", self.dtype), strict=True):
-            write(self.files[picture], features_QF)
+        features_NQF = self.encode(torch.stack([image_3SS for image_3SS in pixels if image_3SS is not None]))
+        for image, features_QF in zip(good, features_NQF.to("cpu", self.dtype), strict=True):
+            write_features(self.files[image], features_QF)
 
-    def _pixels(self, picture: Path) -> Tensor | None:
+    def _pixels(self, image: Path) -> Tensor | None:
         try:
-            return self.model.processor.image_processor(picture)
+            return self.processor(image)
         except ImageError as error:
-            self.faults[picture] = str(error)
+            self.faults[image] = str(error)
             return None
 
 
-def write(file: Path, features_QF: Tensor) -> None:
-    """The whole file or none: written beside its place, then renamed."""
+def write_features(file: Path, features_QF: Tensor) -> None:
+    """Writes the file atomically; threads and processes may write the same one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     temporary.write_bytes(save({"features": features_QF.contiguous()}))
     temporary.replace(file)
 
 
-def fingerprint(model: MultimodalLLM, dtype: torch.dtype) -> str:
-    """Of everything but the picture that decides over its features."""
-    config = {
-        "vision": model.config.vision.to_dict(),
-        "features": model.config.features,
-        "pixels": model.processor.image_processor.to_dict(),
-        "dtype": str(dtype),
-    }
-    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in sorted(model.vision_tower.state_dict().items()):
+def fingerprint(settings: dict, weights: Mapping[str, Tensor]) -> str:
+    """A name for everything but the image that decides its features: the tower's settings and weights."""
+    total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, weight in sorted(weights.items()):
         total.update(name.encode())
         total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return total.hexdigest()[:16]

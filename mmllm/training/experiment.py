@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mmllm.config.schema import ExperimentConfig, explain
 from mmllm.data.batches import sample_order
 from mmllm.data.chat import marked
 from mmllm.data.checks import checked_samples
-from mmllm.data.features import FeatureCache, FeatureTable
+from mmllm.data.features import FeatureCache, FeatureTable, fingerprint
 from mmllm.data.packing import encode_shared
 from mmllm.data.samples import Sample
 from mmllm.errors import ConfigError
@@ -26,6 +27,7 @@ from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.metrics import NullLog, RunLog, start_wandb
 from mmllm.reporting.report import record_start, write_report
 from mmllm.runtime.console import duration, print_rank0, warned_of_disk
+from mmllm.runtime.device import autocast
 from mmllm.runtime.distributed import World
 from mmllm.runtime.memory import keep_freed_memory
 from mmllm.runtime.signals import StopSignal
@@ -187,13 +189,31 @@ def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTabl
 def fill_cache(config: ExperimentConfig, model: MultimodalLLM, data: TrainingData, world: World) -> FeatureCache:
     """The cache with the features of all images; each process computes its share of those that are missing."""
     begin = time.perf_counter()
-    cache = FeatureCache(model, Path(config.output_dir) / "features", config.training.bf16)
+    cache = feature_cache(model, Path(config.output_dir) / "features", config.training.bf16)
     images = {path for sample in (*data.train, *data.val) for path in sample.images}
     made = cache.fill(images, rank=world.rank, world_size=world.size, num_workers=config.data.num_workers)
     (made,) = world.sum([made])  # and wait until all are there
     took = duration(time.perf_counter() - begin)
     print_rank0(f"features of {len(images)} images: {made:.0f} made in {took}, in {cache.folder}")
     return cache
+
+
+def feature_cache(model: MultimodalLLM, folder: Path, bf16: bool) -> FeatureCache:
+    """The cache in `folder` of the features that this model's vision tower computes."""
+    dtype, processor = torch.bfloat16 if bf16 else torch.float32, model.processor.image_processor
+
+    def encode(pixels_N3SS: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(model.device, bf16):
+            return model.vision_features(pixels_N3SS)
+
+    settings = {
+        "vision": model.config.vision.to_dict(),
+        "features": model.config.features,
+        "pixels": processor.to_dict(),
+        "dtype": str(dtype),
+    }
+    name = fingerprint(settings, model.vision_tower.state_dict())
+    return FeatureCache(encode, processor, folder / name, model.config.feature_shape, dtype)
 
 
 def begin(

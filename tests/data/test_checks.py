@@ -102,7 +102,7 @@ def test_a_whole_image_of_every_kind_passes(name, tmp_path):
     assert image_fault(tmp_path / name) == ""
 
 
-def test_bytes_after_the_end_of_a_image_do_no_harm(images, tmp_path):
+def test_bytes_after_the_end_of_an_image_do_no_harm(images, tmp_path):
     (tmp_path / "x.jpg").write_bytes(images[0].read_bytes() + b"\0" * 100)
     assert image_fault(tmp_path / "x.jpg") == ""
 
