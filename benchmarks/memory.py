@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.random_model import sizes
 from benchmarks.runner import Work, compete
-from benchmarks.train import BY_NAME, LEARNT, OURS, TOKENS, configuration, own_model, steps_of
+from benchmarks.train import BY_NAME, LEARNT, OURS, TOKENS, configuration, forget_peak, own_model, steps_of
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device
-from mmllm.runtime.memory import forget_peak, peak_memory
+from mmllm.runtime.memory import peak_memory
 from mmllm.training.dry_run import stage_memory
 from mmllm.training.prepare import cast_
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,9 @@ from mmllm.data.chat import IGNORED, Encoded
 from mmllm.data.packing import pack
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import print_rank0
-from mmllm.runtime.device import choose_device, synchronize
+from mmllm.runtime.device import choose_device
 from mmllm.runtime.distributed import World
-from mmllm.runtime.memory import forget_peak, keep_freed_memory, peak_memory
+from mmllm.runtime.memory import keep_freed_memory, peak_memory
 from mmllm.training.prepare import cast_, frozen_weights, prepare, train_only_, trained_parts
 from mmllm.training.stage import stage_groups
 from mmllm.training.step import adamw, peak_flops, step_counts, step_flops, update_
@@ -127,7 +128,8 @@ def build(spec: dict) -> tuple[dict, Work]:
     def turn(asked: dict) -> dict:
         begin = time.perf_counter()
         loss = step()
-        synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begin
         flops = flops_of(spec, counts) / seconds
         peak = peak_flops(device)
@@ -143,6 +145,15 @@ def build(spec: dict) -> tuple[dict, Work]:
         }
 
     return {"rows": spec["rows"], "load_s": time.perf_counter() - begin}, turn
+
+
+def forget_peak(device: torch.device) -> None:
+    """Starts `peak_memory` anew at what is in use now, where the system can: on a GPU and on Linux."""
+    status = Path("/proc/self/clear_refs")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif status.exists():
+        status.write_text("5")
 
 
 def configuration(spec: dict) -> ExperimentConfig:

@@ -30,6 +30,7 @@ from mmllm.evaluation.evaluate import (
 )
 from mmllm.evaluation.scoring import MultimodalEvaluator
 from mmllm.reporting.report import write_report
+from mmllm.runtime.threads import limit_threads
 
 TASK_HELP = "auto: a sample is a caption if it has the default prompt or the kind `caption`, else a question"
 
@@ -56,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     # torch takes two seconds to import: only now that the command line is known to be right
+    limit_threads()
     from mmllm.data.samples import load_samples
     from mmllm.inference.pipeline import default_model, load_pipeline
     from mmllm.inference.request import GenerationConfig

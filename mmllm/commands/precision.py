@@ -9,6 +9,7 @@ share of positions where the likeliest token is the same, and the loss.
 import json
 
 from mmllm.commands import at_least_one, make_parser
+from mmllm.runtime.threads import limit_threads
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image-dir", metavar="DIR", help="where the images are (default: beside FILE)")
     parser.add_argument("--limit", type=at_least_one, default=32, metavar="N", help="(default: the first %(default)s)")
     options = parser.parse_args(arguments)
+    limit_threads()
     from mmllm.data.batches import make_batch, read_row
     from mmllm.data.samples import load_samples
     from mmllm.evaluation.precision import compare

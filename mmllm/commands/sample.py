@@ -11,6 +11,7 @@ from dataclasses import fields
 
 from mmllm.commands import add_model_options, at_least_one, make_parser
 from mmllm.errors import ImageError
+from mmllm.runtime.threads import limit_threads
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # torch takes two seconds to import: only now that the command line is known to be right
+    limit_threads()
     from mmllm.inference.pipeline import load_pipeline
     from mmllm.inference.request import GenerationConfig
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from mmllm.commands import make_parser
 from mmllm.config.schema import resolve
 from mmllm.errors import ConfigError
+from mmllm.runtime.threads import limit_threads
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.file = configuration_of(options.resume)
     config, origins = resolve(options.file, os.environ, options.settings)
     # torch takes two seconds to import: only now that the command line and the settings are known to be right
+    limit_threads()
     if options.dry_run:
         from mmllm.training.dry_run import describe
 

@@ -6,7 +6,7 @@ B rows, T tokens, N images of all rows, S pixels a side; Q visual tokens of F fe
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,7 @@ from mmllm.data.packing import PADDING, encode_shared
 from mmllm.data.samples import Sample
 from mmllm.errors import DataError, ImageError
 from mmllm.runtime.console import stderr
+from mmllm.runtime.threads import worker_pool
 
 Item = TypeVar("Item")
 
@@ -230,7 +231,7 @@ def prefetch(make: Callable[[int], Item], numbers: range, num_workers: int) -> I
         yield from map(make, numbers)
         return
     waiting: list[Future[Item]] = []
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="batch") as pool:
+    with worker_pool(num_workers, "batch") as pool:
         try:
             for number in numbers:
                 waiting.append(pool.submit(make, number))

@@ -7,7 +7,6 @@ and a truncated file already shows at its end. An image that is damaged in betwe
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mmllm.data.chat import IMAGE, ChatProcessor
 from mmllm.data.image import decode, open_checked
 from mmllm.data.samples import Sample, read_samples, share_images
 from mmllm.errors import DataError, ImageError
+from mmllm.runtime.threads import worker_pool
 
 HEAD_BYTES = 1 << 16
 END_OF = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -60,7 +60,7 @@ def check_samples(
     fault: Callable[[Path], str] | None = None,
 ) -> list[BadSample]:
     """Every sample that cannot be trained on, in order, and why. Reads 64 kB of each image."""
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+    with worker_pool(max(1, num_workers), "check") as pool:
         files = sorted({path for sample in samples for path in sample.images})
         faults = pool.map(fault or image_fault, files)
         reason_of = {path: reason for path, reason in zip(files, faults, strict=True) if reason}

@@ -25,6 +25,7 @@ from torch import Tensor
 from mmllm.data.image import ImageProcessor
 from mmllm.errors import DataError, ImageError
 from mmllm.runtime.console import progress
+from mmllm.runtime.threads import worker_pool
 
 BATCH_SIZE = 32  # images in one pass of the tower
 
@@ -93,7 +94,7 @@ class FeatureCache:
     def fill(self, images: Iterable[Path], *, rank: int = 0, world_size: int = 1, num_workers: int = 2) -> int:
         """Computes this process's share of the missing features; returns how many."""
         images = sorted(set(images))
-        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        with worker_pool(max(1, num_workers), "features") as pool:
             for image, file in zip(images, pool.map(self._file, images), strict=True):
                 if file:
                     self.files[image] = file

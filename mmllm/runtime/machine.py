@@ -1,4 +1,4 @@
-"""What this machine and this code are: commit, processor, cache folder."""
+"""What this code and this machine are: commit, processor, cache folder."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def processor() -> str:
-    """What -march=native depends on."""
+    """What -march=native depends on: the flags of /proc/cpuinfo, else the names of system and processor."""
     info = Path("/proc/cpuinfo")
     flags = [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.exists() else []
     return flags[0] if flags else platform.platform() + platform.processor()

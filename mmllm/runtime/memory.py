@@ -1,4 +1,4 @@
-"""Memory of the process: peak, free, and what malloc keeps."""
+"""Memory of this process: its peak, what is free, and what malloc keeps of freed blocks."""
 
 import ctypes
 import resource
@@ -9,16 +9,14 @@ from pathlib import Path
 
 import torch
 
-KEPT_BYTES, APART_BYTES = 2**30, 2**18  # larger blocks go back: in training, and of weights
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # by malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BYTES, RETURNED_BYTES = 2**30, 2**18  # larger blocks go back to the system: of steps, of weights
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were in use so far: on the GPU, or of the whole process.
+    """Most bytes in use so far: on the GPU, or of the whole process.
 
-    Linux's `ru_maxrss` starts at the peak of the process that started this one; VmHWM is this program's own.
+    On Linux VmHWM, not `ru_maxrss`, which starts at the peak of the process that started this one.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -29,23 +27,13 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else 1024 * most  # bytes on a Mac, else kilobytes
 
 
-def forget_peak(device: torch.device) -> None:
-    """Begins `peak_memory` anew at what is in use now, where the system can: on a GPU and on Linux."""
-    status = Path("/proc/self/clear_refs")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif status.exists():
-        status.write_text("5")
-
-
 def keep_freed_memory(device: torch.device) -> None:
-    """Lets a process that trains on a CPU keep the memory that a step is done with, for the next one. What loading has
-    left behind goes back first.
+    """Reuse freed buffers while training on a CPU. What loading has left behind goes back to the system first.
 
-    glibc gives every block of over 32 MB back to the system at once, and new pages are dear: up to 2 of 4 seconds of a
-    step went there. Elsewhere than in glibc nothing is changed.
+    glibc returns each freed block of over 32 MB at once, and fresh pages are slow: up to 2 of the 4 seconds of a step.
+    Without glibc nothing changes.
     """
-    libc = glibc() if device.type == "cpu" else None
+    libc = _glibc() if device.type == "cpu" else None
     if libc:
         libc.malloc_trim(0)
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
@@ -54,12 +42,14 @@ def keep_freed_memory(device: torch.device) -> None:
 
 @contextmanager
 def blocks_apart() -> Iterator[None]:
-    """What is made inside lies in blocks of its own, which go back when they are freed, and what steps have left behind
-    goes back first: for weights that come in another precision, of which each would leave a gap among the others."""
-    libc = glibc()
+    """Tensors made inside lie in mappings of their own, which go back to the system when they are freed.
+
+    For weights that change precision: among the buffers of steps each would leave a gap.
+    """
+    libc = _glibc()
     if libc:
         libc.malloc_trim(0)
-        libc.mallopt(M_MMAP_THRESHOLD, APART_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
     try:
         yield
     finally:
@@ -67,14 +57,8 @@ def blocks_apart() -> Iterator[None]:
             libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
 
 
-def glibc() -> ctypes.CDLL | None:
-    """The C library, if it is the one whose memory can be told what to keep."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "mallopt") else None
-
-
 def free_memory() -> int:
-    """Bytes of main memory that can still be had, of the machine or of the container it is in; 0 where nobody tells."""
+    """Free bytes of main memory, of the machine or of the container it is in; 0 where the system does not say."""
     machine, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if not machine.exists():
         return 0
@@ -87,7 +71,13 @@ def free_memory() -> int:
     return free
 
 
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it has glibc's settings of malloc."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") else None
+
+
 def _bytes(path: Path, name: str) -> int:
-    """The line `name: 123 kB` of one of Linux's tables."""
+    """The value of the line `name: 123 kB` in a table of /proc."""
     lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
     return 1024 * int(lines[name].split()[0])
