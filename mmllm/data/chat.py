@@ -1,26 +1,22 @@
-"""Conversations to ids and labels: the only place that knows ChatML and where a picture stands in the text.
-
-The surprising fact: labels are made by building, not by searching. Each segment is encoded on its own and known to be
-learnt or not, so no tokenisation of the whole can disagree with that of its parts.
+"""Conversations to token ids and labels, in the ChatML template of Qwen2.5.
 
     <|im_start|>system\\n{system}<|im_end|>\\n<|im_start|>user\\n<|vision_start|>{<|image_pad|> x Q}<|vision_end|>\\n{text}
     <|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>\\n
 
-Learnt are the answers and the `<|im_end|>` that closes each. Template: https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct.
-`mmllm preview` shows what a data file trains on.
+Targets are the answers and the `<|im_end|>` that closes each. Labels are built segment by segment, not searched for in
+the ids of the whole: no tokenization of the whole can disagree with that of its parts. Q is the number of visual tokens
+of an image. Template: https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct; `mmllm preview` shows what a data file trains on.
 """
 
-import json
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 
 from mmllm.data.image import ImageProcessor
 from mmllm.data.tokenizer import Tokenizer
-from mmllm.errors import CheckpointError, DataError
+from mmllm.errors import DataError
 
-IGNORED = -100  # the label of a position that is not learnt
-MARK = "<image>"  # stands for a picture in the text of a data file
+IGNORED = -100  # the label of a token that is not a target
+MARK = "<image>"  # the place of an image in the text of a data file
 ROLES = ("system", "user", "assistant")
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -30,12 +26,12 @@ class _Image:
         return "IMAGE"
 
 
-IMAGE = _Image()  # the part of a message that stands for its next picture
+IMAGE = _Image()  # the part of a message that stands for its next image
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: text and pictures in their order."""
+    """One turn: texts and images in their order."""
 
     role: str
     parts: tuple[str | _Image, ...]
@@ -46,7 +42,7 @@ class Message:
 
 
 def user(text: str, images: int = 0) -> Message:
-    """What a person says, with `images` pictures in front."""
+    """A user turn, with `images` images in front of its text."""
     return Message("user", (*(IMAGE, "\n") * images, text))
 
 
@@ -55,7 +51,7 @@ def assistant(text: str) -> Message:
 
 
 def parse_text(text: str) -> tuple[str | _Image, ...]:
-    """The parts of a data file's text, in which `<image>` marks the places of pictures."""
+    """The parts of a text in which `<image>` marks the places of images."""
     parts = []
     for i, piece in enumerate(text.split(MARK)):
         parts += [IMAGE] * (i > 0) + [piece] * bool(piece)
@@ -64,9 +60,9 @@ def parse_text(text: str) -> tuple[str | _Image, ...]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as the model is trained on it; `labels[t]` is `ids[t]` where it is learnt, else IGNORED.
+    """A row of tokens; `labels[t]` is `ids[t]` where that is a target, else IGNORED.
 
-    `branches` are those of several conversations in one row, see branches.py; [] for a single one.
+    `segment_ids` number the conversations of a row that holds several, see packing.py; [] for a single one.
     """
 
     ids: list[int]
@@ -76,7 +72,10 @@ class Encoded:
 
 
 class ChatProcessor:
-    """Everything between raw input and the model: the tokenizer, the pictures' arithmetic, the template, the system text."""
+    """From raw input to the model's: tokenizer, image processor, chat template and system prompt.
+
+    An image takes `num_image_tokens` places in the ids.
+    """
 
     def __init__(
         self,
@@ -91,36 +90,30 @@ class ChatProcessor:
         self.system = system
         self._start, self._end = tokenizer.id("<|im_start|>"), tokenizer.id("<|im_end|>")
         self._newline = tokenizer.encode("\n")
-        places = [tokenizer.image_id] * num_image_tokens
-        self._image = [tokenizer.id("<|vision_start|>"), *places, tokenizer.id("<|vision_end|>")]
+        pads = [tokenizer.image_id] * num_image_tokens
+        self._image = [tokenizer.id("<|vision_start|>"), *pads, tokenizer.id("<|vision_end|>")]
 
     def encode(self, messages: list[Message], max_length: int | None = None) -> Encoded:
         """Ids and labels of a conversation that ends with an answer.
 
-        Beyond `max_length` tokens the oldest exchanges without a picture are left out. DataError when it still does not
-        fit, or when there is nothing to learn: no picture is ever cut, and the last answer is always whole.
+        Above `max_length` tokens the oldest exchanges without an image are left out. DataError when it still does not
+        fit, or has no answer: images and the last answer are never cut.
         """
         messages = self._with_system(messages)
         if not any(message.role == "assistant" for message in messages):
-            raise DataError("no assistant turn, so there is nothing to learn from it")
+            raise DataError("no assistant turn, so there is nothing to train on")
         turns = [self._turn(message) for message in messages]
         length = sum(len(ids) for ids, _ in turns)
-        first = 1
+        oldest = 1
         while max_length is not None and length > max_length:
-            first = next(
-                (
-                    i
-                    for i in range(first, len(turns) - 2)
-                    if messages[i].role == "user" and not messages[i].num_images and messages[i + 1].role == "assistant"
-                ),
-                0,
-            )
-            if not first:
+            oldest = next((i for i in range(oldest, len(turns) - 2) if _is_text_exchange(messages[i : i + 2])), 0)
+            if not oldest:
                 raise DataError(
                     f"takes {length} tokens, but max_length is {max_length}; shorten it or raise max_length"
                 )
-            length -= len(turns[first][0]) + len(turns[first + 1][0])
-            del turns[first : first + 2], messages[first : first + 2]
+            exchange = slice(oldest, oldest + 2)
+            length -= sum(len(ids) for ids, _ in turns[exchange])
+            del turns[exchange], messages[exchange]
         return Encoded(
             [token for ids, _ in turns for token in ids],
             [label for _, labels in turns for label in labels],
@@ -128,7 +121,7 @@ class ChatProcessor:
         )
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:
-        """Ids of a conversation up to the place where the assistant begins to speak."""
+        """Ids of a conversation, followed by the opening of the assistant's next turn."""
         turns = [self._turn(message)[0] for message in self._with_system(messages)]
         return [token for ids in turns for token in ids] + self._opening("assistant")
 
@@ -146,107 +139,32 @@ class ChatProcessor:
         if message.role == "assistant":
             opening = self._opening("assistant")
             answer = [*self.tokenizer.encode("".join(message.parts)), self._end]
-            ignored = [IGNORED] * len(opening), [IGNORED] * len(self._newline)
-            return opening + answer + self._newline, ignored[0] + answer + ignored[1]
+            labels = [IGNORED] * len(opening) + answer + [IGNORED] * len(self._newline)
+            return opening + answer + self._newline, labels
         ids, text = [self._start], f"{message.role}\n"
         for part in message.parts:
             if part is IMAGE:
                 ids += self.tokenizer.encode(text) + self._image
                 text = ""
             else:
-                text += part  # neighbours are encoded together, as in the template's one string
+                text += part  # adjacent texts are encoded together, as the template makes them one string
         ids += self.tokenizer.encode(text) + [self._end] + self._newline
         return ids, [IGNORED] * len(ids)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the files by which transformers' processors do the same (the LLaVA layout)."""
-        folder = Path(folder)
-        self.tokenizer.save(folder)
-        for name, content in (
-            ("tokenizer_config.json", TOKENIZER_CONFIG | {"model_max_length": 32768}),
-            ("preprocessor_config.json", self.image_processor.to_dict()),
-            ("processor_config.json", PROCESSOR_CONFIG | {"patch_size": self._patch_size()}),
-            (
-                "generation_config.json",
-                {
-                    "do_sample": False,
-                    "eos_token_id": [self._end, self.tokenizer.pad_id],
-                    "pad_token_id": self.tokenizer.pad_id,
-                },
-            ),
-        ):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("SYSTEM", json.dumps(self.system)))
 
-    def _patch_size(self) -> int:
-        """The side of a patch, from which LlavaProcessor counts the places of a picture."""
-        return self.image_processor.size // int(self.num_image_tokens**0.5)
-
-    @classmethod
-    def load(cls, folder: str | Path, num_image_tokens: int, system: str = DEFAULT_SYSTEM) -> "ChatProcessor":
-        """Reads the tokenizer and the pictures' arithmetic of a model directory."""
-        file = Path(folder) / "preprocessor_config.json"
-        try:
-            images = ImageProcessor.from_dict(json.loads(file.read_text()))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file}: no such file; a model directory needs it") from error
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{file}: not JSON; copy it again from its source") from error
-        return cls(Tokenizer(folder), images, num_image_tokens, system)
+def _is_text_exchange(messages: list[Message]) -> bool:
+    """Whether these are a question without an image and its answer."""
+    return [message.role for message in messages] == ["user", "assistant"] and not messages[0].num_images
 
 
-TOKENIZER_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": None,
-    "eos_token": "<|im_end|>",
-    "pad_token": "<|endoftext|>",
-    "clean_up_tokenization_spaces": False,
-}
-
-PROCESSOR_CONFIG = {
-    "processor_class": "LlavaProcessor",
-    "image_token": "<|image_pad|>",
-    "num_additional_image_tokens": 1,
-    "vision_feature_select_strategy": "default",
-}
-
-# The same template for transformers' processors; a picture that another part follows without a newline gets one.
-CHAT_TEMPLATE = """\
-{%- if messages[0].role != 'system' %}
-    {{- '<|im_start|>system\\n' + SYSTEM + '<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}
-            {%- if part.type == 'image' %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-                {%- if not loop.last and not (loop.nextitem.text is defined and loop.nextitem.text[:1] == '\\n') %}
-                    {{- '\\n' }}
-                {%- endif %}
-            {%- else %}
-                {{- part.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
-
-def marked(encoded: Encoded, processor: ChatProcessor, on: str = "[", off: str = "]") -> str:
-    """The conversation as text, what is learnt between `on` and `off`, the places of a picture as one and their number."""
-    place = processor.tokenizer.image_id
+def mark_targets(encoded: Encoded, processor: ChatProcessor, on: str = "[", off: str = "]") -> str:
+    """The row as text, targets between `on` and `off`, the places of an image as one and their number."""
+    image_id = processor.tokenizer.image_id
     text = ""
-    for is_learnt, group in groupby(zip(encoded.ids, encoded.labels, strict=True), lambda pair: pair[1] != IGNORED):
-        for is_place, places in groupby((token for token, _ in group), lambda token: token == place):
-            ids = list(places)
-            piece = processor.tokenizer.inner.decode(ids[:1] if is_place else ids, skip_special_tokens=False)
-            piece += f" x {len(ids)}" if is_place else ""
-            text += f"{on}{piece}{off}" if is_learnt else piece
+    for is_target, group in groupby(zip(encoded.ids, encoded.labels, strict=True), lambda pair: pair[1] != IGNORED):
+        for is_image, tokens in groupby((token for token, _ in group), lambda token: token == image_id):
+            ids = list(tokens)
+            piece = processor.tokenizer.inner.decode(ids[:1] if is_image else ids, skip_special_tokens=False)
+            piece += f" x {len(ids)}" if is_image else ""
+            text += f"{on}{piece}{off}" if is_target else piece
     return text

@@ -1,9 +1,7 @@
 """Text to ids and back, over the `tokenizers` library.
 
-The surprising fact: text never becomes a control token here. What a user types as `<|im_end|>` is encoded as those ten
-characters; control tokens enter only by name, through `id`. So nobody can close their own turn and speak as the system.
-
-Next: chat.py.
+Text never becomes a control token here. `<|im_end|>` in a user's text is encoded as those ten characters; control tokens
+are only added by name, through `id`. So no text can close its own turn and continue as the system.
 """
 
 from pathlib import Path
@@ -27,7 +25,7 @@ class Tokenizer:
             self.inner = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{self.path}: not a tokenizer; copy it again from its source") from error
-        self.content = self.path.read_bytes()  # kept: the folder may be gone when the model is saved elsewhere
+        self.content = self.path.read_bytes()  # kept: the folder may be gone when the model is saved
         self.inner.no_padding()
         self.inner.no_truncation()
         self.inner.encode_special_tokens = True
@@ -37,7 +35,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens; the model may have more rows, never fewer."""
+        """Number of tokens; the model's embedding may have more rows, never fewer."""
         return self.inner.get_vocab_size()
 
     def id(self, token: str) -> int:
@@ -48,7 +46,7 @@ class Tokenizer:
         return number
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text. Names of control tokens in it are only text."""
+        """Ids of plain text; names of control tokens in it are encoded as text."""
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
@@ -56,5 +54,5 @@ class Tokenizer:
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the file byte for byte as it was: the library would change it."""
+        """Writes the file byte for byte as it was read; the library's own `save` would change it."""
         (Path(folder) / FILE).write_bytes(self.content)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from mmllm.config.schema import LoraConfig
 from mmllm.data.chat import DEFAULT_SYSTEM, ChatProcessor
 from mmllm.data.image import ImageProcessor
+from mmllm.data.processor_files import load_processor, save_processor
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import CheckpointError
 from mmllm.layers import lora
@@ -80,7 +81,7 @@ def load_pretrained(kind: type[nn.Module], source: str | Path, device: Device, d
     """See `MultimodalLLM.from_pretrained`, which is `kind`."""
     folder = locate(source)
     info = read_info(folder)
-    processor = ChatProcessor.load(folder, info.config.num_image_tokens, info.system_prompt)
+    processor = load_processor(folder, info.config.num_image_tokens, info.system_prompt)
     model = without_memory(kind, info.config)
     if info.is_packed:
         load_packed_(model, folder, device, dtype)
@@ -267,4 +268,4 @@ def write_small_files(model: nn.Module, folder: Path) -> None:
         write_json(folder / name, content)
     if form.lora:
         lora.write_adapter_config(folder, model, form.lora)
-    model.processor.save(folder)
+    save_processor(model.processor, folder)

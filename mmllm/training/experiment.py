@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmllm.config.schema import ExperimentConfig, explain
 from mmllm.data.batches import sample_order
-from mmllm.data.chat import marked
+from mmllm.data.chat import mark_targets
 from mmllm.data.checks import checked_samples
 from mmllm.data.features import FeatureCache, FeatureTable, fingerprint
 from mmllm.data.packing import encode_shared
@@ -166,7 +166,7 @@ def load_data(
         print_rank0("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
     print_rank0(f"{count(train)} to train on, {count(val)} to validate. The first one, with its targets in [[ ]]:")
     first, *_ = encode_shared(train[0], process, data.max_length)
-    print_rank0("  " + marked(first, process, "[[", "]]").strip().replace("\n", "\n  "))
+    print_rank0("  " + mark_targets(first, process, "[[", "]]").strip().replace("\n", "\n  "))
     return TrainingData(train, [val[index] for index in sample_order(len(val), 0, 0)], sha256, table)
 
 

@@ -55,7 +55,7 @@ def test_the_order_mixes_well():
     assert abs(np.corrcoef(places[:, 0], places[:, 1])[0, 1]) < 0.1
 
 
-def test_rows_are_padded_on_the_right_and_padding_is_not_learnt(samples, processor):
+def test_rows_are_padded_on_the_right_and_padding_is_no_target(samples, processor):
     (batch,) = ordered_batches(samples[:2], processor, 2, num_workers=0)
     short = processor.encode(list(samples[0].messages))
     assert batch.ids_BT.shape == batch.labels_BT.shape == (2, len(short.ids) + 1)

@@ -1,4 +1,4 @@
-"""The template against Qwen's own, what is learnt of it, and what is left out when it is long."""
+"""The chat template against Qwen's own, its targets, and what is left out when a conversation is long."""
 
 import json
 import subprocess
@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from conftest import ROOT
-from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, marked, parse_text, user
+from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, mark_targets, parse_text, user
 from mmllm.data.image import ImageProcessor
+from mmllm.data.processor_files import load_processor, save_processor
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import CheckpointError, DataError
 from official import write_model, write_tokenizer
@@ -49,9 +50,9 @@ def test_ids_are_those_of_qwens_own_template(shared, turns):
         assert process.encode(messages_of(turns)).ids == whole
 
 
-def test_what_is_learnt_is_the_answers_and_their_ends(process):
+def test_the_targets_are_the_answers_and_their_ends(process):
     encoded = process.encode([user("what?", images=1), assistant("a cat"), user("sure?"), assistant("yes")])
-    assert marked(encoded, process) == (
+    assert mark_targets(encoded, process) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|> x 16<|vision_end|>\nwhat?<|im_end|>\n"
         "<|im_start|>assistant\n[a cat<|im_end|>]\n"
@@ -62,7 +63,7 @@ def test_what_is_learnt_is_the_answers_and_their_ends(process):
     assert encoded.num_images == 1
 
 
-def test_a_prompt_is_the_beginning_of_what_was_learnt(process):
+def test_a_prompt_is_the_beginning_of_what_was_trained_on(process):
     turns = [user("what?", images=1), assistant("a cat"), user("sure?"), assistant("yes")]
     prompt = process.encode_prompt(turns[:3])
     assert process.encode(turns).ids[: len(prompt)] == prompt
@@ -88,11 +89,11 @@ def test_what_is_too_long_loses_its_oldest_exchanges_but_not_the_image(process):
         turns += [user(f"question {i}"), assistant(f"answer {i}")]
     whole = process.encode(turns)
     shorter = process.encode(turns, len(whole.ids) - 1)
-    text = marked(shorter, process)
+    text = mark_targets(shorter, process)
     assert len(shorter.ids) < len(whole.ids) and shorter.num_images == 1
     assert "question 0" not in text and "answer 0" not in text and "question 1" in text and "a cat" in text
     tight = process.encode(turns, len(process.encode([*turns[:2], *turns[-2:]]).ids))
-    assert "answer 4" in marked(tight, process) and "answer 3" not in marked(tight, process)
+    assert "answer 4" in mark_targets(tight, process) and "answer 3" not in mark_targets(tight, process)
     with pytest.raises(DataError, match="but max_length is 60"):
         process.encode(turns, 60)
 
@@ -101,14 +102,14 @@ def test_what_is_too_long_loses_its_oldest_exchanges_but_not_the_image(process):
     ("turns", "named"),
     [([user("hello")], "no assistant turn"), ([Message("tool", ("x",)), assistant("y")], "role 'tool'")],
 )
-def test_what_cannot_be_learnt_is_refused(process, turns, named):
+def test_a_conversation_without_an_answer_or_with_an_unknown_role_is_refused(process, turns, named):
     with pytest.raises(DataError, match=named):
         process.encode(turns)
 
 
 def test_the_saved_template_says_the_same(process, tmp_path):
     """Text of the saved jinja file, tokenised by the saved tokenizer with its control tokens on."""
-    process.save(tmp_path)
+    save_processor(process, tmp_path)
     render = jinja2.Environment().from_string((tmp_path / "chat_template.jinja").read_text()).render
     content = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
@@ -124,16 +125,16 @@ def test_the_saved_template_says_the_same(process, tmp_path):
 
 
 def test_a_saved_processor_is_the_same(process, tmp_path):
-    process.save(tmp_path)
-    again = ChatProcessor.load(tmp_path, 16, process.system)
+    save_processor(process, tmp_path)
+    again = load_processor(tmp_path, 16, process.system)
     turns = [user("what?", images=1), assistant("a cat")]
     assert again.encode(turns) == process.encode(turns) and again.image_processor == process.image_processor
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"preprocessor_config.json: not JSON"):
-        ChatProcessor.load(tmp_path, 16)
+        load_processor(tmp_path, 16)
 
 
-def test_the_command_shows_what_will_be_learnt(tmp_path):
+def test_the_command_shows_what_will_be_trained_on(tmp_path):
     model = write_model(tmp_path / "model")
     Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
     (tmp_path / "data.json").write_text(json.dumps([{"id": "seven", "image": "x.png", "text": "a cat"}]))
