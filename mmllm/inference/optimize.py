@@ -97,7 +97,7 @@ def pack_towers_(model: MultimodalLLM, precision: str) -> None:
             replace_linear_(model.language_model, make)
     else:
         int8 = partial(Int8Packed.of, bits=BITS.get(precision, BITS["int8"]))
-        pack_(model.language_model, Int4Packed.of if precision == "int4" else int8, int8)
+        pack_(model.language_model, Int4Packed if precision == "int4" else int8, int8)
         replace_linear_(model.vision_tower, Int8Packed.of)
     model.form = replace(model.form, rounding=None, is_packed=precision not in ("bfloat16", "int4"))
 

@@ -1,17 +1,23 @@
-// Products of a frozen int8, int4 or bfloat16 matrix with a few rows of float32 numbers, at the speed of memory.
+// Products of a frozen int8, int4 or bfloat16 matrix with a few float32 rows, limited by memory bandwidth.
 //
-// The surprising fact: the int8 products are exact integers. A row of activations becomes whole numbers X of `bits` bits
-// (24: as exact as float32; 8: "int8-dynamic"), X is cut into signed bytes, and bytes are multiplied and summed without
-// rounding. So a row's result depends neither on the rows beside it, nor on the number of threads, nor on the processor.
+// The int8 products are exact integers. A row of activations becomes integers X of `bits` bits (24: as exact as float32;
+// 8: "int8-dynamic"), X is cut into signed bytes, and bytes are multiplied and summed without rounding. So the result of
+// a row depends neither on the other rows, nor on the number of threads, nor on the processor.
 //
 // Layout: panels of 16 output rows, [rows/16][columns/4][16][4], so that a core reads one stream of memory and every
-// 64 bytes meet the same four activations. Weights are kept unsigned (q + 128), as the processors' byte products want
-// one side; what the 128 adds is the sum of X, taken off at the end.
+// 64 bytes are multiplied by the same four activations. Weights are stored unsigned (q + 128), because the processors'
+// byte products need one unsigned operand; the 128 adds 128 times the sum of X, which is subtracted at the end.
 //
-// Compiled on first use by kernels.py, which also says how to do without. M rows, O outputs, K inputs.
+// cpu.py compiles this file on first use and has the fallback; reference.py has the formulas in torch. M rows, O outputs,
+// K inputs.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -30,11 +36,12 @@ typedef int8_t Chars __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 16, GROUP = 32;
-constexpr int32_t LARGEST_24 = 0x7f7f00, LARGEST_8 = 127;  // what three signed bytes hold, with room to round; and one
+constexpr int32_t MAX_ACTIVATION_24 = 0x7f7f00;  // what three signed bytes hold, with room to round
+constexpr int32_t MAX_ACTIVATION_8 = 127;
 #if defined(__AVX512F__)
-constexpr int MOST = 8;  // rows that share a load of weights: as many as there are registers for
+constexpr int MAX_ROWS = 8;  // rows that share one load of the weights; more do not fit the registers
 #else
-constexpr int MOST = 2;
+constexpr int MAX_ROWS = 2;
 #endif
 
 template <typename T, typename P> static inline T load(const P* from) {
@@ -43,13 +50,13 @@ template <typename T, typename P> static inline T load(const P* from) {
   return value;
 }
 
-// Asks for the weights that M rows will meet a while after these, into the second cache, where more requests may be under
-// way. One row reads so fast that the processor asks in time by itself.
-template <int M, typename P> static inline void fetch(const P* now) {
+// Prefetches the weights 4 KB ahead, into the second-level cache, which allows more outstanding requests. For one row the
+// hardware prefetcher is fast enough.
+template <int M, typename P> static inline void prefetch(const P* now) {
   if constexpr (M > 1) __builtin_prefetch((const char*)now + 4096, 0, 2);
 }
 
-// The `width` numbers of a panel that are there, the others 0. (A fixed size is one instruction.)
+// The first `width` numbers of a panel, the others 0. (A fixed size is one instruction.)
 static inline Floats lanes(const float* from, int64_t width) {
   if (from && width == LANES) return load<Floats>(from);
   Floats value = {};
@@ -79,7 +86,8 @@ static inline Floats widen(const uint16_t* from) {
   return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
 }
 
-// sum[r] + w[r][0..3] . x[0..3], with w unsigned and x signed; DIGIT bits of x are safe in the pairs that AVX2 adds.
+// sum[r] + w[r][0..3] . x[0..3], with w unsigned and x signed. AVX2 adds pairs of products in 16 bits, which DIGIT bits of x
+// cannot overflow.
 #if defined(__AVX512VNNI__)
 constexpr int DIGIT = 8;
 static inline Ints dot4(Ints sum, Bytes w, int32_t x) {
@@ -107,14 +115,14 @@ static inline Ints dot4(Ints sum, Bytes w, int32_t x) {
 }
 #endif
 
-// To the nearest whole number, of two the even one, as rintf does; |x| < 2^23.
+// To the nearest integer, ties to even, as rintf does; |x| < 2^23.
 static inline Ints rounded(Floats x) {
   const Floats size = (Floats)((Ints)x & 0x7fffffff);
   const Ints whole = __builtin_convertvector((size + 0x1p23f) - 0x1p23f, Ints);
   return x < 0 ? -whole : whole;
 }
 
-// The tile of rows that row m of M is computed in (in_tiles): its first row, and how many; a power of 2 up to `most`.
+// The tile that row m of M belongs to in in_tiles: its first row and its number of rows, a power of 2 up to `most`.
 struct Tile {
   int64_t first = 0, rows;
   Tile(int64_t m, int64_t M, int64_t most) : rows(most) {
@@ -123,8 +131,8 @@ struct Tile {
   }
 };
 
-// Rows of x as whole numbers X = x / unit, each cut into D signed digits of BITS bits, the lowest first. The rows of a tile
-// are one stream, [K/4][rows][D][4]: 24 streams side by side keep a core waiting.
+// Rows of x as integers X = x / unit, each cut into D signed digits of BITS bits, the lowest first. The rows of a tile are
+// one stream, [K/4][rows][D][4]: 24 parallel streams are slower.
 template <int D, int BITS> struct Digits {
   const int64_t M, K, most;
   const std::unique_ptr<int8_t[]> bytes;
@@ -140,7 +148,7 @@ template <int D, int BITS> struct Digits {
   Digits(const float* x, int64_t M, int64_t K, int64_t most, int32_t largest)
       : M(M), K(K), most(most), bytes(std::make_unique_for_overwrite<int8_t[]>(M * D * K)), unit(M), sum(M) {
     constexpr int32_t HALF = 1 << (BITS - 1), MASK = (1 << BITS) - 1;
-    int32_t halves = 0;  // with a half added to every digit none is negative, and each lies in bits of its own
+    int32_t halves = 0;  // added, so that no digit is negative and each has its own bits
     for (int d = 0; d < D; d++) halves += HALF << (BITS * d);
     at::parallel_for(0, M, 1 + 8192 / K, [&](int64_t from, int64_t to) {
       for (int64_t m = from; m < to; m++) {
@@ -181,7 +189,7 @@ static void int8_tile(const uint8_t* w, const int8_t* x, const double* unit, con
                       const float* bias, float* y, int64_t stride, int64_t width, int64_t K) {
   Ints sums[M][D] = {};
   for (int64_t k = 0; k < K; k += 4) {
-    fetch<M>(w + k * LANES);
+    prefetch<M>(w + k * LANES);
     const Bytes weights = load<Bytes>(w + k * LANES);
     for (int m = 0; m < M; m++)
       for (int d = 0; d < D; d++) sums[m][d] = dot4(sums[m][d], weights, load<int32_t>(x + (k * M + m * 4) * D + d * 4));
@@ -189,13 +197,13 @@ static void int8_tile(const uint8_t* w, const int8_t* x, const double* unit, con
   const Doubles scales = __builtin_convertvector(lanes(scale, width), Doubles);
   const Floats biases = lanes(bias, width);
   for (int m = 0; m < M; m++) {
-    Doubles total = Doubles{} - 128.0 * double(x_sum[m]);  // whole numbers of less than 53 bits: exact
+    Doubles total = Doubles{} - 128.0 * double(x_sum[m]);  // integers of less than 53 bits: exact
     for (int d = 0; d < D; d++) total += __builtin_convertvector(sums[m][d], Doubles) * double(1 << (DIGIT * d));
     put(y + m * stride, __builtin_convertvector(total * (unit[m] * scales), Floats) + biases, width);
   }
 }
 
-// Calls tile(rows as a constant, first row) until all M rows are done.
+// Calls tile(number of rows as a constant, first row) until all M rows are done.
 template <int R, typename F> static void in_tiles(int64_t M, int64_t from, const F& tile) {
   for (; from + R <= M; from += R) tile(std::integral_constant<int, R>(), from);
   if constexpr (R > 1) in_tiles<R / 2>(M, from, tile);
@@ -205,17 +213,17 @@ template <int D>
 static void int8_product(const Tensor& x, at::TensorList panels, at::TensorList scales, const float* const* biases,
                          Tensor& y, int32_t largest) {
   const int64_t K = panels[0].size(1) * 4, O = y.size(-1), M = y.numel() / O;
-  const Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, MOST, largest);
+  const Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, MAX_ROWS, largest);
   float* out = y.mutable_data_ptr<float>();
   int64_t all = 0;
   for (const Tensor& some : panels) all += some.size(0);
   at::parallel_for(0, all, 1, [&](int64_t from, int64_t to) {
-    int64_t first = 0, column = 0;  // of the matrix: its panel among all, its place in y
+    int64_t first = 0, column = 0;  // of matrix i: its first panel among all, its column of y
     for (size_t i = 0; i < panels.size(); first += panels[i].size(0), column += scales[i].numel(), i++) {
       const uint8_t* w = panels[i].const_data_ptr<uint8_t>();
       const float *scale = scales[i].const_data_ptr<float>(), *bias = biases[i];
       for (int64_t p = std::max(from - first, int64_t(0)); p < std::min(to - first, panels[i].size(0)); p++)
-        in_tiles<MOST>(M, 0, [&](auto rows, int64_t m) {
+        in_tiles<MAX_ROWS>(M, 0, [&](auto rows, int64_t m) {
           int8_tile<rows, D>(w + p * K * LANES, digits.bytes.get() + m * D * K, &digits.unit[m], &digits.sum[m],
                              scale + p * LANES, bias ? bias + p * LANES : nullptr, out + m * O + column + p * LANES, O,
                              std::min(LANES, scales[i].numel() - p * LANES), K);
@@ -228,8 +236,8 @@ static const float* data_or_null(const optional<Tensor>& bias) {
   return bias ? bias->const_data_ptr<float>() : nullptr;
 }
 
-// x in one piece of memory, its rows filled up with zeros to the K of the panels.
-static Tensor filled_up(const Tensor& x, int64_t K) {
+// x contiguous, its rows padded with zeros to the K of the panels.
+static Tensor padded_rows(const Tensor& x, int64_t K) {
   TORCH_CHECK(x.scalar_type() == at::kFloat, "float32 rows are needed, these are ", x.scalar_type());
   TORCH_CHECK(x.size(-1) <= K && K - x.size(-1) < 4, "rows of ", K, " numbers are needed, these have ", x.size(-1));
   return x.size(-1) == K ? x.contiguous() : at::constant_pad_nd(x, {0, K - x.size(-1)});
@@ -241,13 +249,13 @@ static Tensor output_for(const Tensor& x, int64_t O) {
   return at::empty(shape, x.options());
 }
 
-// x (..., K) times the int8 matrices in `panels`, side by side, scaled per output row: (..., sum of O). `bits`, 24 or 8,
-// of each activation. Matrices that read the same x share its digits and one start of the threads.
+// x (..., K) times the int8 matrices in `panels`, concatenated, scaled per output row: (..., sum of O). `bits`, 24 or 8, is
+// the precision of an activation. Matrices that read the same x share its digits and one parallel loop.
 static Tensor int8_linears(const Tensor& x_any, at::TensorList panels, at::TensorList scales,
                            const c10::List<optional<Tensor>>& biases, int64_t bits) {
   TORCH_CHECK(bits == 24 || bits == 8, "bits is ", bits, "; it can be 24 or 8");
   TORCH_CHECK(panels[0].size(1) <= 16384, "the sums of more than 65,536 products do not fit 32 bits");
-  const Tensor x = filled_up(x_any, panels[0].size(1) * 4);
+  const Tensor x = padded_rows(x_any, panels[0].size(1) * 4);
   int64_t O = 0;
   std::vector<const float*> b;
   for (size_t i = 0; i < panels.size(); i++) {
@@ -256,9 +264,9 @@ static Tensor int8_linears(const Tensor& x_any, at::TensorList panels, at::Tenso
   }
   Tensor y = output_for(x, O);
   if (bits == 24)
-    int8_product<DIGIT == 8 ? 3 : 4>(x, panels, scales, b.data(), y, LARGEST_24);
+    int8_product<DIGIT == 8 ? 3 : 4>(x, panels, scales, b.data(), y, MAX_ACTIVATION_24);
   else
-    int8_product<DIGIT == 8 ? 1 : 2>(x, panels, scales, b.data(), y, LARGEST_8);
+    int8_product<DIGIT == 8 ? 1 : 2>(x, panels, scales, b.data(), y, MAX_ACTIVATION_8);
   return y;
 }
 
@@ -273,7 +281,7 @@ static void bf16_tile(const uint16_t* w, const float* x, const float* bias, floa
                       int64_t K) {
   Floats sums[M][2] = {};
   for (int64_t k = 0; k < K; k += 2) {
-    fetch<M>(w + k * LANES);
+    prefetch<M>(w + k * LANES);
     for (int i = 0; i < 2; i++) {
       const Floats weights = widen(w + (k + i) * LANES);
       for (int m = 0; m < M; m++) sums[m][i] += weights * x[m * K + k + i];
@@ -285,14 +293,14 @@ static void bf16_tile(const uint16_t* w, const float* x, const float* bias, floa
 
 static Tensor bf16_linear(const Tensor& x_any, const Tensor& panels, const optional<Tensor>& bias, int64_t O) {
   const int64_t K = panels.size(1), M = x_any.numel() / x_any.size(-1);
-  const Tensor x = filled_up(x_any, K);
+  const Tensor x = padded_rows(x_any, K);
   Tensor y = output_for(x, O);
   const uint16_t* w = (const uint16_t*)panels.const_data_ptr();
   const float *in = x.const_data_ptr<float>(), *b = data_or_null(bias);
   float* out = y.mutable_data_ptr<float>();
   at::parallel_for(0, panels.size(0), 1, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; p++)
-      in_tiles<MOST>(M, 0, [&](auto rows, int64_t m) {
+      in_tiles<MAX_ROWS>(M, 0, [&](auto rows, int64_t m) {
         bf16_tile<rows>(w + p * K * LANES, in + m * K, b ? b + p * LANES : nullptr, out + m * O + p * LANES, O,
                         std::min(LANES, O - p * LANES), K);
       });
@@ -311,7 +319,7 @@ static void int4_tile(const uint8_t* w, const uint16_t* scale, const int8_t* x, 
     for (int m = 0; m < M; m++)
       for (int d = 0; d < D; d++) sums[m][d] = Ints{} - 8 * x_sum[(m * D + d) * (K / GROUP) + g];
     for (int j = 0; j < 4; j++) {
-      fetch<M>(w + (g * 4 + j) * 64);
+      prefetch<M>(w + (g * 4 + j) * 64);
       const Bytes both = load<Bytes>(w + (g * 4 + j) * 64), low = both & 15, high = both >> 4;
       for (int m = 0; m < M; m++)
         for (int d = 0; d < D; d++) {
@@ -334,9 +342,9 @@ static Tensor int4_linear(const Tensor& x_any, const Tensor& panels, const Tenso
                    int64_t O) {
   constexpr int D = DIGIT == 8 ? 3 : 4;
   const int64_t groups = panels.size(1), K = groups * GROUP, M = x_any.numel() / x_any.size(-1);
-  const Tensor x = filled_up(x_any, K);
+  const Tensor x = padded_rows(x_any, K);
   Tensor y = output_for(x, O);
-  Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, MOST / 2, LARGEST_24);
+  Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, MAX_ROWS / 2, MAX_ACTIVATION_24);
   std::vector<int32_t> sums(M * D * groups);
   for (int64_t m = 0; m < M; m++)
     for (int64_t d = 0; d < D; d++) {
@@ -350,7 +358,7 @@ static Tensor int4_linear(const Tensor& x_any, const Tensor& panels, const Tenso
   float* out = y.mutable_data_ptr<float>();
   at::parallel_for(0, panels.size(0), 1, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; p++)
-      in_tiles<MOST / 2>(M, 0, [&](auto rows, int64_t m) {
+      in_tiles<MAX_ROWS / 2>(M, 0, [&](auto rows, int64_t m) {
         int4_tile<rows, D>(w + p * groups * 256, s + p * groups * LANES, digits.bytes.get() + m * D * K,
                            sums.data() + m * D * groups, &digits.unit[m], b ? b + p * LANES : nullptr,
                            out + m * O + p * LANES, O, std::min(LANES, O - p * LANES), K);
@@ -359,7 +367,7 @@ static Tensor int4_linear(const Tensor& x_any, const Tensor& panels, const Tenso
   return y;
 }
 
-// Packing: what kernels.py and quant.py say in a few lines of torch, in one pass over the weights. -----------------------
+// Packing: the layouts of cpu.py and the rounding of reference.py, in one pass over the weights. -----------------------
 
 // Calls row(weights as float32, panel, lane) for every row of a float32 or bfloat16 matrix, panels in parallel.
 template <typename F> static void each_row(const Tensor& weight, const F& row) {
@@ -379,7 +387,7 @@ template <typename F> static void each_row(const Tensor& weight, const F& row) {
   });
 }
 
-// float32 or bfloat16 (O, K) -> panels and scales of int8; the numbers are those of `quantize` in quant.py.
+// float32 or bfloat16 (O, K) -> panels and scales of int8; the numbers are those of `quantize_int8` in reference.py.
 static std::tuple<Tensor, Tensor> int8_pack(const Tensor& weight) {
   const int64_t O = weight.size(0), K = weight.size(1), steps = (K + 3) / 4;
   Tensor panels = at::full({(O + LANES - 1) / LANES, steps, LANES, 4}, 128, at::kByte), scales = at::empty({O}, at::kFloat);
@@ -399,7 +407,7 @@ static std::tuple<Tensor, Tensor> int8_pack(const Tensor& weight) {
   return {panels, scales};
 }
 
-// The same for int4; the numbers are those of `quantize_int4` in quant.py. K is a multiple of 32.
+// The same for int4; the numbers are those of `quantize_int4` in reference.py. K is a multiple of 32.
 static std::tuple<Tensor, Tensor> int4_pack(const Tensor& weight) {
   const int64_t O = weight.size(0), K = weight.size(1), groups = K / GROUP, P = (O + LANES - 1) / LANES;
   TORCH_CHECK(K % GROUP == 0, "int4 needs rows of a multiple of 32 numbers, these have ", K);
@@ -436,9 +444,9 @@ static Tensor bf16_pack(const Tensor& weight) {
   return panels;
 }
 
-// The rest of a step, where a call of torch costs more than the work. -----------------------------------------------------
+// The other operations of a decoding step, where starting a torch operation costs more than computing it. --------------
 
-// e^x to the last bits of float32 or two: 2^n times the series of the rest.
+// e^x, off by one or two units in the last place: 2^n times the Taylor series of the remainder.
 static inline Floats exp_of(Floats x) {
   x = x < -87.f ? Floats{} - 87.f : x > 88.f ? Floats{} + 88.f : x;
   const Ints n = __builtin_convertvector(x * 1.44269504f + (x < 0 ? Floats{} - 0.5f : Floats{} + 0.5f), Ints);
@@ -448,7 +456,7 @@ static inline Floats exp_of(Floats x) {
   return sum * (Floats)((n + 127) << 23);
 }
 
-// silu(gate) * up, where a row of x is its gates and then as many ups. (torch's silu takes 60 us for a row of 4864.)
+// silu(gate) * up; a row of x holds its gates, then as many ups. (torch's silu takes 60 us for a row of 4864.)
 static Tensor swiglu(const Tensor& x_any) {
   const Tensor x = x_any.contiguous();
   const int64_t F = x.size(-1) / 2, M = x.numel() / (2 * F);
@@ -488,8 +496,8 @@ static Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
   return y;
 }
 
-// x[k] cos[k] + x[k + K/2 mod K] sin[k]: the turn by a position's angle, with the signs in `sin` (rotate in qwen.py).
-static void turn(const float* x, const float* cos, const float* sin, float* out, int64_t K) {
+// x[k] cos[k] + x[k + K/2 mod K] sin[k]: RoPE, with the signs in `sin` (rotate in qwen.py).
+static void rotate(const float* x, const float* cos, const float* sin, float* out, int64_t K) {
   for (int64_t k = 0; k < K / 2; k++) out[k] = x[k] * cos[k] + x[k + K / 2] * sin[k];
   for (int64_t k = K / 2; k < K; k++) out[k] = x[k] * cos[k] + x[k - K / 2] * sin[k];
 }
@@ -502,7 +510,7 @@ static inline float sum_of(Floats x) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// What one head's query (K, a multiple of 16 and at most 256) sees at `end` places, `step` numbers apart: out (K).
+// Attention of one head's query (K, a multiple of 16 and at most 256) over `end` positions, `step` numbers apart: out (K).
 static inline __attribute__((always_inline)) void attend(const float* query, const float* keys, const float* values,
                                                          float* out, int64_t end, int64_t step, int64_t K,
                                                          std::vector<float>& scores) {
@@ -526,9 +534,9 @@ static inline __attribute__((always_inline)) void attend(const float* query, con
   for (int64_t k = 0; k < K; k += LANES) put(out + k, sums[k / LANES] / total, LANES);
 }
 
-// Attention for one new token a row: qkv (B, (H + 2 G) K) are its queries, keys and values as projected; cos and sin
-// (B, K). Row b goes to position starts[b] of slot slots[b] in keys and values (S, G, C, K), and its queries see that slot
-// up to there. (B, H K). No row's numbers depend on another's.
+// Attention for one new token per row, (B, H K): qkv (B, (H + 2 G) K) are its projected queries, keys and values; cos and sin
+// (B, K). Row b is written to position starts[b] of slot slots[b] in keys and values (S, G, C, K), and attends to that slot
+// up to there. No row depends on another.
 static Tensor attend_token(const Tensor& qkv_any, const Tensor& cos_any, const Tensor& sin_any, const Tensor& keys,
                            const Tensor& values, at::IntArrayRef slots, at::IntArrayRef starts) {
   const Tensor qkv = qkv_any.contiguous(), cos = cos_any.contiguous(), sin = sin_any.contiguous();
@@ -542,13 +550,13 @@ static Tensor attend_token(const Tensor& qkv_any, const Tensor& cos_any, const T
   float *all_keys = keys.mutable_data_ptr<float>(), *all_values = values.mutable_data_ptr<float>();
   const int64_t slot_step = keys.stride(0), head_step = keys.stride(1), step = keys.stride(2);
   for (int64_t b = 0; b < B; b++) {
-    TORCH_CHECK(starts[b] < keys.size(2) && slots[b] < keys.size(0), "row ", b, " has no such place");
+    TORCH_CHECK(starts[b] < keys.size(2) && slots[b] < keys.size(0), "row ", b, " has no such position");
     const float *row = qkv.const_data_ptr<float>() + b * (H + 2 * G) * K, *c = cos.const_data_ptr<float>() + b * K,
                 *s = sin.const_data_ptr<float>() + b * K;
     const int64_t place = slots[b] * slot_step + starts[b] * step;
-    for (int64_t h = 0; h < H; h++) turn(row + h * K, c, s, &queries[(b * H + h) * K], K);
+    for (int64_t h = 0; h < H; h++) rotate(row + h * K, c, s, &queries[(b * H + h) * K], K);
     for (int64_t g = 0; g < G; g++) {
-      turn(row + (H + g) * K, c, s, all_keys + place + g * head_step, K);
+      rotate(row + (H + g) * K, c, s, all_keys + place + g * head_step, K);
       memcpy(all_values + place + g * head_step, row + (H + G + g) * K, K * sizeof(float));
     }
   }
@@ -560,7 +568,7 @@ static Tensor attend_token(const Tensor& qkv_any, const Tensor& cos_any, const T
       const auto head = [&](int64_t size) __attribute__((always_inline)) {
         attend(&queries[i * K], all_keys + first, all_values + first, out + i * K, starts[b] + 1, step, size, scores);
       };
-      K == 64 ? head(64) : head(K);  // a size that the compiler knows is twice as fast
+      K == 64 ? head(64) : head(K);  // a constant size is twice as fast
     }
   });
   return y;

@@ -1,9 +1,10 @@
-"""int8 products on a GPU: a few rows by a Triton kernel that widens the weights in registers, many by torch.
+"""int8 products on a GPU: few rows by a Triton kernel that widens the weights in registers, many rows by torch.
 
-The surprising fact: torch has no product of bfloat16 rows with int8 weights that reads only the int8. Widening first
-writes twice what it saves; so the kernel multiplies what it has just read, and the scale comes last.
+torch has no product of bfloat16 rows with int8 weights that reads only the int8, and widening the matrix first writes
+twice what int8 saves. The kernel multiplies what it has just read and applies the scale last.
+It has not been run on a GPU yet.
 
-Not run on a GPU yet. M rows, O outputs, K inputs. Next: packed.py.
+M rows, O outputs, K inputs.
 """
 
 import functools
@@ -16,14 +17,14 @@ from torch import Tensor
 from mmllm.errors import RunError
 from mmllm.runtime.console import stderr_rank0
 
-MOST_ROWS = 16  # more rows share a matrix product well enough to pay for widened weights
+MAX_ROWS = 16  # with more rows a matrix product is faster, in spite of the widened weights
 BLOCK_O = 16
 
 
 def int8_linear(x: Tensor, q_OK: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x (..., K) times the int8 rows, scaled: (..., O), in the kind of x."""
+    """x (..., K) times the int8 rows, scaled: (..., O), in the dtype of x."""
     x_MK = x.reshape(-1, x.shape[-1])
-    if len(x_MK) <= MOST_ROWS and native(x.device):
+    if len(x_MK) <= MAX_ROWS and native(x.device):
         y_MO = few_rows(x_MK.contiguous(), q_OK, scale_O)
     else:
         y_MO = F.linear(x_MK, q_OK.to(x.dtype)).float() * scale_O
@@ -33,21 +34,20 @@ def int8_linear(x: Tensor, q_OK: Tensor, scale_O: Tensor, bias_O: Tensor | None)
 
 @functools.cache
 def native(device: torch.device) -> bool:
-    """Whether the Triton kernel compiles here and is right. One line says so, or why torch's products take its place."""
+    """Whether the Triton kernel compiles here and is right. Prints one line that says so, or why torch is used."""
     if device.type != "cuda":
         return False
     try:
-        prove(device)
+        self_test(device)
     except Exception as error:  # whatever a compiler may raise
-        stderr_rank0(
-            f"kernels: torch's own products of int8 on {device} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        )
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        stderr_rank0(f"kernels: torch's own products of int8 on {device} ({reason})")
         return False
     stderr_rank0(f"kernels: our own for int8 on {device} (Triton)")
     return True
 
 
-def prove(device: torch.device) -> None:
+def self_test(device: torch.device) -> None:
     """RunError unless the kernel gives what its formula says, on shapes with every remainder."""
     rng = torch.Generator().manual_seed(0)
     x_MK = torch.randn(5, 300, generator=rng).to(device, torch.bfloat16)
@@ -65,14 +65,14 @@ def few_rows(x_MK: Tensor, q_OK: Tensor, scale_O: Tensor) -> Tensor:
     y_MO = torch.empty(rows, outputs, device=x_MK.device)
     block_m = 1 << (rows - 1).bit_length()
     grid = ((outputs + BLOCK_O - 1) // BLOCK_O,)
-    block_k = max(32, 512 // block_m)  # what a program holds in registers stays the same
+    block_k = max(32, 512 // block_m)  # keeps the size of a program's registers constant
     kernel()[grid](x_MK, q_OK, scale_O, y_MO, rows, outputs, x_MK.shape[1], block_m, BLOCK_O, block_k)
     return y_MO
 
 
 @functools.cache
 def kernel() -> Callable:
-    import triton
+    import triton  # not installed everywhere
     import triton.language as tl
 
     @triton.jit
@@ -84,14 +84,10 @@ def kernel() -> Callable:
         sums = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
         for first in range(0, width, BLOCK_K):
             inside = first + k < width
-            weights = tl.load(
-                q + o[:, None].to(tl.int64) * width + first + k[None, :],
-                mask=(o[:, None] < rows_o) & inside[None, :],
-                other=0,
-            )
-            xs = tl.load(
-                x + m[:, None] * width + first + k[None, :], mask=(m[:, None] < rows_m) & inside[None, :], other=0.0
-            )
+            w_at = q + o[:, None].to(tl.int64) * width + first + k[None, :]
+            weights = tl.load(w_at, mask=(o[:, None] < rows_o) & inside[None, :], other=0)
+            x_at = x + m[:, None] * width + first + k[None, :]
+            xs = tl.load(x_at, mask=(m[:, None] < rows_m) & inside[None, :], other=0.0)
             products = weights.to(tl.float32)[None, :, :] * xs.to(tl.float32)[:, None, :]
             sums += tl.sum(products, axis=2)
         scales = tl.load(scale + o, mask=o < rows_o, other=0.0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmllm.config.schema import LoraConfig
 from mmllm.errors import CheckpointError, ConfigError
-from mmllm.layers.quantized import FrozenLinear
+from mmllm.layers.quantized import linear_layers
 from mmllm.runtime.files import read_json, write_json
 from mmllm.storage.weights import read_safetensors
 
@@ -91,11 +91,7 @@ def adapter_names(module: nn.Module) -> set[str]:
 
 def target_layers(language_model: nn.Module, config: LoraConfig) -> list[str]:
     """The linear layers that `target_modules` names, or all but the head; ConfigError for a name that no layer has."""
-    linear = [
-        name
-        for name, layer in language_model.named_modules()
-        if isinstance(layer, nn.Linear | FrozenLinear) and name != "lm_head"
-    ]
+    linear = list(linear_layers(language_model))
     targets = set(config.target_modules)
     chosen = [name for name in linear if targets == {ALL_LINEAR} or name.rpartition(".")[2] in targets]
     unknown = targets - {name.rpartition(".")[2] for name in chosen} - {ALL_LINEAR}

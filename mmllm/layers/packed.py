@@ -1,11 +1,11 @@
-"""Layers whose weights are held for reading only: int8, int4 or bfloat16, in the order in which the kernels read them.
+"""Linear layers for inference only: int8, int4 or bfloat16 weights, in the order in which the kernels read them.
 
-The surprising fact: an embedding and its tied head can be one int8 matrix. The head is 27 % of what a token reads, and a
-row looked up is a row of q times its scale; so nothing is kept twice.
+int8: y = x (q s)^T, one scale per row. "int8-dynamic" rounds each row of x to int8, too. int4: one scale per 32 weights;
+the head stays int8. bfloat16: only the weights are rounded. Activations are float32 on a CPU. Formulas:
+kernels/reference.py; layers to train beside: quantized.py.
 
-int8: y = x (q s)^T, one s a row. "int8-dynamic" rounds x to int8 as well, each row by itself. int4: a scale for 32
-weights; the head stays int8. bfloat16: only the weights are rounded. Activations are float32 on a CPU.
-The formulas are in quant.py, which has the layers to train under. Next: fast.py.
+An embedding and its tied head are one int8 matrix (27 % of what Qwen2.5-0.5B reads for a token): a row that is looked up
+is a row of q times its scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
-from mmllm.kernels import triton_int8 as gpu
+from mmllm.kernels import reference, triton_int8
 from mmllm.layers.lora import has_adapter, move_adapter_
-from mmllm.layers.quantized import GROUP, FrozenLinear, quantize, quantize_int4
+from mmllm.layers.quantized import FrozenLinear, linear_layers
 
-BITS = {"int8": 24, "int8-dynamic": 8}  # of an activation as a whole number: 24 are as exact as float32
+BITS = {"int8": 24, "int8-dynamic": 8}  # of an activation as an integer: 24 are as exact as float32
 
 
 class Packed(nn.Module):
-    """A linear layer for inference: its sizes, its bias in float32, and whether a row's bits depend on other rows."""
+    """A linear layer with its bias in float32. `mixes_rows`: whether the last bits of a row depend on the other rows."""
 
     mixes_rows = False
 
@@ -35,7 +35,7 @@ class Packed(nn.Module):
 
 
 class Int8Packed(Packed):
-    """int8 rows: `panels` where our kernels run, and plain rows `q` elsewhere. On disk always panels."""
+    """int8 rows: `panels` where the kernels run, plain rows `q` elsewhere. A state dict always holds panels."""
 
     def __init__(self, layer: nn.Module, panels: Tensor, scale: Tensor, bits: int = BITS["int8"]):
         super().__init__(layer)
@@ -49,20 +49,19 @@ class Int8Packed(Packed):
         weight = weight_of(layer)
         if is_native(weight):
             return cls(layer, *torch.ops.mmllm.int8_pack(weight), bits)
-        q, scale = quantize(weight)
-        return cls(layer, kernels.panels(q), scale[:, 0], bits).settled()
+        q, scale = reference.quantize_int8(weight)
+        return cls(layer, kernels.panels(q), scale[:, 0], bits).to_device_layout_()
 
     @classmethod
-    def blank(cls, layer: nn.Module) -> "Int8Packed":
-        """The shapes alone, to load into."""
+    def empty(cls, layer: nn.Module) -> "Int8Packed":
+        """Only the shapes, to load into."""
         shape = (-(-layer.out_features // 16), -(-layer.in_features // 4), 16, 4)
         panels = torch.empty(shape, dtype=torch.uint8, device="meta")
         return cls(layer, panels, torch.empty(layer.out_features, device="meta"))
 
-    def settled(self) -> "Int8Packed":
-        """Itself, in the layout that its device reads."""
+    def to_device_layout_(self) -> "Int8Packed":
         if not is_native(self.panels):
-            self.q = self.looked_up(torch.arange(self.out_features, device=self.panels.device)).contiguous()
+            self.q = self.int8_rows(torch.arange(self.out_features, device=self.panels.device)).contiguous()
             self.panels = self.panels[:0]
         return self
 
@@ -71,25 +70,25 @@ class Int8Packed(Packed):
         if self.q is not None:
             destination[f"{prefix}panels"] = kernels.panels(self.q)
 
-    def looked_up(self, numbers: Tensor) -> Tensor:
+    def int8_rows(self, numbers: Tensor) -> Tensor:
         rows = kernels.rows_of_panels(self.panels, numbers) if self.q is None else self.q[numbers]
         return rows[..., : self.in_features]
 
     def rows(self, numbers: Tensor) -> Tensor:
         """The rows with these numbers, (..., in_features): float32, on a GPU bfloat16."""
-        rows = self.looked_up(numbers) * self.scale[numbers, None]
+        rows = self.int8_rows(numbers) * self.scale[numbers, None]
         return rows.bfloat16() if rows.is_cuda else rows
 
     def forward(self, x: Tensor) -> Tensor:
         if self.q is None:
             return torch.ops.mmllm.int8_linear(x, self.panels, self.scale, self.bias, self.bits)
         if x.is_cuda:
-            return gpu.int8_linear(x, self.q, self.scale, self.bias)
-        return kernels.int_mm_linear(x, self.q, self.scale, self.bias, self.bits)
+            return triton_int8.int8_linear(x, self.q, self.scale, self.bias)
+        return reference.int8_linear(x, self.q, self.scale, self.bias, self.bits)
 
 
 def side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """What several layers make of the same x, one after the other in the last dimension; int8 panels in one call."""
+    """The outputs of several layers for the same x, concatenated in the last dimension; int8 panels in one call."""
     if all(isinstance(layer, Int8Packed) and layer.q is None and not has_adapter(layer) for layer in layers):
         panels, scales, biases = ([getattr(layer, name) for layer in layers] for name in ("panels", "scale", "bias"))
         return torch.ops.mmllm.int8_linears(x, panels, scales, biases, layers[0].bits)
@@ -97,31 +96,28 @@ def side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 class Int4Packed(Packed):
-    """int4 with a scale for 32 weights; without our kernels each product makes the matrix again."""
+    """int4 with one scale per 32 weights; without the kernels each product makes the float matrix again."""
 
     @property
     def mixes_rows(self) -> bool:
         return not is_native(self.panels)
 
-    def __init__(self, layer: nn.Module, panels: Tensor, scale: Tensor):
+    def __init__(self, layer: nn.Module):
         super().__init__(layer)
+        weight = weight_of(layer)
+        if weight.shape[1] % reference.GROUP:
+            raise UserError(
+                f"int4 needs rows of a multiple of {reference.GROUP} weights, this model has {weight.shape[1]}; use int8"
+            )
+        pack = torch.ops.mmllm.int4_pack if is_native(weight) else reference.quantize_int4
+        panels, scale = pack(weight)
         self.register_buffer("panels", panels)
         self.register_buffer("scale", scale)
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> "Int4Packed":
-        weight = weight_of(layer)
-        if weight.shape[1] % GROUP:
-            raise UserError(
-                f"int4 needs rows of a multiple of {GROUP} weights, this model has {weight.shape[1]}; use int8"
-            )
-        return cls(layer, *(torch.ops.mmllm.int4_pack(weight) if is_native(weight) else quantize_int4(weight)))
 
     def forward(self, x: Tensor) -> Tensor:
         if is_native(x):
             return torch.ops.mmllm.int4_linear(x, self.panels, self.scale, self.bias, self.out_features)
-        q = self.panels.unflatten(1, (-1, GROUP)) * self.scale[..., None].float()
-        return F.linear(x, q.flatten(1), self.bias)
+        return F.linear(x, reference.int4_matrix(self.panels, self.scale), self.bias)
 
 
 class Bf16Packed(Packed):
@@ -139,7 +135,7 @@ class Bf16Packed(Packed):
 
 
 class Bf16Prepacked(Packed):
-    """The same by torch's oneDNN, which rounds the activations to bfloat16 too; packed where the processor allows it."""
+    """The same by torch's oneDNN, which rounds the activations to bfloat16, too; packed where the processor allows it."""
 
     mixes_rows = True
 
@@ -160,12 +156,12 @@ class Bf16Prepacked(Packed):
 
 
 class PackedEmbedding(nn.Module):
-    """Looks rows up in a packed matrix; a tied head is that matrix, and belongs to the head alone."""
+    """Looks rows up in a packed matrix. A tied head is that matrix: it belongs to the head, and is saved once."""
 
     def __init__(self, matrix: Packed, is_tied: bool):
         super().__init__()
         if is_tied:
-            self.held = (matrix,)  # in a tuple it is no child, and no second copy in a state dict
+            self.held = (matrix,)  # in a tuple it is no child, so that a state dict has no second copy
         else:
             self.matrix = matrix
         self.is_tied = is_tied
@@ -179,19 +175,18 @@ def is_native(tensor: Tensor) -> bool:
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The float matrix that a layer stands for."""
+    """The matrix of a layer in float32 or bfloat16."""
     weight = layer.dequantized() if isinstance(layer, FrozenLinear) else layer.weight.detach()
     return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
 
 
 # A whole language model -----------------------------------------------------------------------------------------------
 
+Make = Callable[[nn.Module], Packed]
 
-def pack_(
-    language_model: nn.Module, make: Callable[[nn.Module], Packed], make_head: Callable[[nn.Module], Packed]
-) -> None:
-    """Every linear layer becomes what `make` makes of it, the head and the embedding what `make_head` does, tied as they
-    were. Adapters stay beside their layers."""
+
+def pack_(language_model: nn.Module, make: Make, make_head: Make) -> None:
+    """Replaces every linear layer by `make` of it, head and embedding by `make_head`; a tied head stays tied."""
     replace_linear_(language_model, make)
     embedding, is_tied = language_model.model.embed_tokens, language_model.config.tie_word_embeddings
     head = language_model.lm_head = make_head(language_model.lm_head)
@@ -199,15 +194,13 @@ def pack_(
     language_model.model.embed_tokens = PackedEmbedding(matrix, is_tied)
 
 
-def replace_linear_(module: nn.Module, make: Callable[[nn.Module], Packed]) -> None:
-    """Every linear layer but a head becomes what `make` makes of it."""
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear | FrozenLinear) and name != "lm_head":
-            parent, _, last = name.rpartition(".")
-            new = make(layer)
-            if has_adapter(layer):
-                move_adapter_(layer, new)
-            setattr(module.get_submodule(parent), last, new)
+def replace_linear_(module: nn.Module, make: Make) -> None:
+    """Replaces every linear layer but a head by `make` of it. Adapters stay beside their layers."""
+    for name, layer in linear_layers(module).items():
+        new = make(layer)
+        if has_adapter(layer):
+            move_adapter_(layer, new)
+        module.set_submodule(name, new)
 
 
 def as_linear(embedding: nn.Embedding) -> nn.Linear:
@@ -218,12 +211,12 @@ def as_linear(embedding: nn.Embedding) -> nn.Linear:
 
 def empty_(model: nn.Module) -> None:
     """The shapes of an int8 model, to load its file into."""
-    pack_(model.language_model, Int8Packed.blank, Int8Packed.blank)
-    replace_linear_(model.vision_tower, Int8Packed.blank)
+    pack_(model.language_model, Int8Packed.empty, Int8Packed.empty)
+    replace_linear_(model.vision_tower, Int8Packed.empty)
 
 
 def to_device_layout_(module: nn.Module, bits: int = BITS["int8"]) -> None:
-    """int8 layers that were loaded, in the layout of their device and with activations of `bits`."""
+    """Gives int8 layers that were loaded the layout of their device, and activations of `bits`."""
     for layer in module.modules():
         if isinstance(layer, Int8Packed):
-            layer.settled().bits = bits
+            layer.to_device_layout_().bits = bits

@@ -14,7 +14,7 @@ from mmllm.data.batches import make_batch, read_row
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.layers.lora import add_lora_, merge_lora_
-from mmllm.layers.quantized import Int4Linear, Int8Linear, count_weights, quantize, quantize_, quantize_int4
+from mmllm.layers.quantized import Int4Linear, Int8Linear, count_weights, quantize_
 from mmllm.models.loading import ModelForm
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.storage import checkpoint as disk
@@ -23,52 +23,6 @@ from mmllm.training.prepare import train_only_
 from mmllm.training.step import accumulate_gradients
 from official import write_model
 from tiny_run import write_world
-
-
-def some_weight() -> torch.Tensor:
-    weight = torch.randn(50, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 50)[:, None]
-    weight[7] = 0
-    return weight
-
-
-def test_a_weight_is_off_by_half_a_scale_at_most():
-    weight = some_weight()
-    q, scale = quantize(weight)
-    assert q.dtype == torch.int8 and scale.shape == (50, 1)
-    assert ((q * scale - weight).abs() <= scale / 2 * (1 + 1e-6)).all()
-    rows = weight.abs().amax(1) > 0
-    assert (scale[rows] / (weight.abs().amax(1, keepdim=True)[rows] / 127) - 1).abs().max() < 2**-14
-    assert (q[7] == 0).all()
-
-
-def test_quantising_what_was_quantised_changes_no_bit():
-    q, scale = quantize(some_weight())
-    exact = q.double() * scale.double()
-    assert torch.equal((q * scale).double(), exact), "float32 holds the product"
-    again, same = quantize(q * scale)
-    rows = (q != 0).any(1)
-    assert torch.equal(again, q) and torch.equal(same[rows], scale[rows])
-
-
-def test_int4_is_off_by_half_a_scale_or_by_one_where_it_ends_at_7():
-    weight = some_weight()[:, :32] + 0.01
-    q, scale = quantize_int4(weight)
-    assert scale.shape == (50, 1) and scale.dtype == torch.bfloat16 and (q.amin(), q.amax()) == (-8, 7)
-    off = (q * scale.float() - weight).abs() / scale.float().abs()
-    assert (off <= torch.where(q == 7, 1.05, 0.5 + 1e-5) + 0.04 * (q == -8)).all(), "a bfloat16 scale is off by 0.4 %"
-
-
-def test_quantising_int4_again_changes_no_bit():
-    weight = torch.randn(50, 96)
-    weight[3, :32] = 0
-    q, scale = quantize_int4(weight)
-    again, same = quantize_int4((q.unflatten(1, (-1, 32)) * scale[..., None].float()).flatten(1))
-    assert torch.equal(again, q) and torch.equal(same, scale)
-    layer = nn.Linear(96, 50)
-    layer.weight.data = weight
-    assert torch.equal(
-        Int4Linear(layer).dequantized(), (q.unflatten(1, (-1, 32)) * scale[..., None].float()).flatten(1)
-    )
 
 
 @pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
@@ -87,11 +41,11 @@ def test_products_and_gradients_are_those_of_the_rounded_matrix(bias, kind):
 
 def test_under_autocast_it_computes_in_bfloat16():
     layer = nn.Linear(33, 50)
-    x = torch.randn(5, 33)
+    x, int8 = torch.randn(5, 33), Int8Linear(layer)
     with torch.autocast("cpu", torch.bfloat16):
-        got, wanted = Int8Linear(layer)(x), layer(x)
-    assert got.dtype == torch.bfloat16
-    assert (got - wanted).float().abs().max() < 0.05
+        got = int8(x)
+    scale, bias = int8.scale[:, 0].bfloat16(), layer.bias.bfloat16()
+    assert torch.equal(got, F.linear(x.bfloat16(), int8.weight.bfloat16()) * scale + bias)
 
 
 @pytest.mark.parametrize("kind, bits", [(Int8Linear, 8), (Int4Linear, 4.5)])
@@ -129,7 +83,7 @@ def test_a_saved_model_comes_back_bit_for_bit_and_transformers_reads_it(model, t
     if not with_lora:
         theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float32)
         ids = torch.randint(0, 280, (1, 20), generator=torch.Generator().manual_seed(0))
-        assert (theirs(input_ids=ids).logits - some_logits(model)).abs().max() < 1e-3
+        assert (theirs(input_ids=ids).logits - some_logits(model)).abs().max() < 1e-4
     half = MultimodalLLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     for mine, other in zip(model.language_model.buffers(), half.language_model.buffers(), strict=True):
         assert torch.equal(mine, other), "rounded to int8 before anything else"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmllm.errors import RunError
-from mmllm.kernels import triton_int8 as gpu
+from mmllm.kernels import triton_int8
 from mmllm.kernels.triton_int8 import int8_linear
 
 
@@ -19,7 +19,7 @@ def relative_error(rows: int, device: str) -> float:
     return float((got.cpu() - wanted).norm() / wanted.norm())
 
 
-def test_many_rows_meet_widened_weights_of_which_the_scale_is_kept_apart():
+def test_torchs_product_of_many_rows_applies_the_scale_to_exact_integers():
     assert relative_error(20, "cpu") < 0.005, "the result is rounded to bfloat16, and the integers are exact there"
 
 
@@ -27,18 +27,18 @@ def test_a_kernel_that_does_not_compile_or_is_wrong_is_not_used_and_one_line_say
     def does_not_compile(*arguments):
         raise ValueError("no such target\nand much more")
 
-    monkeypatch.setattr(gpu, "prove", does_not_compile)
-    assert not gpu.native.__wrapped__(torch.device("cuda"))
+    monkeypatch.setattr(triton_int8, "self_test", does_not_compile)
+    assert not triton_int8.native.__wrapped__(torch.device("cuda"))
     said = capsys.readouterr().err
     assert said == "kernels: torch's own products of int8 on cuda (ValueError: no such target)\n"
     monkeypatch.undo()
     with monkeypatch.context() as patch, pytest.raises(RunError, match="the kernel is wrong by 1.0e-01"):
-        patch.setattr(gpu, "few_rows", lambda x, q, scale: 1.1 * (x.float() @ (q * scale[:, None]).T))
-        gpu.prove(torch.device("cpu"))
+        patch.setattr(triton_int8, "few_rows", lambda x, q, scale: 1.1 * (x.float() @ (q * scale[:, None]).T))
+        triton_int8.self_test(torch.device("cpu"))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
-def test_few_rows_meet_weights_widened_in_registers(rows):
+def test_the_kernel_for_few_rows_gives_the_formula(rows):
     assert relative_error(rows, "cuda") < 0.005

@@ -1,0 +1,76 @@
+"""The formulas of the kernels in torch: what cpu.cpp is tested against, and what runs where it cannot be compiled.
+
+Weights: int8 is symmetric with a scale per row, as in https://github.com/pytorch-labs/gpt-fast (quantize.py); int4 is like
+Q4_0 of https://github.com/ggml-org/llama.cpp, where the number of largest magnitude in a group becomes -8, whatever its
+sign. An int8 scale is rounded up to 16 bits of mantissa: then q * scale is exact in float32, and quantising that product
+gives the same q and scale again. So a checkpoint of a quantised model holds plain float32 weights and resumes bit for
+bit. An int4 scale is bfloat16, to the same effect.
+
+Activations: a row becomes integers of 24 bits (as exact as float32) or 8 ("int8-dynamic"), cut into signed bytes whose
+products are summed without rounding. So a row does not depend on other rows, on threads or on the processor.
+
+M rows, O outputs, K inputs.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_INT8 = 127
+SCALE_BITS = 16  # of an int8 scale's mantissa: with 7 bits of q they fit the 24 of float32
+GROUP = 32  # weights that share an int4 scale
+DIGIT_BITS = 8  # of one signed digit of an activation
+MAX_ACTIVATION = {24: 0x7F7F00, 8: 127}  # as an integer, by its bits; as in cpu.cpp
+
+
+def quantize_int8(weight_OK: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (O, K) and float32 scales (O, 1): the weight is about q * scale, off by at most scale / 2."""
+    peak_O1 = weight_OK.float().abs().amax(1, keepdim=True)
+    fraction, exponent = torch.frexp(peak_O1 / MAX_INT8)
+    scale_O1 = torch.ldexp(torch.ceil(fraction * 2**SCALE_BITS), exponent - SCALE_BITS)
+    scale_O1 = torch.where(scale_O1 > 0, scale_O1, torch.ones_like(scale_O1))
+    return (weight_OK.float() / scale_O1).round().clamp(-MAX_INT8, MAX_INT8).to(torch.int8), scale_O1
+
+
+def quantize_int4(weight_OK: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (O, K) of -8 .. 7 and bfloat16 scales (O, K/32), which may be negative."""
+    groups = weight_OK.float().unflatten(1, (-1, GROUP))
+    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scale = (peak / -8).bfloat16()
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return (groups / scale.float()).round().clamp(-8, 7).to(torch.int8).flatten(1), scale[..., 0]
+
+
+def int4_matrix(q_OK: Tensor, scale: Tensor) -> Tensor:
+    """The float32 (O, K) that the results of `quantize_int4` stand for."""
+    return (q_OK.unflatten(1, (-1, GROUP)) * scale[..., None].float()).flatten(1)
+
+
+def int8_linear(x: Tensor, q_OK: Tensor, scale_O: Tensor, bias_O: Tensor | None, bits: int) -> Tensor:
+    """The product of cpu.cpp, bit for bit, from torch's integer product: x (..., K) float32 -> (..., O)."""
+    x_MK = x.reshape(-1, x.shape[-1])
+    X_MK, unit_M1 = activation_integers(x_MK, bits)
+    digits = signed_digits(X_MK, bits // DIGIT_BITS)
+    sums = torch._int_mm(torch.cat(digits), q_OK.T).double().chunk(len(digits))
+    total_MO = sum(piece * 2 ** (DIGIT_BITS * place) for place, piece in enumerate(sums))
+    y_MO = (total_MO * (unit_M1 * scale_O.double())).float()
+    return (y_MO if bias_O is None else y_MO + bias_O).unflatten(0, x.shape[:-1])
+
+
+def activation_integers(x_MK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Each row as int32 X and a float64 unit (M, 1): x is about X * unit. The unit of a row that is not finite is NaN."""
+    peak_M1 = x_MK.abs().amax(1, keepdim=True)
+    step_M1 = peak_M1.double() / MAX_ACTIVATION[bits]
+    scale_M1 = (1 / step_M1).clamp(max=3e38).float().masked_fill(step_M1 == 0, 0)
+    is_finite_M1 = peak_M1.isfinite()
+    unit_M1 = (1 / scale_M1.double()).masked_fill(scale_M1 == 0, 0).masked_fill(~is_finite_M1, torch.nan)
+    return torch.where(is_finite_M1, x_MK * scale_M1, 0).round().int(), unit_M1
+
+
+def signed_digits(X_MK: Tensor, count: int) -> list[Tensor]:
+    """X as `count` signed bytes, the lowest first."""
+    digits = []
+    for _ in range(count):
+        low = ((X_MK + 128) & 255) - 128
+        digits.append(low.to(torch.int8))
+        X_MK = (X_MK - low) >> DIGIT_BITS
+    return digits

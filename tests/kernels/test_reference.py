@@ -1,0 +1,75 @@
+"""The formulas in torch: what rounding keeps of a weight, and how exact the integer product is."""
+
+import pytest
+import torch
+
+from mmllm.kernels.reference import int4_matrix, int8_linear, quantize_int4, quantize_int8
+
+
+def some_weight() -> torch.Tensor:
+    weight = torch.randn(50, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 50)[:, None]
+    weight[7] = 0
+    return weight
+
+
+def test_a_weight_is_off_by_half_a_scale_at_most():
+    weight = some_weight()
+    q, scale = quantize_int8(weight)
+    assert q.dtype == torch.int8 and scale.shape == (50, 1)
+    assert ((q * scale - weight).abs() <= scale / 2 * (1 + 1e-6)).all()
+    rows = weight.abs().amax(1) > 0
+    assert (scale[rows] / (weight.abs().amax(1, keepdim=True)[rows] / 127) - 1).abs().max() < 2**-14
+    assert (q[7] == 0).all()
+
+
+def test_quantising_what_was_quantised_changes_no_bit():
+    q, scale = quantize_int8(some_weight())
+    exact = q.double() * scale.double()
+    assert torch.equal((q * scale).double(), exact), "float32 holds the product"
+    again, same = quantize_int8(q * scale)
+    rows = (q != 0).any(1)
+    assert torch.equal(again, q) and torch.equal(same[rows], scale[rows])
+
+
+def test_int4_is_off_by_half_a_scale_or_by_one_where_it_ends_at_7():
+    weight = some_weight()[:, :32] + 0.01
+    q, scale = quantize_int4(weight)
+    assert scale.shape == (50, 1) and scale.dtype == torch.bfloat16 and (q.amin(), q.amax()) == (-8, 7)
+    off = (q * scale.float() - weight).abs() / scale.float().abs()
+    assert (off <= torch.where(q == 7, 1.05, 0.5 + 1e-5) + 0.04 * (q == -8)).all(), "a bfloat16 scale is off by 0.4 %"
+
+
+def test_quantising_int4_again_changes_no_bit():
+    weight = torch.randn(50, 96)
+    weight[3, :32] = 0
+    q, scale = quantize_int4(weight)
+    again, same = quantize_int4(int4_matrix(q, scale))
+    assert torch.equal(again, q) and torch.equal(same, scale)
+
+
+def a_case(outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
+    """Activations with an outlier and a row of zeros, an int8 weight of uneven rows, its scales, a bias."""
+    rng = torch.Generator().manual_seed(outputs)
+    x = torch.randn(9, inputs, generator=rng)
+    x[0, 3], x[-1] = 30.0, 0.0
+    weight = torch.randn(outputs, inputs, generator=rng) * torch.logspace(-3, 1, outputs)[:, None]
+    q, scale = quantize_int8(weight)
+    return x, q, scale[:, 0], torch.randn(outputs, generator=rng)
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (37, 64), (200, 896), (1152, 160)])
+def test_int8_is_exact_up_to_the_rounding_of_the_weights(outputs, inputs):
+    x, q, scale, bias = a_case(outputs, inputs)
+    wanted = x.double() @ (q * scale[:, None]).double().T + bias.double()
+    assert relative(int8_linear(x, q, scale, bias, 24), wanted) < 2e-6
+
+
+def test_dynamic_int8_rounds_each_row_of_activations_by_itself():
+    x, q, scale, _ = a_case(64, 64)
+    step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    wanted = ((x / step).round() * step).double() @ (q * scale[:, None]).double().T
+    assert relative(int8_linear(x, q, scale, None, 8), wanted) < 1e-6
