@@ -11,7 +11,7 @@ __all__ = ["ExperimentConfig", "MultimodalEvaluator", "MultimodalInferencePipeli
 
 _MODULE_OF = {
     "ExperimentConfig": "mmllm.config.schema",
-    "MultimodalEvaluator": "mmllm.evaluation.scoring",
+    "MultimodalEvaluator": "mmllm.evaluation.evaluator",
     "MultimodalInferencePipeline": "mmllm.inference.pipeline",
     "MultimodalLLM": "mmllm.models.multimodal",
 }

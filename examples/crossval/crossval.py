@@ -42,9 +42,10 @@ from mmllm.data.chat import user
 from mmllm.data.image import ImageProcessor
 from mmllm.data.samples import CAPTION_PROMPT, load_samples
 from mmllm.errors import DataError, UserError, run
-from mmllm.evaluation.evaluate import make_directory, table, write_json
+from mmllm.evaluation.captions import best_constant_caption, ngrams, weighted
+from mmllm.evaluation.evaluator import MultimodalEvaluator
 from mmllm.evaluation.ptb import words
-from mmllm.evaluation.scoring import MultimodalEvaluator, best_constant_caption, ngrams, weighted
+from mmllm.evaluation.results import make_directory, table, write_results
 from mmllm.inference.generate import generate
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import GenerationConfig, Prompt
@@ -332,8 +333,8 @@ def report(
         measured = evaluator.evaluate_captioning([texts[name] for name in names], references)
         scores[row] = {"captions": {"count": len(names)} | measured}
     about = {"options": vars(options), "config": config.to_dict(), "seconds": round(seconds, 1)}
-    write_json(out / "scores.json", about | {"scores": scores})
-    write_json(out / "captions.json", said)
+    write_results(out / "scores.json", about | {"scores": scores})
+    write_results(out / "captions.json", said)
     print_rank0("\n".join(table(scores)))
     print_rank0(f"{duration(seconds)}; captions.json and scores.json in {out}")
 

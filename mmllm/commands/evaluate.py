@@ -12,23 +12,10 @@ and scores.json.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 from mmllm.commands import add_model_options, at_least_one, make_parser
-from mmllm.evaluation.evaluate import (
-    check_pictures,
-    constant_predictions,
-    make_directory,
-    predict,
-    score,
-    table,
-    tasks_of,
-    with_other_pictures,
-    write_json,
-    write_predictions,
-)
-from mmllm.evaluation.scoring import MultimodalEvaluator
+from mmllm.errors import RunError
 from mmllm.reporting.report import write_report
 from mmllm.runtime.threads import limit_threads
 
@@ -59,39 +46,39 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes two seconds to import: only now that the command line is known to be right
     limit_threads()
     from mmllm.data.samples import load_samples
+    from mmllm.evaluation.evaluator import MultimodalEvaluator
+    from mmllm.evaluation.results import make_directory, table
+    from mmllm.evaluation.run import evaluate
+    from mmllm.evaluation.tasks import check_images, tasks_of
     from mmllm.inference.pipeline import default_model, load_pipeline
     from mmllm.inference.request import GenerationConfig
 
     evaluator = MultimodalEvaluator(meteor=options.meteor)  # a missing Java is reported now, not after an hour
-    without_java = MultimodalEvaluator(meteor=False)
     tasks = tasks_of(load_samples(options.data, options.image_dir, options.split), options.task)[: options.limit]
-    check_pictures(tasks)
+    check_images(tasks)
     config = GenerationConfig(max_new_tokens=options.max_new_tokens, num_beams=options.num_beams)
     model = options.model or default_model()
     of_run = Path(model).parent if (Path(model).parent / "run.json").is_file() else None
     out = Path(options.out or (of_run or Path("outputs")) / "evaluation" / Path(options.data).stem)
     make_directory(out)
-    pipeline = load_pipeline(model, device=options.device, dtype=options.dtype)
-
-    runs = {"true images": tasks}
-    if not options.no_shuffled:
-        if others := with_other_pictures(tasks, options.seed):
-            runs["shuffled images"] = others
-        else:
-            print("fewer than two images: there is nothing to exchange")
-    rows, seconds = {}, 0.0
-    for name, row_tasks in runs.items():
-        started = time.perf_counter()
-        predictions = predict(pipeline, row_tasks, config, options.batch_size, name)
-        seconds += time.perf_counter() - started
-        write_predictions(out, tasks, predictions, suffix="" if row_tasks is tasks else "_shuffled")
-        rows[name] = score(tasks, predictions, evaluator if row_tasks is tasks else without_java)
-    if options.constant:
-        rows["best constant"] = score(tasks, constant_predictions(tasks), without_java)
-    about = {"model": str(model), "checkpoint": Path(model).resolve().name, "data": str(options.data)}
-    about |= {"split": options.split, "generation": vars(config), "seed": options.seed, "seconds": round(seconds, 1)}
-    write_json(out / "scores.json", about | {"scores": rows})
+    found = evaluate(
+        load_pipeline(model, device=options.device, dtype=options.dtype),
+        tasks,
+        config,
+        out,
+        {"model": str(model), "checkpoint": Path(model).resolve().name, "data": str(options.data)}
+        | {"split": options.split, "seed": options.seed},
+        evaluator=evaluator,
+        slots=options.batch_size,
+        shuffle_seed=None if options.no_shuffled else options.seed,
+        has_constant=options.constant,
+    )
     if of_run:
         write_report(of_run)
-    print("\n".join(table(rows)))
-    print(f"{len(tasks)} asked, {seconds / len(runs) / len(tasks):.2f} s each; predictions and scores.json in {out}")
+    print("\n".join(table(found["scores"])))
+    print(f"{len(tasks)} asked, {found['seconds']} s; predictions and scores.json in {out}")
+    if unreadable := found["unreadable"]:
+        raise RunError(
+            f"{len(unreadable)} of {len(tasks)} were left out because an image cannot be decoded (see above); the scores "
+            "are those of the others"
+        )

@@ -1,10 +1,9 @@
-"""How far the answers of a model move in each precision: `mmllm precision --model DIR --data FILE`.
+"""How much each precision changes a model: `mmllm precision`.
 
-The surprising fact: the error of a logit says little. A model of random weights makes 20 % of it out of a rounding of
-0.8 %; what counts is how often another word comes first, and how far the distributions are apart where words are learnt.
+The error of the logits says little: in a model of random weights a rounding of 0.8 % becomes 20 % of it. What counts is
+how often another token comes first, and how far apart the distributions are at the trained positions.
 
-One JSON line a precision: relative error of the logits, Kullback-Leibler divergence from float32 (nats a token), share of
-positions where the likeliest token is the same, and the loss. Next: fast.py.
+M labelled positions, V vocabulary.
 """
 
 from pathlib import Path
@@ -20,7 +19,7 @@ from mmllm.models.multimodal import MultimodalLLM
 
 
 def compare(source: str | Path, batches: list[Batch], precisions: tuple[str, ...] = PRECISIONS) -> list[dict]:
-    """A row for each of `precisions`: the model in `source` against itself in float32, on the labelled positions."""
+    """One row per precision: the model in `source` compared with itself in float32 at the labelled positions."""
     wanted_MV, targets_M = labelled_logits(load_model(source), batches)
     rows = []
     for precision in precisions:
@@ -42,6 +41,7 @@ def labelled_logits(model: MultimodalLLM, batches: list[Batch]) -> tuple[Tensor,
 
 
 def distance(got_MV: Tensor, wanted_MV: Tensor, targets_M: Tensor) -> dict[str, float]:
+    """Relative error of the logits, Kullback-Leibler divergence (nats per token), share of equal argmaxes, and loss."""
     log_got_MV, log_wanted_MV = got_MV.log_softmax(-1), wanted_MV.log_softmax(-1)
     divergence_M = (log_wanted_MV.exp() * (log_wanted_MV - log_got_MV)).sum(-1)
     return {

@@ -4,10 +4,8 @@ Published BLEU, ROUGE-L and CIDEr come after Stanford's PTBTokenizer, lower-casi
 splitting at spaces instead costs CIDEr a sixth of its value. The rules below were found by feeding text to that tool
 and reading what came out, never from its source.
 
-The surprising fact: brackets stay, as the words -lrb- and -rrb-. The list of what is to be removed names them in
-capitals, but by then everything is in lower case, and so it is in every published score.
-
-Used by scoring.py.
+Brackets stay, as the words -lrb- and -rrb-: the official list of punctuation to remove has them in capitals, but by then
+everything is in lower case. So it is in every published score.
 """
 
 import re
@@ -19,7 +17,7 @@ WRITTEN = str.maketrans(
 )
 ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'", "nbsp": " ", "ndash": "–", "mdash": "—"}
 ENTITY = re.compile("&(" + "|".join(ENTITIES) + ");", re.IGNORECASE)
-# Emoji, invisible marks and the like part words and leave nothing.
+# Emoji, invisible marks and the like separate words and are removed.
 UNKNOWN = re.compile("[\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U00010000-\U0010ffff]")
 CURLY_CONTRACTION = re.compile(r"’(?=(?:s|m|d|ll|re|ve|t)(?![^\W_]))", re.IGNORECASE)
 

@@ -11,7 +11,7 @@ from examples.crossval import crossval
 from examples.crossval.caption_space import CaptionSpace, each_by_the_others, noisy
 from examples.crossval.crossval import consensus, deal, nearest, read_captions, read_features, standardised
 from mmllm.errors import DataError, UserError
-from mmllm.evaluation.scoring import ngrams, weighted
+from mmllm.evaluation.captions import ngrams, weighted
 from official import write_qwen
 
 THINGS, PLACES = ("dog", "boat", "bird"), ("grass", "sand", "water")

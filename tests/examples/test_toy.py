@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CLIPVisionModelWithProjection, Qwen2ForC
 
 from examples.shapes import toy
 from mmllm.data.samples import load_samples, share_images
-from mmllm.evaluation.evaluate import tasks_of
+from mmllm.evaluation.tasks import tasks_of
 from mmllm.models.multimodal import MultimodalLLM
 
 

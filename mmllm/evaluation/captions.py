@@ -1,0 +1,115 @@
+"""Scores of captions (BLEU, ROUGE-L, CIDEr, METEOR), equal to the official ones; pycocoevalcap does the counting.
+
+How a caption is split into words changes CIDEr by a sixth, so `ptb.words` comes first. CIDEr weighs words by how few of
+the evaluated images they belong to: scores of different sets cannot be compared, and that of a single image is 0.
+"""
+
+import math
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from mmllm.errors import RunError, UserError
+from mmllm.evaluation.ptb import words
+
+JAVA_TIMEOUT_S = 60  # to start and, beside a second per caption, for METEOR's work
+
+
+def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """bleu_1 ... bleu_4, rouge_l and cider. UserError if no reference holds a word."""
+    # imported here because VQA accuracy needs neither numpy nor pycocoevalcap
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    candidate = {i: [words(text)] for i, text in enumerate(predictions)}
+    truth = {i: [words(text) for text in texts] for i, texts in enumerate(references)}
+    if not any(text for texts in truth.values() for text in texts):
+        raise UserError("no reference holds a word")
+    scores = {f"bleu_{n}": s for n, s in enumerate(Bleu(4).compute_score(truth, candidate, verbose=0)[0], 1)}
+    scores["rouge_l"] = Rouge().compute_score(truth, candidate)[0]
+    scores["cider"] = Cider().compute_score(truth, candidate)[0]
+    return {name: float(score) for name, score in scores.items()}
+
+
+def java_fault() -> str:
+    """Why Java cannot be used here; "" if it can."""
+    path = shutil.which("java")
+    return fault_of_java(path) if path else "there is no `java` here"
+
+
+@cache
+def fault_of_java(path: str) -> str:
+    try:
+        found = subprocess.run([path, "-version"], capture_output=True, timeout=JAVA_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"`{path} -version` fails ({type(error).__name__})"
+    is_java = found.returncode == 0 and b"version" in found.stdout + found.stderr
+    return "" if is_java else f"`{path} -version` does not answer with a version"
+
+
+def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """METEOR 1.5, by the Java program in pycocoevalcap. RunError if it fails or hangs."""
+    jar = Path(find_spec("pycocoevalcap.meteor.meteor").origin).with_name("meteor-1.5.jar")
+    command = ["java", "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    timeout_s = JAVA_TIMEOUT_S + len(predictions)
+
+    def run(*lines: Sequence[str]) -> list[str]:
+        asked = "".join(" ||| ".join(parts) + "\n" for parts in lines)
+        java = subprocess.run(
+            command, input=asked, capture_output=True, encoding="utf-8", cwd=jar.parent, timeout=timeout_s, check=True
+        )
+        return java.stdout.splitlines()
+
+    pairs = zip(predictions, references, strict=True)
+    try:
+        statistics = run(*(("SCORE", *map(words, texts), words(text)) for text, texts in pairs))
+        return float(run(("EVAL", *statistics))[-1])  # a line per caption, then the score of all
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+        raise RunError(f"METEOR's Java program failed; try `{' '.join(command)}`, or leave METEOR out") from error
+
+
+def best_constant_caption(references: Sequence[Sequence[str]], finalists: int = 20) -> str:
+    """The caption among `references` with the highest CIDEr when it is the prediction for every image.
+
+    A model that does not beat it does not use its images. Scoring each of 5,000 captions would take an hour, so all are
+    ranked by their similarity to the mean reference and only the best are scored.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    truth = {i: [words(text) for text in texts] for i, texts in enumerate(references)}
+    text_of = {words(text): text for texts in references for text in texts}
+    counts = {text: ngrams(text) for text in text_of}
+    images_with = Counter(gram for texts in truth.values() for gram in set().union(*(counts[text] for text in texts)))
+    weights = {text: weighted(counts[text], images_with, len(truth)) for text in counts}
+    mean = Counter()
+    for texts in truth.values():
+        for text in texts:
+            for gram, weight in weights[text].items():
+                mean[gram] += weight / len(texts)
+
+    def similarity(text: str) -> float:
+        return sum(weight * mean[gram] for gram, weight in weights[text].items())
+
+    def cider(text: str) -> float:
+        return Cider().compute_score(truth, dict.fromkeys(truth, [text]))[0]
+
+    return text_of[max(sorted(weights, key=similarity)[-finalists:], key=cider)]
+
+
+def ngrams(text: str) -> Counter:
+    parts = text.split()
+    return Counter(tuple(parts[i : i + n]) for n in range(1, 5) for i in range(len(parts) - n + 1))
+
+
+def weighted(counts: Counter, images_with: Counter, num_images: int) -> dict[tuple, float]:
+    """CIDEr's tf-idf weights of the n-grams of a text, normalised to length 1 for each n."""
+    weights = {gram: count * math.log(num_images / images_with[gram]) for gram, count in counts.items()}
+    square = Counter()
+    for gram, weight in weights.items():
+        square[len(gram)] += weight**2
+    return {gram: weight / math.sqrt(square[len(gram)]) for gram, weight in weights.items() if weight}
