@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from mmllm.errors import UserError
+from mmllm.runtime.files import read_json_lines
 from mmllm.runtime.machine import commit
 
 FOLDER = Path("benchmarks")
@@ -63,8 +64,7 @@ def save_rows(folder: Path, kind: str, rows: list[dict]) -> Path:
 
 
 def read_rows(folder: Path, kind: str) -> list[dict]:
-    path = folder / f"{kind}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return read_json_lines(folder / f"{kind}.jsonl")
 
 
 def key(row: dict) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mmllm.runtime.console import duration, print_rank0, short, warned_of_disk
+from mmllm.runtime.files import read_json_lines
 
 
 class RunLog:
@@ -29,7 +30,7 @@ class RunLog:
 
     def write(self, row: dict) -> None:
         """Append `row`. Where the disk is full, rows stay in memory and are written with later ones."""
-        self.unwritten += json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        self.unwritten += json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         with warned_of_disk(self.path):
             del self.unwritten[: self.file.write(self.unwritten)]
         if self.wandb_run:
@@ -64,9 +65,7 @@ class NullLog:
 
 def read_metrics(directory: Path) -> list[dict]:
     """The rows of metrics.jsonl, without a last line that a crash cut off; none where there is no file."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_json_lines(directory / "metrics.jsonl")
 
 
 def training_rows(rows: list[dict]) -> list[dict]:

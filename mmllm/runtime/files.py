@@ -21,6 +21,15 @@ def read_json(
     return content
 
 
+def read_json_lines(path: Path) -> list[dict]:
+    """The rows of a JSONL file; none where there is no file, and without a last line that a crash cut off.
+
+    Lines end at newlines only: `str.splitlines` would also split at U+2028 or U+0085 inside a text.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
 def write_json(path: Path, content: object) -> None:
     """Write `content` to `path`, atomically: a reader sees the old file or the new one. OSError where it cannot."""
     temporary = path.with_name(path.name + ".tmp")

@@ -32,6 +32,17 @@ def test_a_resumed_log_drops_later_rows_and_a_torn_last_line(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
 
+def test_texts_with_line_separators_or_half_characters_come_back_as_rows(tmp_path):
+    texts = ["a\u2028b", "c\u0085d", "half \ud83d of a character"]
+    run_log = RunLog(tmp_path)
+    for step, text in enumerate(texts):
+        run_log.write({"step": step, "reference": text})
+    run_log.close()
+    assert [row["reference"] for row in read_metrics(tmp_path)] == texts
+    RunLog(tmp_path, last_step=2).close()
+    assert [row["reference"] for row in read_metrics(tmp_path)] == texts
+
+
 def test_a_new_run_begins_with_an_empty_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     RunLog(tmp_path).close()
