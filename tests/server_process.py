@@ -1,4 +1,4 @@
-"""What the tests of the server share: an application in this process, a real server in another, ways to speak with both."""
+"""What the tests of the server share: an application in this process, a server in another, and clients of both."""
 
 import base64
 import http.client
@@ -16,48 +16,46 @@ from conftest import ROOT
 from mmllm.serving.app import create_app
 from mmllm.serving.settings import Settings
 
-FOREVER = 30_000  # tokens: more than a minute of work for the small model
+FOREVER = 30_000  # tokens: about a minute of work for the small model
 
 
-def encoded(kind: str = "PNG", image: Image.Image | None = None, **options) -> bytes:
+def encode(kind: str = "PNG", image: Image.Image | None = None, **options) -> bytes:
     file = io.BytesIO()
     (image or Image.radial_gradient("L").convert("RGB")).save(file, kind, **options)
     return file.getvalue()
 
 
-PICTURE = encoded()
-BASE64 = base64.b64encode(PICTURE).decode()
+IMAGE = encode()
+BASE64 = base64.b64encode(IMAGE).decode()
 
 
-def until(condition, seconds: float = 10) -> float:
-    """Seconds that it took `condition` to come true."""
+def wait_until(condition, seconds: float = 60) -> None:
     start = time.perf_counter()
     while not condition():
         assert time.perf_counter() - start < seconds, "it did not happen"
         time.sleep(0.01)
-    return time.perf_counter() - start
 
 
 def app(pipeline, **settings):
     return create_app(lambda: pipeline, Settings(model="outputs/tiny/best_model", **settings))
 
 
-def ready(client: TestClient) -> TestClient:
+def wait_until_loaded(client: TestClient) -> TestClient:
     while client.get("/health").json()["status"] == "loading":
         time.sleep(0.01)
     return client
 
 
-def ask(client: TestClient, path: str = "/caption", image: bytes = PICTURE, **fields):
+def post_image(client: TestClient, path: str = "/caption", image: bytes = IMAGE, **fields):
     return client.post(path, files={"image": ("x.png", image)}, data={"max_new_tokens": "5"} | fields)
 
 
-def say(client: TestClient, **values):
+def post_chat(client: TestClient, **values):
     return client.post("/chat", json={"message": "Hello", "max_new_tokens": 5} | values)
 
 
-def fault(response) -> tuple[int, str, str | None]:
-    """Status, code and field of an error, which must have the one shape that all errors have."""
+def error_of(response) -> tuple[int, str, str | None]:
+    """Status, code and field of an error, after checking that it has the shape of all errors."""
     error = response.json()["error"]
     assert response.headers["content-type"] == "application/json" and response.headers["x-request-id"]
     assert list(error) == ["message", "type", "param", "code"]
@@ -68,20 +66,20 @@ def fault(response) -> tuple[int, str, str | None]:
     return response.status_code, error["code"], error["param"]
 
 
-def start(folder, log, **environ) -> tuple[subprocess.Popen, int]:
-    """The process and its port, once it listens."""
+def start_server(folder, log, **environ) -> tuple[subprocess.Popen, int]:
+    """The process and its port, once it listens; the model may still be loading."""
     command = [sys.executable, "serve.py", "--model", str(folder), "--port", "0", "--device", "cpu"]
     settings = {f"MMLLM_{name.upper()}": str(value) for name, value in environ.items()}
     with log.open("w") as stderr:
         process = subprocess.Popen(
             command, cwd=ROOT, stderr=stderr, env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"} | settings
         )
-    until(lambda: "http://" in log.read_text() or process.poll() is not None, 60)
+    wait_until(lambda: "http://" in log.read_text() or process.poll() is not None)
     return process, int(log.read_text().partition("127.0.0.1:")[2].partition(" ")[0])
 
 
-class Real:
-    """A running server, and the raw ways to speak with it."""
+class RealServer:
+    """A client of a server in another process or thread."""
 
     def __init__(self, port: int, log):
         self.port, self.log = port, log
@@ -98,8 +96,8 @@ class Real:
         body = json.dumps({"message": "Hello", "max_new_tokens": 5} | values).encode()
         return self.call("POST", "/chat", body, **{"Content-Type": "application/json"})
 
-    def begin(self, **values) -> socket.socket:
-        """A question whose answer nobody has read yet."""
+    def start_chat(self, **values) -> socket.socket:
+        """Sends a question and does not wait for the answer."""
         body = json.dumps({"message": "Hello", "max_new_tokens": FOREVER} | values)
         head = (
             f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -107,23 +105,27 @@ class Real:
         return self.send((head + body).encode())
 
     def send(self, data: bytes) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         connection.sendall(data)
         return connection
 
-    def state(self) -> tuple[int, int]:
+    def wait_until_loaded(self) -> "RealServer":
+        wait_until(lambda: self.call("GET", "/health")[1]["status"] == "ok")
+        return self
+
+    def busy_and_waiting(self) -> tuple[int, int]:
         health = self.call("GET", "/health")[1]
         return health["slots"]["busy"], health["queue"]["waiting"]
 
 
-def answer(connection: socket.socket) -> tuple[int, http.client.HTTPMessage, dict]:
-    """Status, headers and body of what the server sends back."""
+def read_response(connection: socket.socket) -> tuple[int, http.client.HTTPMessage, dict]:
+    """Status, headers and body of the response."""
     response = http.client.HTTPResponse(connection)
     response.begin()
     return response.status, response.headers, json.loads(response.read())
 
 
-def head(length: int | str, *more: str, path: str = "/chat") -> bytes:
+def request_head(length: int | str, *more: str, path: str = "/chat") -> bytes:
     lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *more]
     lines += [f"Content-Length: {length}"] if length != "" else []
     return ("\r\n".join(lines) + "\r\n\r\n").encode()

@@ -14,7 +14,6 @@ import errno
 import os
 import socket
 import sys
-from dataclasses import replace
 
 from mmllm.commands import add_model_options, make_parser
 from mmllm.errors import RunError, UserError
@@ -42,8 +41,8 @@ def settings_for(flags: dict[str, object]):
     from mmllm.inference.pipeline import default_model
     from mmllm.serving.settings import Settings
 
-    settings = replace(Settings.from_environment(os.environ), **flags)
-    return replace(settings, model=settings.model or str(default_model()))
+    settings = Settings.from_environment(os.environ, **flags)
+    return settings.model_copy(update={"model": settings.model or str(default_model())})
 
 
 def make_app(settings):
@@ -72,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     listener = listen(settings.host, settings.port)
     import logging
 
-    from mmllm.serving.app import Server
+    from mmllm.serving.server import Server
 
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     host, port = listener.getsockname()[:2]

@@ -32,6 +32,9 @@ WANTED = {  # by pydantic's type of error, https://docs.pydantic.dev/latest/erro
     "less_than_equal": "at most {le:g}",
     "string_too_short": "at least {min_length} characters long",
     "string_too_long": "at most {max_length} characters long",
+    "string_unicode": "whole Unicode characters",
+    "string_pattern_mismatch": "of the form {pattern}",
+    "bytes_type": "a file",
     "too_short": "at least {min_length} long",
     "too_long": "at most {max_length} long",
 }

@@ -1,8 +1,7 @@
-"""What the server remembers between the turns of a conversation: text, and one picture.
+"""What the server remembers between the turns of a conversation: text and one image.
 
-The surprising fact: a conversation is a value. A turn makes a new one and the store takes it only when the answer is
-there, so a turn that failed or was given up leaves nothing behind. All of it lives in this process: one server, one
-process. Next: server.py.
+A conversation is an immutable value. A turn makes a new one, which is stored only when its answer exists, so a turn
+that failed or was cancelled leaves nothing behind. The store lives in this process: run one process.
 """
 
 import asyncio
@@ -21,77 +20,70 @@ from mmllm.serving.http import HttpError
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of question and answer, and the picture they are about, which stands in front of question `image_turn`."""
+    """Turns of question and answer, and the image they are about, which precedes question number `image_turn`."""
 
     turns: tuple[tuple[str, str], ...] = ()
     image: Image.Image | None = None  # cropped and resized already
     image_turn: int = 0
-    dropped: int = 0  # turns that no longer fit the context
+    dropped: int = 0  # oldest turns, removed because they no longer fit the context
 
     def with_image(self, image: Image.Image) -> "Conversation":
-        """A new picture, shown with the next question, takes the place of the old one."""
+        """With a new image at the next question, in place of any earlier one."""
         return replace(self, image=image, image_turn=len(self.turns))
 
-    def without_oldest(self) -> "Conversation":
-        """The picture stays: it moves to the oldest question left."""
+    def without_oldest_turn(self) -> "Conversation":
+        """The image stays: it moves to the oldest question left."""
         return replace(self, turns=self.turns[1:], image_turn=max(0, self.image_turn - 1), dropped=self.dropped + 1)
 
     def messages(self, question: str) -> list[Message]:
-        """All that was said, and the next question."""
-        questions = [*(asked for asked, _ in self.turns), question]
-        messages = [
-            user(q, images=int(self.image is not None and i == self.image_turn)) for i, q in enumerate(questions)
-        ]
-        for i in range(len(self.turns), 0, -1):
-            messages.insert(i, assistant(self.turns[i - 1][1]))
-        return messages
+        """The whole conversation followed by `question`."""
+        messages = []
+        for i, (text, answer) in enumerate([*self.turns, (question, "")]):
+            messages += [user(text, images=int(self.image is not None and i == self.image_turn)), assistant(answer)]
+        return messages[:-1]
 
 
 @dataclass
-class Place:
-    """Where the requests of one conversation wait for their turn."""
-
+class ConversationLock:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    users: int = 0
+    users: int = 0  # requests that hold the lock or wait for it
 
 
 class Conversations:
-    """The last `limit` conversations used within `ttl_s`, in memory. An id is all it takes to go on with one."""
+    """The `limit` conversations used last, each within `ttl_s` seconds. Whoever knows an id can continue it."""
 
     def __init__(self, limit: int, ttl_s: float):
         self.limit, self.ttl_s = limit, ttl_s
-        self.kept: OrderedDict[str, tuple[float, Conversation]] = OrderedDict()
-        self.places: dict[str, Place] = {}
+        self.stored: OrderedDict[str, tuple[float, Conversation]] = OrderedDict()  # least recently used first
+        self.locks: dict[str, ConversationLock] = {}
 
     @asynccontextmanager
-    async def hold(self, name: str) -> AsyncIterator[None]:
-        """One request at a time per conversation; a second waits, a third is refused."""
-        place = self.places.setdefault(name, Place())
-        if place.users == 2:
-            message = f"conversation {name} has a question under way and another waiting; wait for an answer first"
+    async def lock(self, name: str) -> AsyncIterator[None]:
+        """One request at a time per conversation; a second one waits, a third one is refused."""
+        lock = self.locks.setdefault(name, ConversationLock())
+        if lock.users == 2:
+            message = f"conversation {name} has one question in progress and one waiting; wait for an answer first"
             raise HttpError(409, "conversation_busy", message, param="conversation_id")
-        place.users += 1
+        lock.users += 1
         try:
-            async with place.lock:
+            async with lock.lock:
                 yield
         finally:
-            place.users -= 1
-            if not place.users:
-                del self.places[name]
+            lock.users -= 1
+            if not lock.users:
+                del self.locks[name]
 
     def get(self, name: str) -> Conversation:
-        """The conversation so far; an unknown or expired one is new."""
-        used, conversation = self.kept.get(name, (-math.inf, Conversation()))
+        """The conversation so far; a new one if the id is unknown or expired."""
+        used, conversation = self.stored.get(name, (-math.inf, Conversation()))
         return conversation if time.monotonic() - used < self.ttl_s else Conversation()
 
     def put(self, name: str, conversation: Conversation) -> None:
-        self.kept[name] = (time.monotonic(), conversation)
-        self.kept.move_to_end(name)
-        while len(self.kept) > self.limit or time.monotonic() - self.oldest() >= self.ttl_s:
-            self.kept.popitem(last=False)
+        now = time.monotonic()
+        self.stored[name] = (now, conversation)
+        self.stored.move_to_end(name)
+        while len(self.stored) > self.limit or now - next(iter(self.stored.values()))[0] >= self.ttl_s:
+            self.stored.popitem(last=False)
 
-    def oldest(self) -> float:
-        return next(iter(self.kept.values()))[0]
-
-    def forget(self, name: str) -> None:
-        self.kept.pop(name, None)
+    def delete(self, name: str) -> None:
+        self.stored.pop(name, None)

@@ -1,99 +1,94 @@
-"""An answer while it is being made: server-sent events.
+"""Streamed answers as server-sent events.
 
-The surprising fact: once the first byte is out, the status is 200 whatever happens. So nothing is sent before the first
-word is there, and what fails later is an event of its own.
-
-    data: {"delta": "A cat"}                                 a piece of the text, as often as there is one
+    data: {"delta": "A cat"}                                 a piece of the text, one event a piece
     data: {"caption": "A cat on a sill.", "usage": ...}      the whole answer, as without `stream`; or {"error": ...}
     data: [DONE]
 
-Format: https://html.spec.whatwg.org/multipage/server-sent-events.html. Next: server.py.
+The status is 200 once the first byte is sent. So nothing is sent before the first piece exists, and a later failure is
+an event of its own. sse-starlette is not used: it replaces `uvicorn.Server.handle_exit` on import and cuts every stream
+at SIGTERM, where this server lets running answers finish.
+
+Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mmllm.serving.http import CLIENT_LEFT, HttpError, error_body, unless_gone
+from mmllm.serving.http import CLIENT_CLOSED_REQUEST, HttpError, cancel_on_disconnect, internal_error
 
-MOST_UNSENT = 64_000  # characters that wait for a client who does not read
+MAX_UNSENT_CHARACTERS = 64_000  # of a client that does not read
 
 
-class Pieces:
-    """Pieces of text on their way from the model to a client. `work` makes them; it is given up when they pile up."""
+class TextStream:
+    """Pieces of text on their way from a task that produces them to a client.
+
+    If the client does not read, the task is cancelled once `MAX_UNSENT_CHARACTERS` wait for it.
+    """
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[str | None] = asyncio.Queue()
         self.unsent = 0
-        self.work: asyncio.Task[dict] | None = None
 
-    def made_by(self, work: "asyncio.Task[dict]") -> None:
-        self.work = work
-        work.add_done_callback(lambda _: self.queue.put_nowait(None))
+    def start(self, work: Coroutine[None, None, dict]) -> None:
+        self.task = asyncio.create_task(work)
+        self.task.add_done_callback(lambda _: self.queue.put_nowait(None))
 
     def put(self, piece: str) -> None:
         self.unsent += len(piece)
         self.queue.put_nowait(piece)
-        if self.unsent > MOST_UNSENT:
-            self.work.cancel()
+        if self.unsent > MAX_UNSENT_CHARACTERS:
+            self.task.cancel()
 
     async def get(self) -> str | None:
-        """The next piece; None when there will be no more."""
+        """The next piece, or None when the task is done."""
         piece = await self.queue.get()
         self.unsent -= len(piece or "")
         return piece
 
 
-class EventStream(Response):
-    """Sends `first` and the pieces that follow, and what their `work` comes to. A comment every `ping_s` seconds keeps
-    the connection open; whoever leaves gives the work up."""
+class EventStream(StreamingResponse):
+    """Sends `first`, the pieces after it, and the result or error of the task behind them.
 
-    def __init__(self, request: Request, first: str | None, pieces: Pieces, ping_s: float):
-        self.request, self.first, self.pieces, self.ping_s = request, first, pieces, ping_s
-        self.background = None
-        self.status_code = 200
-        self.init_headers({"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    While no piece arrives, a comment every `ping_s` seconds keeps the connection open. The task is cancelled when the
+    client leaves.
+    """
+
+    def __init__(self, request: Request, first: str | None, stream: TextStream, ping_s: float):
+        self.request, self.first, self.stream, self.ping_s = request, first, stream, ping_s
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._events(), headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(self.request, self._send(send))
+            await cancel_on_disconnect(self.request, self.stream_response(send))
         except ClientDisconnect:
-            scope["log"]["status"] = CLIENT_LEFT
+            scope["log"]["status"] = CLIENT_CLOSED_REQUEST
         finally:
-            self.pieces.work.cancel()
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events():
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            self.stream.task.cancel()
 
     async def _events(self) -> AsyncIterator[str]:
-        piece, work = self.first, self.pieces.work
+        piece, task = self.first, self.stream.task
         while piece is not None:
             if piece:
                 yield event({"delta": piece})
             try:
                 async with asyncio.timeout(self.ping_s):
-                    piece = await self.pieces.get()
+                    piece = await self.stream.get()
             except TimeoutError:
                 yield ": ping\n\n"
                 piece = ""
-        if work.cancelled():
+        if task.cancelled():
             return
-        error = work.exception()
+        error = task.exception()
         if error is None:
-            yield event(work.result())
-        elif isinstance(error, HttpError):
-            yield event(error_body(error.status, error.code, error.message, error.param))
+            yield event(task.result())
         else:
-            number = self.request.scope["request_id"]
-            message = f"the server failed; its log has the reason under request id {number}"
-            yield event(error_body(500, "internal_error", message, None))
+            yield event((error if isinstance(error, HttpError) else internal_error(self.request)).body)
         yield "data: [DONE]\n\n"
         if error is not None and not isinstance(error, HttpError):
             raise error  # for the log

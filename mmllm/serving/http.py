@@ -1,21 +1,18 @@
-"""What every request goes through, whatever it asks of the model: limits, fields, errors.
+"""What every request passes through, whichever endpoint it asks for: key, limits, parsing, errors, log.
 
-The surprising fact: the libraries below bound almost nothing on their own. Starlette's forms take files of any size and
-read an upload that broke off as an empty form; uvicorn waits for ever for a header that never ends. So a body is read
-here, counted, under a time limit, and parsed only when it is whole.
+The libraries below bound almost nothing: Starlette accepts form files of any size and reads an upload that broke off as
+an empty form. So a body is read here, counted and under a time limit, and parsed only when it is complete.
 
-Every error, from a wrong path to a bug, is the same JSON: {"error": {"message", "type", "param", "code"}}.
-Next: worker.py, sse.py, server.py.
+Every error, from a wrong path to a bug, has one JSON shape: {"error": {"message", "type", "param", "code"}}.
 """
 
 import asyncio
-import difflib
 import hmac
 import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable
 from uuid import uuid4
 
 from python_multipart.multipart import parse_options_header
@@ -25,64 +22,62 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mmllm.serving.settings import Settings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MB = 1_000_000
 CHUNK = 64 * 1024  # the form parser takes a body in pieces 80 times faster than as one
 MAX_FIELDS, MAX_FILES, MAX_FIELD_KB = 32, 8, 64
-CLIENT_LEFT = 499  # for the log only: nobody is there to receive it
+CLIENT_CLOSED_REQUEST = 499  # appears in the log only: there is no client to receive it
 log = logging.getLogger("mmllm.serving")
 
 
 class HttpError(Exception):
-    """An answer that is an error; the message is one sentence that says the mend."""
+    """An answer that is an error: `message` is one sentence that says the remedy, `param` the field it is about."""
 
     def __init__(self, status: int, code: str, message: str, *, param: str | None = None, headers: dict | None = None):
         super().__init__(message)
         self.status, self.code, self.message, self.param, self.headers = status, code, message, param, headers
 
+    @property
+    def body(self) -> dict:
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-def error_response(
-    status: int, code: str, message: str, *, param: str | None = None, headers: dict | None = None
-) -> Response:
-    # ASCII: a client's lone surrogate in the message cannot break the answer
-    body = json.dumps(error_body(status, code, message, param))
-    return Response(body, status, headers, media_type="application/json")
+    def response(self) -> Response:
+        content = json.dumps(self.body)  # ASCII: a lone surrogate from the client cannot break the response
+        return Response(content, self.status, self.headers, media_type="application/json")
 
 
-def error_body(status: int, code: str, message: str, param: str | None) -> dict:
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def internal_error(request: Request) -> HttpError:
+    """What a client learns of a bug: the request id under which the log has the rest."""
+    number = request.scope["request_id"]
+    message = f"the server failed; its log has the reason under request id {number}"
+    return HttpError(500, "internal_error", message, headers={"X-Request-ID": number})
 
 
 async def on_http_error(request: Request, error: HttpError) -> Response:
-    return error_response(error.status, error.code, error.message, param=error.param, headers=error.headers)
+    return error.response()
 
 
 async def on_routing_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path[:100]
     if error.status_code == 404:
-        return error_response(
-            404, "not_found", f"there is no {path}; the API is /caption, /question, /chat and /health"
-        )
-    if error.status_code == 405:
-        allowed = error.headers["Allow"]
-        return error_response(
-            405, "method_not_allowed", f"{path} takes {allowed}, not {request.method[:20]}", headers=error.headers
-        )
-    return error_response(error.status_code, "http_error", "the request is not valid HTTP", headers=error.headers)
+        message = f"there is no {path}; the API is /caption, /question, /chat and /health"
+        return HttpError(404, "not_found", message).response()
+    message = f"{path} takes {error.headers['Allow']}, not {request.method[:20]}"
+    return HttpError(405, "method_not_allowed", message, headers=error.headers).response()
 
 
 async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
-    return Response(status_code=CLIENT_LEFT)
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    """The client learns only where to point at: Starlette hands the exception on to the log."""
-    number = request.scope["request_id"]
-    message = f"the server failed; its log has the reason under request id {number}"
-    return error_response(500, "internal_error", message, headers={"X-Request-ID": number})
+    """Starlette raises the exception again afterwards, which puts it into the log."""
+    return internal_error(request).response()
 
 
 EXCEPTION_HANDLERS = {
@@ -93,10 +88,10 @@ EXCEPTION_HANDLERS = {
 }
 
 
-class Envelope:
-    """ASGI middleware: an id and a log line for each request; `/caption/` is `/caption`.
+class RequestLog:
+    """ASGI middleware: gives each request an id and a JSON log line, and removes trailing slashes from its path.
 
-    Handlers may add to the line through `request.scope["log"]`. Never logged: prompts, pictures, file names.
+    Handlers add to the line through `request.scope["log"]`. Prompts, images and file names are never logged.
     """
 
     def __init__(self, app: ASGIApp):
@@ -128,14 +123,17 @@ class Envelope:
             log.log(level, json.dumps(line | scope["log"]))
 
 
-async def unless_gone(request: Request, work: Awaitable[Response]) -> Response:
-    """The response that `work` makes; when the client leaves it is cancelled. The body must have been read."""
+async def cancel_on_disconnect(request: Request, work: Awaitable[Response]) -> Response:
+    """The result of `work`, which is cancelled if the client disconnects. The body must have been read before.
 
-    async def gone() -> None:
+    Starlette itself lets a handler run on when its client has left.
+    """
+
+    async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -154,31 +152,54 @@ def check_key(request: Request, key: str | None) -> None:
         raise HttpError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
 
 
-async def read_body(request: Request, limit_mb: float, timeout_s: float) -> bytes:
-    """The whole body. A declared length above the limit is refused before a byte is read."""
-    limit = int(limit_mb * 1_000_000)
-    declared = int(request.headers.get("content-length", "0"))  # h11 has seen to it that this is a number
-    if declared > limit:
-        raise too_large(f"{declared / 1e6:.1f} MB", limit_mb)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limit:
-                    raise too_large("larger", limit_mb)
-    except TimeoutError:
-        message = f"the body was not here after {timeout_s:g} s; send it faster, or a smaller picture"
-        raise HttpError(408, "request_timeout", message, headers={"Connection": "close"}) from None
-    return bytes(body)
+class BodyReader:
+    """Reads bodies, each within limits of size and time, all that are being read within `max_reading_mb` together.
 
+    Bytes are what is bounded, not connections: a client that sends slowly takes no place from others.
+    """
 
-def too_large(size: str, limit_mb: float) -> HttpError:
-    return HttpError(413, "body_too_large", f"the body is {size}; the limit is {limit_mb:g} MB (MMLLM_MAX_BODY_MB)")
+    def __init__(self, settings: Settings):
+        self.limit_mb, self.total, self.timeout_s = (
+            settings.max_body_mb,
+            settings.max_reading_mb * MB,
+            settings.body_timeout_s,
+        )
+        self.held = 0
+
+    async def read(self, request: Request) -> bytes:
+        """The complete body. A declared length above the limit is refused before a byte is read."""
+        declared = int(request.headers.get("content-length", "0"))  # h11 accepts nothing but a number
+        if declared > self.limit_mb * MB:
+            raise self.too_large(f"{declared / MB:.1f} MB")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                async for piece in request.stream():
+                    body += piece
+                    self.held += len(piece)
+                    if len(body) > self.limit_mb * MB:
+                        raise self.too_large("larger")
+                    if self.held > self.total:
+                        message = "the server is reading too many other bodies; try again later"
+                        raise HttpError(429, "overloaded", message, headers={"Retry-After": "1"})
+        except TimeoutError:
+            message = f"the body was not complete after {self.timeout_s:g} s; send it faster, or a smaller image"
+            raise HttpError(408, "request_timeout", message, headers={"Connection": "close"}) from None
+        finally:
+            self.held -= len(body)
+        return bytes(body)
+
+    def too_large(self, size: str) -> HttpError:
+        message = f"the body is {size}; the limit is {self.limit_mb:g} MB (MMLLM_MAX_BODY_MB)"
+        return HttpError(413, "body_too_large", message)
 
 
 def parse_json(request: Request, body: bytes) -> dict[str, object]:
     """The JSON object in the body."""
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
     kind = media_type(request)
     if kind != "application/json":
         message = f'Content-Type is {kind!r}; send JSON with -H "Content-Type: application/json"'
@@ -192,10 +213,6 @@ def parse_json(request: Request, body: bytes) -> dict[str, object]:
     return values
 
 
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
 def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()[:100]
 
@@ -206,8 +223,8 @@ class FormParser(MultiPartParser):
     spool_max_size = 0  # never to disk
 
 
-async def parse_form(request: Request, body: bytes) -> dict[str, str | bytes]:
-    """The fields of a multipart/form-data body; the content of a file is bytes. File names are never looked at."""
+async def parse_form(request: Request, body: bytes) -> dict[str, object]:
+    """The fields of a multipart/form-data body: str, or bytes for a file. File names are ignored."""
     _, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
     if media_type(request) != "multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
@@ -231,154 +248,14 @@ async def parse_form(request: Request, body: bytes) -> dict[str, str | bytes]:
             f"or a text field above {MAX_FIELD_KB} kB"
         )
         raise HttpError(400, "invalid_form", message) from None
-    fields: dict[str, str | bytes] = {}
+    fields: dict[str, object] = {}
     try:
         for name, value in form.multi_items():
             if name in fields:
                 code = "too_many_images" if name == "image" else "duplicate_field"
-                raise HttpError(400, code, f"field {shown(name)} is there twice; send it once", param=name[:100])
+                message = f"field {name[:50]!r} appears twice; send it once"
+                raise HttpError(400, code, message, param=name[:100])
             fields[name] = await value.read() if isinstance(value, UploadFile) else value
     finally:
         await form.close()
     return fields
-
-
-def shown(value: object) -> str:
-    """What a client sent, short enough for an error message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-class Fields:
-    """The fields of one request, each taken with its type and range; what is wrong is a 400 that names the field.
-
-    In a form (`is_form`) numbers come as text; in JSON they are numbers, and null is the default.
-    """
-
-    def __init__(self, values: dict[str, object], known: Iterable[str], *, is_form: bool):
-        self.values, self.is_form = values, is_form
-        for name in values:
-            if name not in (names := list(known)):
-                near = difflib.get_close_matches(name[:100], names, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-                raise HttpError(400, "unknown_field", f"unknown field {shown(name)}; {hint}", param=name[:100])
-
-    def text(self, name: str, *, default: str | None = None, limit: int) -> str:
-        """Text with something in it, at most `limit` characters; required when there is no `default`."""
-        value = self._get(name, default)
-        if value is None:
-            raise HttpError(400, "missing_field", f"field {name} is missing", param=name)
-        value = self._characters(name, value)
-        if not value.strip():
-            raise HttpError(400, "empty_message", f"{name} is empty; write something in it", param=name)
-        if len(value) > limit:
-            message = f"{name} has {len(value)} characters; the limit is {limit}"
-            raise HttpError(400, "message_too_long", message, param=name)
-        return value.strip()
-
-    def characters(self, name: str) -> str | None:
-        """Text as it is, or None."""
-        value = self._get(name, None)
-        return None if value is None else self._characters(name, value)
-
-    def file(self, name: str) -> bytes:
-        """The content of a file that a form must hold."""
-        if name not in self.values:
-            raise HttpError(400, "missing_field", f'no {name} in the form; send -F "{name}=@file.jpg"', param=name)
-        if not isinstance(self.values[name], bytes):
-            message = f'{name} came as text, not as a file; with curl put an @ before the path: -F "{name}=@file.jpg"'
-            raise HttpError(400, "not_a_file", message, param=name)
-        return self.values[name]
-
-    def integer(self, name: str, default: int, low: int, high: int) -> int:
-        value = self._get(name, default)
-        if self.is_form and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,20}", value):
-            value = int(value)
-        if type(value) is not int or not low <= value <= high:
-            raise self._wrong(name, f"a whole number between {low} and {high}")
-        return value
-
-    def number(self, name: str, default: float, high: float, *, is_zero_allowed: bool) -> float:
-        """A number from 0 to `high`."""
-        value = self._get(name, default)
-        if self.is_form and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9.]{1,20}(e[+-]?[0-9]{1,3})?", value):
-            value = float_or_none(value)
-        if type(value) not in (int, float) or not 0 <= value <= high or (value == 0 and not is_zero_allowed):
-            raise self._wrong(name, f"a number {'from' if is_zero_allowed else 'above'} 0 up to {high:g}")
-        return float(value)
-
-    def strings(self, name: str, most: int, limit: int) -> tuple[str, ...]:
-        """One text or a list of them, none empty, each at most `limit` characters."""
-        value = self._get(name, [])
-        texts = [value] if isinstance(value, str) else value
-        is_right = isinstance(texts, list) and len(texts) <= most and all(isinstance(text, str) for text in texts)
-        if not is_right or not all(0 < len(text) <= limit for text in texts):
-            raise self._wrong(name, f"text, or a list of at most {most} texts, each of 1 to {limit} characters")
-        return tuple(self._characters(name, text) for text in texts)
-
-    def flag(self, name: str) -> bool:
-        value = self._get(name, False)
-        if self.is_form and value in ("true", "false"):
-            value = value == "true"
-        if not isinstance(value, bool):
-            raise self._wrong(name, "true or false")
-        return value
-
-    def _get(self, name: str, default: object) -> object:
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def _characters(self, name: str, value: object) -> str:
-        if not isinstance(value, str):
-            raise self._wrong(name, "text")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            message = f"{name} holds half of a surrogate pair, which is no character; send whole characters"
-            raise HttpError(400, "invalid_unicode", message, param=name) from None
-        return value
-
-    def _wrong(self, name: str, wanted: str) -> HttpError:
-        value = self.values[name]
-        found = "a file" if isinstance(value, bytes) else shown(value)
-        return HttpError(400, "invalid_value", f"{name} is {found}; it must be {wanted}", param=name)
-
-
-def float_or_none(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-class DeadlineH11(H11Protocol):
-    """uvicorn's protocol, closing a connection that has not brought a whole request header after `header_timeout_s`."""
-
-    def __init__(self, *, header_timeout_s: float, **settings: object):
-        super().__init__(**settings)
-        self.header_timeout_s = header_timeout_s
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        self.header_timer = self.loop.call_later(self.header_timeout_s, self.close_if_idle)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if not self.is_idle():
-            self.header_timer.cancel()
-
-    def on_response_complete(self) -> None:
-        self.header_timer.cancel()
-        self.header_timer = self.loop.call_later(self.header_timeout_s, self.close_if_idle)
-        super().on_response_complete()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.header_timer.cancel()
-        super().connection_lost(error)
-
-    def is_idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
-    def close_if_idle(self) -> None:
-        if self.is_idle():
-            self.transport.close()

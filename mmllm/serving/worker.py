@@ -1,8 +1,7 @@
-"""One thread that owns the model and drives the engine; the event loop only submits and waits.
+"""The thread that owns the model and drives the engine; the event loop only submits requests and waits.
 
-The surprising fact: waking an event loop from another thread costs more than a small model's token. So what happens in
-a step (pieces of text, answers, errors of all slots) is collected and handed over in one wake-up.
-Next: sse.py, server.py.
+Waking an event loop from another thread costs more than a token of a small model. So the events of one step (pieces of
+text, answers, errors of all slots) are collected and delivered in one wake-up.
 """
 
 import asyncio
@@ -11,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from PIL import Image
@@ -24,47 +24,31 @@ from mmllm.inference.static_step import BUCKET
 
 log = logging.getLogger("mmllm.serving")
 
-Event = tuple[Callable[[object], None], object]  # what to call in the event loop, and with what
-
 
 class Job:
-    """A submitted request, as the event loop sees it. `started` resolves when it gets a slot, `answer` when it is done
-    or has failed; `tell` hears its text piece by piece."""
+    """A submitted request, as the event loop sees it.
 
-    def __init__(self, tell: Callable[[str], None] | None):
+    `started` resolves when the request gets a slot, `answer` when it is done or has failed.
+    """
+
+    def __init__(self) -> None:
         loop = asyncio.get_running_loop()
         self.started: asyncio.Future[None] = loop.create_future()
         self.answer: asyncio.Future[Generated] = loop.create_future()
-        self.answer.add_done_callback(lambda future: future.cancelled() or future.exception())  # someone may have left
-        self.tell = tell
+        self.answer.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody may be waiting
         self.handle: Handle | None = None
 
-    def cancel(self) -> None:
-        """Gives the answer up: a waiting job never runs, a running one ends within one step."""
-        self.tell = None
-        self.handle.cancel()
-
-    def hear(self, piece: str) -> None:
-        if self.tell:
-            self.tell(piece)
-
-    def start(self, _: object) -> None:
-        if not self.started.done():
-            self.started.set_result(None)
-
-    def finish(self, handle: Handle) -> None:
-        if self.answer.done():
-            return
-        if handle.error is not None:
-            self.answer.set_exception(handle.error)
+    def finish(self) -> None:
+        if self.handle.error is not None:
+            self.answer.set_exception(self.handle.error)
         else:
-            self.answer.set_result(handle.answer)
+            self.answer.set_result(self.handle.answer)
 
 
 class Worker:
-    """Loads the model in its thread, tries it on one small picture, then answers what is submitted.
+    """Loads the model in its own thread, runs one small image through it, then answers what is submitted.
 
-    `status` is "loading", "ok", "draining" or "engine_dead"; `error` says what killed it.
+    `status` is "loading", "ok", "draining" or "engine_dead"; `error` is what ended the thread.
     """
 
     def __init__(
@@ -79,19 +63,19 @@ class Worker:
         self.is_stopping = threading.Event()
         self.wake = threading.Event()
         self.lock = threading.Lock()  # nothing is submitted to an engine that has failed
-        self.events: list[Event] = []
+        self.events: list[Callable[[], None]] = []  # to call in the event loop
 
     def start(self) -> None:
-        """Begins to load; returns at once. Called in the event loop that will hear the answers."""
+        """Begins to load and returns at once. Called in the event loop that will receive the answers."""
         self.loop = asyncio.get_running_loop()
-        self.thread.submit(self._run).add_done_callback(self._ended)
+        self.thread.submit(self._run).add_done_callback(self._on_end)
 
     def _run(self) -> None:
         self._load()
         while not self.is_stopping.is_set():
             if self.engine.has_work:
                 self.engine.step()
-                self._hand_over()
+                self._deliver()
             else:
                 self.wake.wait()
                 self.wake.clear()
@@ -109,11 +93,11 @@ class Worker:
         self.engine, self.pipeline = engine, pipeline
         log.info(f"ready after {time.perf_counter() - start:.1f} s")
 
-    def _ended(self, run: Future[None]) -> None:
-        """The thread is at its end: asked to stop, or by an error, which nobody survives. A bug shows its traceback."""
+    def _on_end(self, run: Future[None]) -> None:
+        """The thread ended: asked to stop, or by an error that concerns every request. A bug logs its traceback."""
         if run.cancelled() or (error := run.exception()) is None:
             return
-        if isinstance(error, torch.AcceleratorError):  # after this the device answers nothing any more
+        if isinstance(error, torch.AcceleratorError):  # the device answers nothing after this
             error = RunError(f"the device failed: {str(error).splitlines()[0]}; start the server again")
         log.error(f"error: {error}", exc_info=None if isinstance(error, UserError | RunError) else error)
         self._fail(error)
@@ -123,13 +107,13 @@ class Worker:
             self.error = None if self.is_stopping.is_set() else error
             if self.engine is not None:
                 self.engine.fail(error if isinstance(error, RunError) else RunError("the model failed"))
-        self._hand_over()
+        self._deliver()
 
-    def _hand_over(self) -> None:
-        """Tells the event loop, in one wake-up, what has happened."""
+    def _deliver(self) -> None:
+        """Hands the collected events to the event loop in one wake-up."""
         if self.events and not self.loop.is_closed():
             events, self.events = self.events, []
-            self.loop.call_soon_threadsafe(deliver, events)
+            self.loop.call_soon_threadsafe(call_all, events)
 
     @property
     def is_loading(self) -> bool:
@@ -147,45 +131,37 @@ class Worker:
     def slots(self) -> int:
         return self.engine.slots if self.engine else 0
 
-    @property
-    def busy(self) -> int:
-        return self.engine.busy if self.engine else 0
-
-    @property
-    def waiting(self) -> int:
-        return len(self.engine.waiting) if self.engine else 0
-
-    def submit(self, prompt: Prompt, config: GenerationConfig, tell: Callable[[str], None] | None = None) -> Job:
-        """Hands a request in; `tell` hears the answer piece by piece. Called in the event loop."""
-        job = Job(tell)
+    def submit(self, prompt: Prompt, config: GenerationConfig, on_text: Callable[[str], None] | None = None) -> Job:
+        """Adds a request to the engine's queue. Called in the event loop, as `on_text` is."""
+        job = Job()
         with self.lock:
-            if self.error is not None:
-                raise RunError("the model failed")
+            if self.error is not None or self.is_stopping.is_set():
+                raise RunError("the model failed or is shutting down")
             job.handle = self.engine.submit(
                 Handle(
                     prompt,
                     config,
-                    on_start=lambda: self.events.append((job.start, None)),
-                    on_text=tell and (lambda piece: self.events.append((job.hear, piece))),
-                    on_done=lambda handle: self._done(job, handle),
+                    on_start=lambda: self.events.append(partial(job.started.set_result, None)),
+                    on_text=on_text and (lambda piece: self.events.append(partial(on_text, piece))),
+                    on_done=lambda handle: self._on_done(job, handle),
                 )
             )
         self.wake.set()
         return job
 
-    def _done(self, job: Job, handle: Handle) -> None:
+    def _on_done(self, job: Job, handle: Handle) -> None:
         if isinstance(handle.error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-        self.events.append((job.finish, handle))
+        self.events.append(job.finish)
 
     def stop(self) -> None:
-        """Gives up what is waiting, and what is running within one step. Returns at once."""
+        """Drops waiting requests, and running ones within one step. Returns at once."""
         self.is_draining = True
         self.is_stopping.set()
         self.wake.set()
         self.thread.shutdown(wait=False, cancel_futures=True)
 
 
-def deliver(events: list[Event]) -> None:
-    for call, value in events:
-        call(value)
+def call_all(events: list[Callable[[], None]]) -> None:
+    for event in events:
+        event()

@@ -1,0 +1,97 @@
+"""uvicorn with what it lacks: a time limit for request headers, a bounded drain, an end when the model is dead."""
+
+import asyncio
+import math
+import os
+import signal
+from functools import partial
+from socket import socket
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mmllm.errors import UserError
+from mmllm.serving.settings import Settings
+
+
+class DeadlineH11(H11Protocol):
+    """uvicorn's HTTP protocol; closes a connection that has no complete request header after `header_timeout_s`."""
+
+    def __init__(self, *, header_timeout_s: float, **settings: object):
+        super().__init__(**settings)
+        self.header_timeout_s = header_timeout_s
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.header_timer = self.loop.call_later(self.header_timeout_s, self.close_if_idle)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.is_idle():
+            self.header_timer.cancel()
+
+    def on_response_complete(self) -> None:
+        self.header_timer.cancel()
+        self.header_timer = self.loop.call_later(self.header_timeout_s, self.close_if_idle)
+        super().on_response_complete()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.header_timer.cancel()
+        super().connection_lost(error)
+
+    def is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def close_if_idle(self) -> None:
+        if self.is_idle():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Ends when the model is dead; after a signal, lets requests finish for `drain_s` seconds."""
+
+    def __init__(self, app: Starlette, settings: Settings):
+        self.worker, self.drain_s = app.state.service.worker, settings.drain_s
+        config = uvicorn.Config(
+            app,
+            http=partial(DeadlineH11, header_timeout_s=settings.header_timeout_s),
+            ws="none",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=math.ceil(settings.drain_s) + 5,
+        )
+        super().__init__(config)
+
+    async def on_tick(self, counter: int) -> bool:
+        return self.worker.error is not None or await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains; a second one, SIGTERM or SIGINT, ends at once."""
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        self.worker.is_draining = True
+        asyncio.get_running_loop().call_later(self.drain_s, self.worker.stop)
+        await super().shutdown(sockets)
+
+    def serve_until_signal(self, listener: socket) -> int:
+        """The exit code: 0 after SIGTERM; 2 (bad input) or 1 if the model could not be loaded or failed.
+
+        Raises KeyboardInterrupt after SIGINT.
+        """
+        signal.signal(signal.SIGTERM, lambda sig, frame: None)  # uvicorn raises the signal again when it is done
+        try:
+            self.run(sockets=[listener])
+        finally:
+            self.worker.stop()
+            if self.worker.is_loading:
+                os._exit(0)  # a load cannot be interrupted, and Python would wait for its thread
+        if self.worker.error is None:
+            return 0
+        return 2 if isinstance(self.worker.error, UserError) else 1
