@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmllm.config.schema import LoraConfig
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.layers.quantized import linear_layers
-from mmllm.runtime.files import read_json, write_json
+from mmllm.runtime.files import read_json, refuse_other, write_json
 from mmllm.storage.weights import read_safetensors
 
 ALL_LINEAR = "all-linear"
@@ -61,15 +61,6 @@ def adapted_forward(layer: nn.Module, x: Tensor) -> Tensor:
     y = type(layer).forward(layer, x)
     low = F.linear(F.dropout(x, layer.lora.dropout, layer.training).to(layer.lora_A.dtype), layer.lora_A)
     return y + (layer.lora.scaling * F.linear(low, layer.lora_B)).to(y.dtype)
-
-
-@torch.no_grad()
-def merge_adapter_(layer: nn.Module) -> None:
-    """Adds scaling B A to W and removes the adapter."""
-    if not isinstance(layer, nn.Linear):
-        raise ConfigError("adapters cannot be added to int8 or int4 weights; train beside a float base")
-    layer.weight += (layer.lora.scaling * layer.lora_B.float() @ layer.lora_A.float()).to(layer.weight.dtype)
-    del layer.lora_A, layer.lora_B, layer.lora, layer.forward
 
 
 # A language model -----------------------------------------------------------------------------------------------------
@@ -110,10 +101,14 @@ def add_lora_(language_model: nn.Module, config: LoraConfig, seed: int = 0) -> N
         add_adapter_(language_model.get_submodule(name), config, rng)
 
 
+@torch.no_grad()
 def merge_lora_(module: nn.Module) -> None:
-    """Adds all adapters to their weights for good, which leaves plain layers."""
+    """Adds scaling B A to W in every layer with an adapter and removes the adapter; ConfigError beside int8 or int4."""
     for layer in adapters(module).values():
-        merge_adapter_(layer)
+        if not isinstance(layer, nn.Linear):
+            raise ConfigError("adapters cannot be added to int8 or int4 weights; train beside a float base")
+        layer.weight += (layer.lora.scaling * layer.lora_B.float() @ layer.lora_A.float()).to(layer.weight.dtype)
+        del layer.lora_A, layer.lora_B, layer.lora, layer.forward
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -160,9 +155,7 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str,
     supported = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none", "fan_in_fan_out": False}
     if content.get("peft_type") != "LORA" or "r" not in content:
         raise CheckpointError(f"{file}: not a LoRA adapter; it needs peft_type LORA and r")
-    for name, only in supported.items():
-        if (content.get(name) or only) != only:
-            raise CheckpointError(f"{file}: {name} is {content[name]!r}; only {only!r} is supported")
+    refuse_other(content, supported, file)
     lora, projector = {}, {}
     for name, value in read_safetensors(folder / TENSOR_FILE).items():
         if "vision_tower" not in name and (found := ADAPTER.fullmatch(name)):

@@ -1,14 +1,13 @@
 """CLIP's image encoder: pixels to features.
 
-The surprising fact: the most useful picture for a language model is not CLIP's answer. The last layer is trained to
-fill one vector (`pooled`); the layer before it still says what is where (`patches`), as LLaVA found.
+The last layer is trained to fill one vector for the whole image (`pooled`). The layer before it still has features of
+every patch (`patches`), and a language model answers better from those, as LLaVA found.
 
-Names and arithmetic are those of the published checkpoints (the spelling `pre_layrnorm` too).
+Names and arithmetic are those of the published checkpoints, the spelling `pre_layrnorm` included.
 Paper: https://arxiv.org/abs/2103.00020; code: https://github.com/openai/CLIP (clip/model.py).
 
-B pictures of side S, N patches, T = N + 1 tokens (the class token first), D hidden size, H heads, K = D / H,
+B images of side S, N patches, T = N + 1 tokens (the class token first), D hidden size, H heads, K = D / H,
 P projection size.
-Next: projector.py.
 """
 
 import torch
@@ -22,11 +21,11 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)  # the sigmoid approximation that OpenAI's CLIP was trained with
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # the names in config.py
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # of `CLIPVisionConfig.hidden_act`
 
 
 class CLIPAttention(nn.Module):
-    """Every token looks at every token."""
+    """Multi-head attention of every token to every token."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -70,7 +69,7 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPEmbeddings(nn.Module):
-    """Cuts the picture into patches, row by row, and says where each one was."""
+    """A linear projection of each patch, row by row, after the class token; plus a learned position."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -99,7 +98,7 @@ class CLIPVisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden_state(self, pixels_B3SS: Tensor, num_layers: int) -> Tensor:
-        """The tokens after the first `num_layers` layers, before any closing norm: (B, T, D)."""
+        """The tokens after the first `num_layers` layers, without a final norm: (B, T, D)."""
         x_BTD = self.pre_layrnorm(self.embeddings(pixels_B3SS))
         for layer in self.encoder.layers[:num_layers]:
             x_BTD = layer(x_BTD)
@@ -107,7 +106,7 @@ class CLIPVisionTransformer(nn.Module):
 
 
 class CLIPVisionTower(nn.Module):
-    """The published vision tower, with or without the projection into CLIP's space of pictures and texts.
+    """The published vision tower, with or without the projection into CLIP's common space of images and texts.
 
     Pixels are (B, 3, S, S) float, S = `config.image_size`, normalised as image.py does; B may be 0.
     """
@@ -120,7 +119,7 @@ class CLIPVisionTower(nn.Module):
             self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def patches(self, pixels_B3SS: Tensor) -> Tensor:
-        """One feature per patch, row by row, from the layer before the last: (B, N, D)."""
+        """Features of every patch, row by row, from the layer before the last: (B, N, D)."""
         return self.vision_model.hidden_state(pixels_B3SS, self.config.num_hidden_layers - 1)[:, 1:]
 
     def pooled(self, pixels_B3SS: Tensor) -> Tensor:

@@ -1,15 +1,22 @@
-"""Sizes of the two towers and of the whole model, in the words of the official config.json."""
+"""Sizes of the two towers and of the whole model, under the names of the official config.json files."""
 
 from dataclasses import asdict, dataclass, fields
 
 from mmllm.errors import CheckpointError
+from mmllm.runtime.files import refuse_other
 
 ACTIVATIONS = ("quick_gelu", "gelu")  # LAION's CLIPs use the exact one
+LLAVA = {  # what the architecture fixes of LLaVA's settings
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+}
 
 
 @dataclass(frozen=True)
 class CLIPVisionConfig:
-    """Sizes of the tower, in the words of the official config.json; the defaults are ViT-B/32."""
+    """The vision tower; the defaults are ViT-B/32."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -36,7 +43,7 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "CLIPVisionConfig":
-        """Reads a whole CLIP config.json or its vision part; absent fields mean ViT-B/32, as in the official files."""
+        """From a CLIP config.json or its vision part; absent fields mean ViT-B/32, as in the official files."""
         vision = config.get("vision_config", config)
         values = {field.name: vision[field.name] for field in fields(cls) if field.name in vision}
         if "vision_config" in config and "projection_dim" in config:
@@ -49,7 +56,7 @@ class CLIPVisionConfig:
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """Sizes of the model, in the words of the official config.json; the defaults are Qwen2.5-0.5B."""
+    """The language model; the defaults are Qwen2.5-0.5B."""
 
     vocab_size: int = 151936
     hidden_size: int = 896
@@ -72,24 +79,21 @@ class Qwen2Config:
 
     @classmethod
     def from_dict(cls, config: dict) -> "Qwen2Config":
-        """Reads a config.json as published or as transformers 5 writes it; refuses what would change the numbers."""
+        """From a config.json as published or as transformers 5 writes it; refuses what would change the numbers."""
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise CheckpointError(f"Qwen2 config: rope scaling {kind!r} is not supported; use the plain model")
-        if config.get("use_sliding_window"):
-            raise CheckpointError("Qwen2 config: use_sliding_window is on; only full attention is supported")
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"Qwen2 config: hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
+        refuse_other(config, {"use_sliding_window": False, "hidden_act": "silu"}, "Qwen2 config")
         missing = [name for name in ("vocab_size", "hidden_size", "num_attention_heads") if name not in config]
         if missing:
             raise CheckpointError(
-                f"Qwen2 config: {', '.join(missing)} missing; is this the config.json of a Qwen2 model?"
+                f"Qwen2 config: {', '.join(missing)} missing; is it the config.json of a Qwen2 model?"
             )
         values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
         values.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         values.setdefault("num_key_value_heads", config["num_attention_heads"])
-        values.setdefault("tie_word_embeddings", False)  # what absence means in the format
+        values.setdefault("tie_word_embeddings", False)  # the default of the format
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         return cls(**values)
@@ -117,27 +121,19 @@ class MultimodalConfig:
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        """Visual tokens of a picture, and numbers in each before the projector."""
+        """Visual tokens of an image, and features of each before the projector."""
         width = self.vision.hidden_size if self.features == "patch" else self.vision.projection_dim
         return self.num_image_tokens, width
 
     @classmethod
     def from_dict(cls, config: dict) -> "MultimodalConfig":
-        """Reads the config.json that `to_dict` wrote, or the one of a LLaVA checkpoint of the same architecture."""
+        """From a config.json that `to_dict` wrote, or of a LLaVA checkpoint of the same architecture."""
         kinds = {"llava": "patch", "mmllm_pooled": "pooled"}
         if config.get("model_type") not in kinds:
             raise CheckpointError(
                 f"config.json: model_type {config.get('model_type')!r}; supported: {', '.join(kinds)}"
             )
-        fixed = {
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-            "projector_hidden_act": "gelu",
-            "multimodal_projector_bias": True,
-        }
-        for name, wanted in fixed.items():
-            if config.get(name, wanted) != wanted:
-                raise CheckpointError(f"config.json: {name} is {config[name]!r}; only {wanted!r} is supported")
+        refuse_other(config, LLAVA, "config.json")
         for part, kind in (("text_config", "qwen2"), ("vision_config", "clip_vision_model")):
             found = config.get(part, {}).get("model_type")
             if found != kind:
@@ -151,17 +147,14 @@ class MultimodalConfig:
         return cls(vision, text, kinds[config["model_type"]], token)
 
     def to_dict(self) -> dict:
-        """The config.json of the saved model: LLaVA's in patch mode; a kind of our own for one pooled token."""
+        """The config.json of a saved model: LLaVA's in patch mode; a kind of our own for one pooled token."""
         is_patch = self.features == "patch"
         return {
             "architectures": ["LlavaForConditionalGeneration" if is_patch else "MultimodalLLM"],
             "model_type": "llava" if is_patch else "mmllm_pooled",
             "image_token_index": self.image_token_id,
             "image_seq_length": self.num_image_tokens,
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-            "projector_hidden_act": "gelu",
-            "multimodal_projector_bias": True,
+            **LLAVA,
             "tie_word_embeddings": self.text.tie_word_embeddings,
             "text_config": self.text.to_dict(),
             "vision_config": self.vision.to_dict(),

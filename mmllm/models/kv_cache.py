@@ -1,14 +1,13 @@
-"""Keys and values of what was read, kept in slots: what makes a new token cost one token and not the whole text.
+"""Keys and values of earlier tokens, in slots: decoding a token then computes one token, not the whole text.
 
-The surprising fact: how many rows are computed together changes the last bits of most matrix products, and a near tie
-between two words then falls differently. Attention here never mixes rows: each row of `EachRow` is a computation of its
-own over exactly the keys that it has, so what it gives does not depend on who else is in the pass.
+How many rows are computed together changes the last bits of most matrix products, and so now and then the choice between
+two nearly equal tokens. `PerSlot` computes each row alone, over exactly its own keys, so that the result of a row does not
+depend on the other requests in the pass.
 
-The position p of slot s lies at index p, so slots of different lengths share one tensor, and what padding or an earlier
-request left behind is overwritten before it is ever attended to.
+Position p of slot s is at index p. So slots of different lengths share one tensor, and whatever padding or an earlier
+request left there is overwritten before anything attends to it.
 
 L layers, S slots, B rows of one pass, T tokens, H query heads, G key/value heads, C capacity in tokens, K head size.
-Next: engine.py.
 """
 
 import torch
@@ -27,7 +26,7 @@ class KVCache:
 
     def _take(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
-        # the slots of each layer as tensors (1, G, C, K): cutting them out anew costs a step 1 % of its time
+        # views (1, G, C, K) of each layer's slots: making them in every step takes 1 % of its time
         self.slot_keys = [layer.split(1) for layer in keys]
         self.slot_values = [layer.split(1) for layer in values]
 
@@ -36,17 +35,17 @@ class KVCache:
         return self.keys.shape[3]
 
     def grow_(self, length: int) -> None:
-        """Room for `length` tokens in every slot; what is there stays."""
+        """Makes room for `length` tokens in every slot and keeps the contents."""
         more = length - self.length
         self._take(F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more)))
 
     def clear_(self, slots: list[int]) -> None:
-        """Forgets what slots hold: where all rows attend over one length, masked, a NaN would outlive its request."""
+        """Sets slots to 0: `AllSlots` also reads masked positions, where a NaN of an earlier request would spread."""
         for tensor in (self.keys, self.values):
             tensor[:, slots] = 0
 
     def copy_(self, sources: list[int], slots: list[int], length: int) -> None:
-        """Slot `slots[i]` becomes what slot `sources[i]` was, up to `length` tokens (beam search)."""
+        """Copies slot `sources[i]` to slot `slots[i]`, up to `length` tokens, all at once (beam search)."""
         for tensor in (self.keys, self.values):
             tensor[:, slots, :, :length] = tensor[:, sources, :, :length]
 
@@ -55,14 +54,14 @@ class KVCache:
         return self.keys[:, slot, :, :length].clone(), self.values[:, slot, :, :length].clone()
 
     def write(self, slot: int, keys_LGTK: Tensor, values_LGTK: Tensor) -> None:
-        """Begins a slot with keys and values that `read` gave."""
+        """Starts a slot with keys and values that `read` returned."""
         length = keys_LGTK.shape[2]
         self.keys[:, slot, :, :length] = keys_LGTK
         self.values[:, slot, :, :length] = values_LGTK
 
 
 class PerSlot:
-    """One forward pass over some slots, a row each: row b goes on in slot `slots[b]` at position `starts[b]`."""
+    """The cache of one forward pass: row b continues slot `slots[b]` at position `starts[b]`."""
 
     def __init__(self, cache: KVCache, slots: list[int], starts: list[int]):
         self.cache, self.places = cache, list(zip(slots, starts, strict=True))
@@ -81,7 +80,7 @@ class PerSlot:
 
 
 def attend_row(q_1HTK: Tensor, k_1GSK: Tensor, v_1GSK: Tensor) -> Tensor:
-    """What the last T of S positions see: each everything up to itself."""
+    """Causal attention of the last T of S positions."""
     tokens, positions = q_1HTK.shape[2], k_1GSK.shape[2]
     if tokens == 1:
         return attend_once(q_1HTK, k_1GSK, v_1GSK, None)
@@ -92,16 +91,16 @@ def attend_row(q_1HTK: Tensor, k_1GSK: Tensor, v_1GSK: Tensor) -> Tensor:
 
 
 def attend_once(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, sees_B11S: Tensor | None) -> Tensor:
-    """One query a head. The H/G heads that share a key head go as so many queries of it: faster, and on a GPU possible
-    with a mask."""
+    """Attention of one query per head. The H/G heads that share a key head become H/G queries of it, which is faster and,
+    on a GPU, works with a mask."""
     q_BGNK = q_BH1K.reshape(len(q_BH1K), k_BGSK.shape[1], -1, q_BH1K.shape[-1])
     return F.scaled_dot_product_attention(q_BGNK, k_BGSK, v_BGSK, attn_mask=sees_B11S).reshape(q_BH1K.shape)
 
 
 class AllSlots:
-    """One decoding step over all slots at a fixed shape, for compiled code and CUDA graphs: row s is slot s.
+    """The cache of one decoding step of fixed shape, for compiled code and CUDA graphs: row s is slot s.
 
-    `positions_S` says where each row's one token goes. All rows attend over the first `length` positions, masked.
+    Each row writes its one token at `positions_S` and attends to the first `length` positions, masked.
     """
 
     def __init__(self, cache: KVCache, positions_S: Tensor, length: int):

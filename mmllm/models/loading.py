@@ -6,11 +6,12 @@
     adapter_*            LoRA adapters and the projector in PEFT's format, where there are adapters
     and the files of the processor: tokenizer.json, preprocessor_config.json, chat_template.jinja, ...
 
-The functions take the class to build, so that this module does not import multimodal.py.
+`MultimodalLLM` has these functions as methods; the class to build is an argument, so that no import is circular.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -33,6 +34,7 @@ from mmllm.storage.atomic import atomic_directory
 from mmllm.storage.weights import load_strict_, locate, read_tensors, refuse_integers
 
 Device = str | torch.device
+Model = TypeVar("Model", bound=nn.Module)
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
@@ -74,15 +76,22 @@ def read_info(folder: str | Path) -> ModelInfo:
     )
 
 
-# A directory of ours --------------------------------------------------------------------------------------------------
+def from_pretrained(
+    cls: type[Model],
+    source: str | Path,
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> Model:
+    """The model of a directory that `save_pretrained` wrote, or of a hub repository with the same files.
 
-
-def load_pretrained(kind: type[nn.Module], source: str | Path, device: Device, dtype: torch.dtype | None) -> nn.Module:
-    """See `MultimodalLLM.from_pretrained`, which is `kind`."""
+    `dtype` None keeps the dtype of every tensor and, on the CPU, maps it from its file.
+    CheckpointError names what is missing, unexpected, or of another shape.
+    """
     folder = locate(source)
     info = read_info(folder)
     processor = load_processor(folder, info.config.num_image_tokens, info.system_prompt)
-    model = without_memory(kind, info.config)
+    model = without_memory(cls, info.config)
     if info.is_packed:
         load_packed_(model, folder, device, dtype)
     elif info.rounding:
@@ -94,17 +103,23 @@ def load_pretrained(kind: type[nn.Module], source: str | Path, device: Device, d
     return with_processor(model, processor, folder)
 
 
-def load_float_(model: nn.Module, folder: Path, device: Device, dtype: torch.dtype | None) -> None:
-    tensors = {name: value.to(device, dtype) for name, value in read_floats(folder).items()}
-    load_base_(model, tensors, folder)
+def load_float_(
+    model: nn.Module, folder: Path, device: Device, dtype: torch.dtype | None, uncast: str | None = None
+) -> None:
+    """Float weights; names that begin with `uncast` keep the dtype of the file."""
+    tensors = read_tensors(folder)
+    refuse_integers(tensors, folder)
+    for name, value in tensors.items():
+        tensors[name] = value.to(device, None if uncast and name.startswith(uncast) else dtype)
+    if model.config.text.tie_word_embeddings:
+        tensors.setdefault(HEAD, tensors.get(EMBEDDING, torch.empty(0)))
+    load_strict_(model, tensors, folder)
+    model.language_model.tie_weights()
 
 
 def load_quantized_(model: nn.Module, folder: Path, rounding: str, device: Device, dtype: torch.dtype | None) -> None:
     """Float weights whose linear layers become int8 or int4 again; rounded before any cast, so that no bit changes."""
-    tensors = read_floats(folder)
-    for name, value in tensors.items():
-        tensors[name] = value.to(device, None if name.startswith("language_model.") else dtype)
-    load_base_(model, tensors, folder)
+    load_float_(model, folder, device, dtype, uncast="language_model.")
     quantize_(model.language_model, rounding)
     for parameter in model.language_model.parameters():
         parameter.data = parameter.data.to(device, dtype or torch.float32)
@@ -119,41 +134,28 @@ def load_packed_(model: nn.Module, folder: Path, device: Device, dtype: torch.dt
         parameter.data = parameter.data.to(device, dtype)
 
 
-def load_base_(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    if model.config.text.tie_word_embeddings:
-        tensors.setdefault(HEAD, tensors.get(EMBEDDING, torch.empty(0)))
-    load_strict_(model, tensors, folder)
-    model.language_model.tie_weights()
-
-
-def read_floats(folder: Path) -> dict[str, Tensor]:
-    tensors = read_tensors(folder)
-    refuse_integers(tensors, folder)
-    return tensors
-
-
 # Two published models -------------------------------------------------------------------------------------------------
 
 
-def load_towers(
-    kind: type[nn.Module],
+def from_towers(
+    cls: type[Model],
     clip: str | Path,
     qwen: str | Path,
-    features: str,
-    system: str,
     *,
-    seed: int,
-    device: Device,
-    dtype: torch.dtype | None,
-) -> nn.Module:
-    """See `MultimodalLLM.from_towers`, which is `kind`."""
+    features: str = "patch",
+    system: str = DEFAULT_SYSTEM,
+    seed: int = 0,
+    device: Device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> Model:
+    """Two published models, each a folder or a hub name, and a new projector drawn with `seed`."""
     clip_folder, qwen_folder = locate(clip), locate(qwen)
     vision = CLIPVisionConfig.from_dict(read_tower_config(clip_folder, "clip", "clip_vision_model"))
     text = Qwen2Config.from_dict(read_tower_config(qwen_folder, "qwen2"))
     tokenizer = Tokenizer(qwen_folder)
     config = MultimodalConfig(vision, text, features, tokenizer.image_id)
     images = ImageProcessor.from_dict(read_json(clip_folder / "preprocessor_config.json"))
-    model = without_memory(kind, config)
+    model = without_memory(cls, config)
     for tower, tensors, folder in (
         (model.vision_tower, vision_tensors(clip_folder, features), clip_folder),
         (model.language_model, language_tensors(qwen_folder, text), qwen_folder),
@@ -197,9 +199,6 @@ def language_tensors(folder: Path, config: Qwen2Config) -> dict[str, Tensor]:
     return tensors
 
 
-# Either ---------------------------------------------------------------------------------------------------------------
-
-
 class WithoutValues(TorchFunctionMode):
     """Modules built inside keep uninitialised values, because values will be loaded.
 
@@ -213,12 +212,12 @@ class WithoutValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def without_memory(kind: type[nn.Module], config: MultimodalConfig) -> nn.Module:
+def without_memory(cls: type[Model], config: MultimodalConfig) -> Model:
     with torch.device("meta"), WithoutValues():
-        return kind(config)
+        return cls(config)
 
 
-def with_processor(model: nn.Module, processor: ChatProcessor, folder: Path) -> nn.Module:
+def with_processor(model: Model, processor: ChatProcessor, folder: Path) -> Model:
     """`model` in evaluation mode with its processor; CheckpointError if they do not fit each other."""
     rows, side = model.config.text.vocab_size, model.config.vision.image_size
     if processor.tokenizer.vocab_size > rows:
@@ -238,8 +237,8 @@ def with_processor(model: nn.Module, processor: ChatProcessor, folder: Path) -> 
 # Save -----------------------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, folder: str | Path, replace: bool) -> None:
-    """See `MultimodalLLM.save_pretrained`."""
+def save_pretrained(model: nn.Module, folder: str | Path, *, replace: bool = False) -> None:
+    """Writes the model as one directory, complete or not at all; `replace` allows it to replace an old one."""
     with atomic_directory(folder, replace=replace) as temporary:
         for name, tensors in tensor_files(model).items():
             save_file({n: value.contiguous() for n, value in tensors.items()}, temporary / name, {"format": "pt"})

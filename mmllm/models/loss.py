@@ -1,11 +1,10 @@
 """The cross-entropy of a language model's head, and its gradient in the same pass.
 
-The surprising fact: the logits are the largest thing in a small model's step, 152,000 numbers a token, and nobody needs
-them. The gradient of a sum of cross-entropies is softmax minus one-hot, times the weights: it is known as soon as the
-logits are, so each piece of them makes its gradient at once and is forgotten. Autograd alone keeps three copies of all.
+The logits are the largest tensor in a training step of a small model, 152,000 numbers per token, and autograd keeps three
+copies of them. But the gradient of a sum of cross-entropies is softmax minus one-hot, times the weights: it is known as
+soon as the logits are. So the logits are made in pieces, and each piece makes its part of the gradient and is freed.
 
-The idea in Triton: Liger-Kernel, https://arxiv.org/abs/2410.10989. M labelled positions, D hidden size, V vocabulary.
-Next: model.py.
+The same in Triton: Liger-Kernel, https://arxiv.org/abs/2410.10989. M target positions, D hidden size, V vocabulary.
 """
 
 import torch
@@ -16,7 +15,7 @@ from mmllm.models.qwen import at_least_float32
 
 
 def cross_entropy_sum(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int) -> Tensor:
-    """Sum of the cross-entropies of the logits x W^T, float32, made `rows` at a time; in autocast's precision."""
+    """Summed cross-entropy of the logits x W^T, float32; `rows` of the logits exist at a time, in autocast's dtype."""
     if torch.is_autocast_enabled(x_MD.device.type):
         x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type))
     if not torch.is_grad_enabled():

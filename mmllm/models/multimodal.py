@@ -1,7 +1,7 @@
 """The whole model: the features of an image become tokens between the words, and the language model reads both.
 
 Nothing is added to the vocabulary. Qwen2.5 already has `<|image_pad|>`: it stands in the text once per visual token, and
-`embed` puts the projector's outputs in its place. Files are the business of loading.py.
+`embed` puts the projector's outputs in its place. The methods that read and write files are functions of loading.py.
 
 Paper: LLaVA, https://arxiv.org/abs/2304.08485; code: https://github.com/haotian-liu/LLaVA.
 
@@ -9,12 +9,10 @@ B rows, T tokens, N images in the whole batch, S their side, Q visual tokens per
 projector, D hidden size, V vocabulary, M target positions.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from mmllm.data.chat import DEFAULT_SYSTEM, IGNORED, ChatProcessor
+from mmllm.data.chat import IGNORED, ChatProcessor
 from mmllm.models import loading
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import MultimodalConfig
@@ -106,40 +104,9 @@ class MultimodalLLM(nn.Module):
         """Logits of every position, (B, T, V) float32, for rows padded on the right."""
         return self.language_model.logits(self.language_model(self.embed(ids_BT, pixels_N3SS)))
 
-    # Files, in loading.py
-
-    @classmethod
-    def from_pretrained(
-        cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
-    ) -> "MultimodalLLM":
-        """The model of a directory that `save_pretrained` wrote, or of a hub repository with the same files.
-
-        `dtype` None keeps the dtype of every tensor and, on the CPU, maps it from the file.
-        CheckpointError names what is missing, unexpected, or of another shape.
-        """
-        return loading.load_pretrained(cls, source, device, dtype)
-
-    @classmethod
-    def from_towers(
-        cls,
-        clip: str | Path,
-        qwen: str | Path,
-        *,
-        features: str = "patch",
-        system: str = DEFAULT_SYSTEM,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = torch.float32,
-    ) -> "MultimodalLLM":
-        """Two published models and a new projector, drawn with `seed`. Each source is a folder or a hub name."""
-        return loading.load_towers(cls, clip, qwen, features, system, seed=seed, device=device, dtype=dtype)
-
-    def save_pretrained(self, folder: str | Path, *, replace: bool = False) -> None:
-        """Writes the model as one directory, complete or not at all; `replace` allows it to replace an old one."""
-        loading.save(self, folder, replace)
-
-    def tensor_files(self) -> dict[str, dict[str, Tensor]]:
-        return loading.tensor_files(self)
-
-    def write_small_files(self, folder: Path) -> None:
-        loading.write_small_files(self, folder)
+    # files: loading.py
+    from_pretrained = classmethod(loading.from_pretrained)
+    from_towers = classmethod(loading.from_towers)
+    save_pretrained = loading.save_pretrained
+    tensor_files = loading.tensor_files
+    write_small_files = loading.write_small_files

@@ -1,6 +1,6 @@
-"""The only new weights: two linear layers that turn a picture's features into token embeddings.
+"""The only new weights: two linear layers that turn image features into token embeddings.
 
-Source: LLaVA 1.5, https://arxiv.org/abs/2310.03744 (`mlp2x_gelu`). Next: model.py.
+Paper: LLaVA 1.5, https://arxiv.org/abs/2310.03744 (`mlp2x_gelu`).
 """
 
 import torch.nn.functional as F

@@ -1,13 +1,13 @@
 """Qwen2.5: embeddings to logits.
 
-The surprising fact: it differs from Llama in one bias. The query, key and value projections have biases, and some of
-the key biases are huge; whoever drops them (as common int8 code does) gets a model that almost works.
+It is Llama with biases in the query, key and value projections. Some key biases are large: without them, as in common
+int8 code, the model almost works.
 
 Names and arithmetic are those of the published checkpoints.
-Paper: https://arxiv.org/abs/2412.15115; code: transformers, models/qwen2/modeling_qwen2.py.
+Paper: https://arxiv.org/abs/2412.15115; code: https://github.com/huggingface/transformers (models/qwen2/modeling_qwen2.py).
 
-B rows, T tokens, S positions that may be seen, D hidden size, H query heads, G key/value heads, K head size,
-V vocabulary. Next: projector.py, model.py; cache.py for decoding.
+B rows, T tokens, S positions attended to, D hidden size, H query heads, G key/value heads, K head size, V vocabulary,
+M positions of the batch.
 """
 
 from typing import Protocol
@@ -20,7 +20,7 @@ from mmllm.models.config import Qwen2Config
 
 
 class Cache(Protocol):
-    """What was read before: takes in a layer's new keys and values and gives the queries' answers over all of them."""
+    """Keys and values of earlier tokens. `attend` adds a layer's new ones and returns the attention over all of them."""
 
     def attend(self, layer: int, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor: ...
 
@@ -42,9 +42,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config: Qwen2Config, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, float32, (B, 1, T, K); the sine of the first half is negative.
+    """Cosines and sines of the positions' angles, float32, (B, 1, T, K); the sines of the first half are negative.
 
-    Made anew for each forward: a buffer would be rounded by `.to(bfloat16)`, which costs half as much error again.
+    Computed in each forward pass: a buffer would be rounded by `.to(bfloat16)`, which adds half as much error again.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=positions_BT.device).float() / config.head_dim
     angles = positions_BT[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)
@@ -53,13 +53,13 @@ def rope_tables(config: Qwen2Config, positions_BT: Tensor) -> tuple[Tensor, Tens
 
 
 def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (k, k + K/2) by its position's angle: the half-split form of RoPE, https://arxiv.org/abs/2104.09864."""
+    """Rotates each pair (k, k + K/2) by its position's angle: RoPE, https://arxiv.org/abs/2104.09864, in half-split form."""
     swapped = x_BHTK.roll(x_BHTK.shape[-1] // 2, -1)
     return torch.addcmul(x_BHTK * cos.to(x_BHTK.dtype), swapped, sin.to(x_BHTK.dtype))
 
 
 class Qwen2Attention(nn.Module):
-    """H query heads share G key/value heads, H/G neighbours each."""
+    """Grouped-query attention: H/G neighbouring query heads share a key/value head."""
 
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
@@ -86,9 +86,7 @@ class Qwen2Attention(nn.Module):
         if cache is not None:
             y_BHTK = cache.attend(self.layer, q_BHTK, k_BGTK, v_BGTK)
         else:
-            if (
-                attend_B1TS is not None
-            ):  # CUDA's fast kernels take a mask or shared heads, not both; the numbers are the same
+            if attend_B1TS is not None:  # CUDA's fast kernels take a mask or shared heads, not both
                 groups = q_BHTK.shape[1] // k_BGTK.shape[1]
                 k_BGTK, v_BGTK = k_BGTK.repeat_interleave(groups, 1), v_BGTK.repeat_interleave(groups, 1)
             y_BHTK = F.scaled_dot_product_attention(
@@ -98,7 +96,7 @@ class Qwen2Attention(nn.Module):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps the two for the backward pass and makes silu(gate) again."""
+    """silu(gate) * up, which keeps its two inputs for the backward pass and recomputes silu(gate) there."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Qwen2MLP(nn.Module):
-    """SwiGLU: one half of the width decides how much of the other passes."""
+    """SwiGLU, https://arxiv.org/abs/2002.05202."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -155,8 +153,11 @@ class Qwen2Model(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """The published language model. `embed`, the forward pass and `logits` are apart, so that pictures can join between
-    the first two and a caller can ask for few of the V-wide rows of the last."""
+    """The published language model.
+
+    `embed`, the forward pass and `logits` are separate: visual tokens are inserted after the first, and a caller computes
+    only those logits that it needs.
+    """
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -166,7 +167,7 @@ class Qwen2(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Makes the head the embedding again where the configuration says so; needed after every load that assigns."""
+        """Makes the head the embedding where the configuration says so; needed after every load that assigns."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -182,12 +183,11 @@ class Qwen2(nn.Module):
         cache: Cache | None = None,
         keep: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states after the closing norm, (B, T, D); of M `places` (their rows, their positions) alone, (M, D), which
-        spares the others the last MLP.
+        """Hidden states after the final norm, (B, T, D). With `keep` = (rows (M), positions (M)) only those, (M, D), which
+        skips the last MLP for the others.
 
-        Alone, every token sees itself and what is to its left, at positions 0 .. T-1: right for rows padded on the
-        right. `attend_BTS` (True: may look) replaces that rule. With a `cache` (cache.py), which knows where the rows
-        of this pass go on, every token sees its row up to itself.
+        Attention is causal and positions are 0 .. T-1, which is right for rows padded on the right. `attend_BTS` (True:
+        may attend) replaces the causal mask. With a `cache` (kv_cache.py) tokens also attend to earlier ones.
         """
         if positions_BT is None:
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[:2])

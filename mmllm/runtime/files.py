@@ -30,6 +30,13 @@ def read_json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def refuse_other(content: dict, supported: dict, where: str | Path) -> None:
+    """CheckpointError for a setting in `content` that is there and has another value than the `supported` one."""
+    for name, value in supported.items():
+        if content.get(name) not in (None, value):
+            raise CheckpointError(f"{where}: {name} is {content[name]!r}; only {value!r} is supported")
+
+
 def write_json(path: Path, content: object) -> None:
     """Write `content` to `path`, atomically: a reader sees the old file or the new one. OSError where it cannot."""
     temporary = path.with_name(path.name + ".tmp")

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear complete or not at all: written under a hidden name, synchronised, renamed."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from mmllm.errors import CheckpointError, RunError
 
 @contextmanager
 def atomic_directory(folder: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new folder to write into; it takes the name `folder` only when all of it is on disk, and vanishes on any error."""
+    """A new folder to write into. It gets the name `folder` when all of it is on disk, and is removed on any error."""
     folder = Path(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -23,7 +23,7 @@ def atomic_directory(folder: str | Path, *, replace: bool = False) -> Iterator[P
 
 
 def new_directory(folder: Path) -> Path:
-    """An empty folder beside `folder`, under a hidden name, for what shall become it."""
+    """An empty folder beside `folder`, under a hidden name."""
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -31,7 +31,7 @@ def new_directory(folder: Path) -> Path:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Waits until all of `temporary` is on disk, and gives it the name `folder`; an old folder of that name goes."""
+    """Renames `temporary` to `folder` once all of it is on disk; an old folder of that name is removed."""
     for file in [*temporary.rglob("*"), temporary]:
         fsync(file)
     if folder.exists():
@@ -55,7 +55,7 @@ def removed_on_error(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def reported(folder: Path) -> Iterator[None]:
-    """An error of the disk as the one line that says what could not be written."""
+    """Turns an error of the disk into a RunError that names what could not be written."""
     try:
         yield
     except OSError as error:
@@ -63,9 +63,9 @@ def reported(folder: Path) -> Iterator[None]:
 
 
 def fsync(path: Path) -> None:
-    """Waits until the file, or the folder's list of files, is on disk."""
-    number = os.open(path, os.O_RDONLY)
+    """Waits until the file, or the entries of the folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)

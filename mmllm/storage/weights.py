@@ -1,10 +1,9 @@
-"""Weights on disk: find them, read them strictly, write them whole or not at all.
+"""Published weights: find them, read them, load them strictly.
 
-The surprising fact: the official CLIP repository holds no safetensors on its main branch, only `pytorch_model.bin`. It
-is read with `weights_only=True`, which runs no code of the file; nothing else in this project reads or writes a pickle.
+The main branch of the official CLIP repository has no safetensors, only `pytorch_model.bin`. It is read with
+`weights_only=True`, which runs no code from the file. Nothing else in this project reads or writes a pickle.
 
-Tensors are mapped from the file, not copied: pages are read when they are touched.
-Next: model.py.
+Tensors are mapped from the file, not copied: a page is read when it is first used.
 """
 
 import os
@@ -31,7 +30,7 @@ def locate(source: str | Path) -> Path:
         raise CheckpointError(f"{source}: a file; name the folder that holds config.json and the weights")
     if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         raise CheckpointError(f"{source}: no such folder; name a folder with config.json and model.safetensors")
-    # 0.4 s to import, which nobody pays who names a folder
+    # imported here: 0.4 s, which a local folder does not need
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -41,23 +40,21 @@ def locate(source: str | Path) -> Path:
             folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "pytorch_model.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{source}: neither a folder here nor to be had from the hub ({type(error).__name__}); download it by hand "
-            "and name its folder, which holds config.json and model.safetensors"
+            f"{source}: not a folder here and not available from the hub ({type(error).__name__}); download it by hand and "
+            "name its folder, which holds config.json and model.safetensors"
         ) from error
     return folder
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder by name: one safetensors file, shards with an index, or `pytorch_model.bin`."""
-    whole, index, pickled = (
-        folder / name for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    )
-    if whole.exists():
-        return read_safetensors(whole)
-    if index.exists():
-        return read_shards(index)
-    if pickled.exists():
-        return read_bin(pickled)
+    for name, read in (
+        ("model.safetensors", read_safetensors),
+        ("model.safetensors.index.json", read_shards),
+        ("pytorch_model.bin", read_bin),
+    ):
+        if (folder / name).exists():
+            return read(folder / name)
     raise CheckpointError(
         f"{folder}: no weights; it needs model.safetensors, its shards and index, or pytorch_model.bin"
     )
@@ -90,7 +87,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
-    """A pickled state dict, read so that no code in it can run."""
+    """A pickled state dict, read without running code from it."""
     refuse_pointer(file)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -110,7 +107,7 @@ def refuse_pointer(file: Path) -> None:
 
 
 def load_strict_(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Gives `module` (built on the meta device) exactly `tensors`; CheckpointError on the least difference of names or shapes."""
+    """Assigns `tensors` to `module`, built on the meta device; CheckpointError for any difference of names or shapes."""
     wanted = module.state_dict()
     problems = []
     for kind, names in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())):
@@ -128,8 +125,7 @@ def load_strict_(module: nn.Module, tensors: dict[str, Tensor], where: str | Pat
 
 
 def refuse_integers(tensors: dict[str, Tensor], where: str | Path) -> None:
-    """CheckpointError naming the first tensor that is not of plain floating-point numbers: quantised weights mean nothing
-    without their scales."""
+    """CheckpointError naming the first tensor that is not floating point: quantised weights need their scales."""
     for name, value in tensors.items():
         if value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             kind = str(value.dtype).removeprefix("torch.")
@@ -139,7 +135,7 @@ def refuse_integers(tensors: dict[str, Tensor], where: str | Path) -> None:
 
 
 def refuse_not_finite(tensors: dict[str, Tensor], where: str | Path) -> None:
-    """CheckpointError naming the first tensor with a NaN or an infinity in it."""
+    """CheckpointError naming the first tensor that holds a NaN or an infinity."""
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(f"{where}: {name} holds numbers that are not finite; these weights are broken")

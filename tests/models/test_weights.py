@@ -296,4 +296,4 @@ def test_a_hub_that_does_not_answer_is_one_error_that_says_what_to_do(hub):
     _, environment, _ = hub
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
     result = locate_elsewhere(environment)
-    assert "CheckpointError: org/tiny: neither a folder here nor to be had from the hub" in result.stderr
+    assert "CheckpointError: org/tiny: not a folder here and not available from the hub" in result.stderr
