@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.random_model import prompt_ids
 from benchmarks.runner import Work, speeds
-from examples.pretrain.pretrain import CONTROL_TOKENS
+from examples.pretrain.folders import CONTROL_TOKENS
 from mmllm.models.config import MultimodalConfig
 from mmllm.runtime.files import read_json
 from mmllm.runtime.memory import peak_memory

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from examples.pretrain.pretrain import CONTROL_TOKENS, SPLIT
+from examples.pretrain.folders import CONTROL_TOKENS, SPLIT
 from mmllm.data.image import ImageProcessor
 from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM

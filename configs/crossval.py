@@ -1,6 +1,6 @@
 """Captions from true CLIP embeddings, on two cores: a small language model, five folds of a few hundred pictures.
 
-    python -m examples.crossval.crossval --features clip_embeddings.npz --captions captions.jsonl
+    python -m examples.crossval --features clip_embeddings.npz --captions captions.jsonl
 
 Few pictures: the projector learns nearly all of it, the language model moves only a little.
 """

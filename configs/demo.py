@@ -1,6 +1,6 @@
 """The drawn world of `make demo`, which has prepared its pictures and backbones: minutes on two cores.
 
-    python -m examples.shapes.toy demo
+    python -m examples.shapes demo
 
 Many small steps learn faster here than few large ones.
 """
@@ -9,9 +9,9 @@ from mmllm.config import ExperimentConfig
 
 config = ExperimentConfig()
 config.experiment_name = "demo"
-config.model.pretrained = "outputs/toy/start"
-config.data.train_data_path = "outputs/toy/data/train.json"
-config.data.val_data_path = "outputs/toy/data/val.json"
+config.model.pretrained = "outputs/shapes/start"
+config.data.train_data_path = "outputs/shapes/data/train.json"
+config.data.val_data_path = "outputs/shapes/data/val.json"
 config.data.batch_size = 8  # pictures, each with all its questions in one row
 config.data.max_val_samples = 160
 config.training.bf16 = False  # layers of 128 numbers gain nothing

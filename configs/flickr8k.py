@@ -1,6 +1,6 @@
 """Real photographs on two cores: Flickr8k, from small backbones that its own training captions made.
 
-    python -m examples.pretrain.pretrain --data data/flickr8k/train/captions.jsonl --out backbones/flickr8k --bf16
+    python -m examples.pretrain --data data/flickr8k/train/captions.jsonl --out backbones/flickr8k --bf16
     python train.py configs/flickr8k.py
     python -m mmllm evaluate --model outputs/flickr8k/best_model --data data/flickr8k/dev/captions.jsonl \
         --constant --max-new-tokens 30

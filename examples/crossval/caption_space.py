@@ -1,13 +1,11 @@
-"""Embeddings made of captions, to stand for pictures that nobody has seen.
+"""Embeddings made of captions, in place of images that nobody has.
 
-A language model learns most of captioning without pictures: all of a picture's captions but one become an embedding, with
-some noise, and that one is to be said from it. Later a new projector translates the embeddings of a real vision tower.
+A language model learns most of captioning without images: all captions of an image but one become an embedding, with
+some noise, and that one is the target. Later a new projector translates the embeddings of a real vision tower. Counting
+words is enough for it: latent semantic analysis, tf-idf of the words on its main axes.
 
-The surprising fact: counting words is enough. This is the embedding of 1990 (latent semantic analysis: tf-idf of the words,
-turned onto its main axes).
-
-Latent semantic analysis: https://en.wikipedia.org/wiki/Latent_semantic_analysis; captions in the place of pictures, with
-noise: CapDec, https://arxiv.org/abs/2211.00575. N pictures, W words, F numbers of an embedding. Next: crossval.py.
+https://en.wikipedia.org/wiki/Latent_semantic_analysis; captions in place of images, with noise: CapDec,
+https://arxiv.org/abs/2211.00575. N images, W words, F numbers of an embedding.
 """
 
 import math
@@ -21,29 +19,29 @@ from torch import Tensor
 from mmllm.errors import DataError
 from mmllm.evaluation.ptb import words
 
-RARE = 5  # a word in fewer pictures than this says too little
+RARE = 5  # a word in fewer images than this says too little
 NOISE = 0.5
 
 
 class CaptionSpace:
-    """Calls as `space(captions) -> Tensor` (F,). Fitted to the captions of each of many pictures; numbers of variance 1
-    in the mean."""
+    """`space(captions)` returns an embedding (F,). Fitted to the captions of many images; its numbers have variance 1 in
+    the mean."""
 
     def __init__(self, captions: Sequence[Sequence[str]], num_features: int):
         counts = [self._words(texts) for texts in captions]
-        pictures_with = Counter(word for count in counts for word in count)
-        known = sorted(word for word, pictures in pictures_with.items() if pictures >= RARE)
+        images_with = Counter(word for count in counts for word in count)
+        known = sorted(word for word, images in images_with.items() if images >= RARE)
         if min(len(known), len(captions) - 1) < num_features:
             raise DataError(
-                f"{len(captions)} pictures with {len(known)} words that {RARE} of them share make no embedding of "
+                f"{len(captions)} images with {len(known)} words that {RARE} of them share make no embedding of "
                 f"{num_features} numbers; bring more captions or ask for fewer numbers"
             )
         self.row = {word: i for i, word in enumerate(known)}
-        self.rarity_W = np.array([math.log(len(captions) / pictures_with[word]) for word in known])
+        self.rarity_W = np.array([math.log(len(captions) / images_with[word]) for word in known])
         x_NW = np.stack([self._tf_idf(count) for count in counts])
         self.mean_W = x_NW.mean(0)
-        spread_WW = (x_NW - self.mean_W).T @ (x_NW - self.mean_W) / len(captions)
-        variances_W, axes_WW = np.linalg.eigh(spread_WW)  # ascending
+        covariance_WW = (x_NW - self.mean_W).T @ (x_NW - self.mean_W) / len(captions)
+        variances_W, axes_WW = np.linalg.eigh(covariance_WW)  # ascending
         variances_F = variances_W[::-1][:num_features]
         self.axes_WF = axes_WW[:, ::-1][:, :num_features] / math.sqrt(variances_F.mean())
 
@@ -64,12 +62,12 @@ class CaptionSpace:
 
 
 def noisy(embedding_F: Tensor, seed: int) -> Tensor:
-    """The embedding with noise of a quarter of its variance: what a projector will make of a picture is not exact."""
+    """The embedding with noise of a quarter of its variance: what a projector makes of an image is not exact."""
     rng = torch.Generator().manual_seed(seed)
     return embedding_F + NOISE * torch.randn(embedding_F.shape, generator=rng)
 
 
 def each_by_the_others(captions: Sequence[str]) -> list[tuple[list[str], str]]:
-    """Each of a picture's captions, to be said, and before it the others, which describe."""
+    """Each caption of an image as a target, and before it the others, which describe it."""
     others = [[*captions[:i], *captions[i + 1 :]] for i in range(len(captions))]
     return list(zip(others, captions, strict=True)) if len(captions) > 1 else []

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from examples.crossval import crossval
+from examples.crossval import __main__ as command
 from examples.crossval.caption_space import CaptionSpace, each_by_the_others, noisy
-from examples.crossval.crossval import consensus, deal, nearest, read_captions, read_features, standardised
+from examples.crossval.table import consensus, deal, nearest, read_captions, read_features, standardised
 from mmllm.errors import DataError, UserError
 from mmllm.evaluation.captions import ngrams, weighted
 from official import write_qwen
@@ -46,7 +46,7 @@ QUICK += ["--max-new-tokens=10"]
 
 def run(world, *more: str) -> dict[str, float]:
     """CIDEr of each row of the table."""
-    crossval.main(
+    command.main(
         [f"--features={world / 'table.npz'}", f"--captions={world / 'captions.jsonl'}", f"--out={world / 'out'}"]
         + ["--folds=2", "--num-beams=2", "device=cpu", *QUICK, *more]
     )
@@ -57,8 +57,8 @@ def run(world, *more: str) -> dict[str, float]:
 @pytest.mark.slow
 def test_what_the_embeddings_tell_is_said_and_other_embeddings_tell_something_else(world, capsys):
     cider = run(world)
-    assert list(cider) == ["2 beams", "greedy", "other pictures", "10 neighbours", "nearest", "best constant"]
-    assert cider["greedy"] > cider["other pictures"] + 1
+    assert list(cider) == ["2 beams", "greedy", "other images", "10 neighbors", "nearest", "best constant"]
+    assert cider["greedy"] > cider["other images"] + 1
     assert cider["greedy"] > cider["best constant"] + 0.5
     assert cider["nearest"] > cider["best constant"] + 1
     assert "captions (60)" in capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_without_captions_to_spare_a_language_model_must_be_named(world):
 
 
 def test_too_few_pictures_for_the_folds_are_told(world):
-    with pytest.raises(DataError, match="60 pictures of .*table.npz have captions in .*captions.jsonl; too few"):
+    with pytest.raises(DataError, match="60 images of .*table.npz have captions in .*captions.jsonl; too few"):
         run(world, "--folds=31")
 
 
@@ -126,12 +126,12 @@ def test_the_nearest_pictures_are_those_of_the_highest_cosine():
 
 def test_the_consensus_is_the_caption_with_the_highest_cider_against_all():
     texts = ["a dog runs on grass", "a dog runs", "a dog runs on sand", "two cats"]
-    pictures_with = Counter({gram: 1 for text in texts for gram in ngrams(text)})
-    vectors = [weighted(ngrams(text), pictures_with, 10) for text in texts]
+    images_with = Counter({gram: 1 for text in texts for gram in ngrams(text)})
+    vectors = [weighted(ngrams(text), images_with, 10) for text in texts]
     likeness = [
         sum(weight * other.get(gram, 0) for other in vectors for gram, weight in one.items()) for one in vectors
     ]
-    assert consensus(texts, pictures_with, 10) == texts[likeness.index(max(likeness))] == "a dog runs on grass"
+    assert consensus(texts, images_with, 10) == texts[likeness.index(max(likeness))] == "a dog runs on grass"
 
 
 def test_standardisation_knows_the_training_pictures_alone():
@@ -181,5 +181,5 @@ def test_words_that_are_new_or_absent_leave_the_embedding_finite():
 
 
 def test_too_few_words_for_an_embedding_are_told():
-    with pytest.raises(DataError, match="2 pictures with 0 words that 5 of them share make no embedding of 4 numbers"):
+    with pytest.raises(DataError, match="2 images with 0 words that 5 of them share make no embedding of 4 numbers"):
         CaptionSpace([["a cat"], ["a dog"]], 4)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -10,17 +9,14 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from examples.pretrain import pretrain
-from examples.pretrain.pretrain import (
-    CONTROL_TOKENS,
-    CaptionedPictures,
-    build_tokenizer,
-    initialise_,
-    pretrain_clip,
-    pretrain_qwen,
-)
+from examples.pretrain import __main__ as command
+from examples.pretrain import training
+from examples.pretrain.backbones import CaptionedImages
+from examples.pretrain.folders import CONTROL_TOKENS, build_tokenizer
+from examples.pretrain.training import initialise_, pretrain_clip, pretrain_qwen
 from mmllm.data.chat import IGNORED
 from mmllm.data.image import ImageProcessor
+from mmllm.data.samples import load_samples
 from mmllm.errors import UserError
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, Qwen2Config
@@ -68,7 +64,7 @@ def test_the_words_are_foretold_by_how_many_said_them(monkeypatch):
         targets.append(target)
         return real(logits, target, **options)
 
-    monkeypatch.setattr(pretrain.F, "binary_cross_entropy_with_logits", spy)
+    monkeypatch.setattr(training.F, "binary_cross_entropy_with_logits", spy)
     captions = [[[1, 2, 2], [1], [3], [1]], [[0]]]
     pretrain_clip(
         tiny_tower(), lambda step: (torch.randn(2, 3, 16, 16), captions), 5, steps=1, learning_rate=0, word_loss=1
@@ -120,30 +116,26 @@ def test_the_tokenizer_is_made_like_qwens():
 
 
 def test_a_picture_is_mirrored_only_where_no_caption_says_left_or_right(photographs):
-    from mmllm.data.samples import load_samples
-
     lines = [json.loads(line) for line in photographs.read_text().split("\n")]
     lines[0]["captions"] = ["something on the Left"]
     photographs.write_text("\n".join(map(json.dumps, lines)))
-    pictures = CaptionedPictures(load_samples(photographs, None), lambda text: [len(text)], ImageProcessor(16))
+    pictures = CaptionedImages(load_samples(photographs, None), lambda text: [len(text)], ImageProcessor(16))
     assert pictures.can_flip == [False] + [True] * 15
     pixels, captions = pictures.batch(16, random.Random(0))
     assert pixels.shape == (16, 3, 16, 16) and sorted(map(len, captions)) == [1] + [2] * 15
     assert np.allclose(pixels.std(), 1, atol=0.5)
 
 
-def test_the_command_writes_two_folders_that_can_be_joined(photographs, tmp_path, monkeypatch):
+def test_the_command_writes_two_folders_that_can_be_joined(photographs, tmp_path):
     sizes = "--image-size 16 --patch-size 8 --vision-width 64 --vision-layers 2 --vocab-size 320 --text-width 64"
     steps = "--text-layers 1 --clip-steps 3 --clip-batch 4 --qwen-steps 3 --device cpu"
-    arguments = ["pretrain", "--data", str(photographs), "--out", str(tmp_path / "out"), *sizes.split(), *steps.split()]
-    monkeypatch.setattr(sys, "argv", arguments)
-    pretrain.main()
+    arguments = ["--data", str(photographs), "--out", str(tmp_path / "out"), *sizes.split(), *steps.split()]
+    command.main(arguments)
     model = MultimodalLLM.from_towers(tmp_path / "out" / "clip", tmp_path / "out" / "qwen")
     assert model.config.num_image_tokens == 4
     assert Tokenizer.from_file(str(tmp_path / "out" / "qwen" / "tokenizer.json")).get_vocab_size() <= 320
 
 
-def test_too_few_pictures_for_a_batch_are_told(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pretrain", "--data", str(photographs), "--out", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="fewer pictures than --clip-batch 64; lower it"):
-        pretrain.main()
+def test_too_few_pictures_for_a_batch_are_told(photographs, tmp_path):
+    with pytest.raises(UserError, match="fewer images than --clip-batch 64; lower it"):
+        command.main(["--data", str(photographs), "--out", str(tmp_path / "out")])

@@ -8,69 +8,70 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPVisionModelWithProjection, Qwen2ForCausalLM
 
-from examples.shapes import toy
+from examples.shapes import backbones as made
+from examples.shapes import demo, sheet, world
 from mmllm.data.samples import load_samples, share_images
 from mmllm.evaluation.tasks import tasks_of
 from mmllm.models.multimodal import MultimodalLLM
 
 
-def scenes(n: int, **options) -> list[toy.Scene]:
+def scenes(n: int, **options) -> list[world.Scene]:
     rng = random.Random(0)
-    return [toy.any_scene(rng, **options) for _ in range(n)]
+    return [world.any_scene(rng, **options) for _ in range(n)]
 
 
 def test_nothing_held_out_is_drawn_for_training_and_always_for_the_test():
     assert not any(thing.is_held_out for scene in scenes(500) for thing in scene)
     assert all(any(thing.is_held_out for thing in scene) for scene in scenes(100, held_out=True))
     rng = random.Random(1)
-    assert not any(thing.is_held_out for s in scenes(300) for thing in toy.one_attribute_changed(s, rng))
+    assert not any(thing.is_held_out for s in scenes(300) for thing in world.one_attribute_changed(s, rng))
 
 
 def test_things_never_share_a_place_and_stand_in_reading_order():
     for scene in scenes(300):
-        places = [list(toy.PLACES).index(thing.place) for thing in scene]
+        places = [list(world.PLACES).index(thing.place) for thing in scene]
         assert places == sorted(set(places)) and len(places) in (1, 2)
 
 
 def test_every_thing_lies_within_one_patch():
     for scene in scenes(100):
-        pixels = np.asarray(toy.draw(scene)).astype(int)
-        drawn = (np.abs(pixels - toy.PAPER[0]).sum(-1) > 0).reshape(3, toy.PATCH, 3, toy.PATCH).any((1, 3))
-        wanted = {(y // toy.PATCH, x // toy.PATCH) for x, y in (toy.PLACES[thing.place] for thing in scene)}
+        pixels = np.asarray(world.draw(scene)).astype(int)
+        drawn = (np.abs(pixels - world.PAPER[0]).sum(-1) > 0).reshape(3, world.PATCH, 3, world.PATCH).any((1, 3))
+        wanted = {(y // world.PATCH, x // world.PATCH) for x, y in (world.PLACES[thing.place] for thing in scene)}
         assert set(zip(*(axis.tolist() for axis in np.nonzero(drawn)), strict=True)) == wanted
 
 
 def test_the_color_of_a_thing_is_the_color_of_its_middle():
     for scene in scenes(100):
-        picture = toy.draw(scene)
+        picture = world.draw(scene)
         for thing in scene:
-            x, y = toy.PLACES[thing.place]
-            assert picture.getpixel((x + thing.dx, y + thing.dy)) == toy.COLORS[thing.color]
+            x, y = world.PLACES[thing.place]
+            assert picture.getpixel((x + thing.dx, y + thing.dy)) == world.COLORS[thing.color]
 
 
 def test_a_large_thing_is_larger_than_a_small_one_of_its_shape():
-    for shape in toy.SHAPES:
+    for shape in world.SHAPES:
         small, large = (
-            (np.asarray(toy.draw((toy.Thing("red", shape, size, "top left"),))) != toy.PAPER[0]).sum()
+            (np.asarray(world.draw((world.Thing("red", shape, size, "top left"),))) != world.PAPER[0]).sum()
             for size in ("small", "large")
         )
         assert large > 2 * small
 
 
 def test_questions_have_one_answer_each():
-    red, blue = toy.Thing("red", "cross", "small", "top left"), toy.Thing("blue", "cross", "large", "bottom right")
-    asked = {q.text: (q.kind, q.answer) for q in toy.questions((red, blue))}
+    red, blue = world.Thing("red", "cross", "small", "top left"), world.Thing("blue", "cross", "large", "bottom right")
+    asked = {q.text: (q.kind, q.answer) for q in world.questions((red, blue))}
     assert asked["How many shapes are there?"] == ("count", "two")
     assert asked["Where is the red one?"] == ("place", "top left")
     assert asked["Is the blue one small or large?"] == ("size", "large")
     assert "What color is the cross?" not in asked, "there are two"
-    assert toy.caption((red, blue)) == "a small red cross at the top left and a large blue cross at the bottom right"
+    assert world.caption((red, blue)) == "a small red cross at the top left and a large blue cross at the bottom right"
 
 
 def test_the_data_can_be_trained_on_and_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "TRAIN_PICTURES", 5)
-    monkeypatch.setattr(toy, "NEW_PICTURES", 4)
-    toy.write_data(tmp_path / "data")
+    monkeypatch.setattr(demo, "TRAIN_IMAGES", 5)
+    monkeypatch.setattr(demo, "NEW_IMAGES", 4)
+    demo.write_data(tmp_path / "data")
     samples = share_images(load_samples(tmp_path / "data" / "train.json", None))
     assert len(samples) == 5
     assert all(len(sample.shared) >= 4 for sample in samples)  # the caption, and every question with one answer
@@ -78,17 +79,17 @@ def test_the_data_can_be_trained_on_and_asked(tmp_path, monkeypatch):
         tasks = tasks_of(load_samples(tmp_path / "data" / f"{name}.json", None))
         assert sum(task.is_caption for task in tasks) == 4
         assert all(task.kind.startswith(("one: ", "two: ")) for task in tasks if not task.is_caption)
-    toy.write_data(tmp_path / "again")
+    demo.write_data(tmp_path / "again")
     assert (tmp_path / "again" / "val.json").read_text() == (tmp_path / "data" / "val.json").read_text()
 
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory):
     """Made in a few steps: they know nothing, but they are whole."""
-    folder, recipe = tmp_path_factory.mktemp("toy"), dict(toy.RECIPE)
-    toy.RECIPE.update(clip_steps=2, clip_groups=2, text_steps=2, text_batch=2)
-    toy.make_backbones(folder)
-    toy.RECIPE.update(recipe)
+    folder, recipe = tmp_path_factory.mktemp("shapes"), dict(made.RECIPE)
+    made.RECIPE.update(clip_steps=2, clip_groups=2, text_steps=2, text_batch=2)
+    made.make_backbones(folder)
+    made.RECIPE.update(recipe)
     return folder
 
 
@@ -98,7 +99,7 @@ def test_the_backbones_are_official_folders(backbones):
     qwen, loading = Qwen2ForCausalLM.from_pretrained(backbones / "qwen", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     ours = MultimodalLLM.from_towers(backbones / "clip", backbones / "qwen")
-    pixels = torch.randn(2, 3, toy.SIDE, toy.SIDE)
+    pixels = torch.randn(2, 3, world.SIDE, world.SIDE)
     wanted = clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     torch.testing.assert_close(ours.vision_tower.patches(pixels), wanted, rtol=1e-4, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(backbones / "qwen")
@@ -109,29 +110,29 @@ def test_the_backbones_are_official_folders(backbones):
 
 def test_each_word_of_the_world_is_one_token(backbones):
     encode = MultimodalLLM.from_towers(backbones / "clip", backbones / "qwen").processor.tokenizer.encode
-    for word in (*toy.COLORS, *toy.SHAPES, *toy.SIZES, "top", "left", "bottom", "right"):
+    for word in (*world.COLORS, *world.SHAPES, *world.SIZES, "top", "left", "bottom", "right"):
         assert len(encode(f" {word}")) == 1, word
 
 
 def test_accuracy_is_weighed_by_the_number_of_questions():
     kinds = {"one: color": {"count": 3, "accuracy": 1.0}, "one: size": {"count": 1, "accuracy": 0.0}}
     answers = {"by_kind": kinds | {"two: size": {"count": 9, "accuracy": 0.0}}}
-    assert toy.by_number(answers, "one") == 0.75
+    assert demo.by_number(answers, "one") == 0.75
 
 
 def test_the_contact_sheet_shows_every_scene(backbones, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "SHEET_PICTURES", 4)
+    monkeypatch.setattr(sheet, "NUM_SCENES", 4)
     MultimodalLLM.from_towers(backbones / "clip", backbones / "qwen").save_pretrained(tmp_path / "model")
     from PIL import Image
 
-    with Image.open(toy.contact_sheet(tmp_path / "model", tmp_path / "sheet.png")) as sheet:
-        colors = {color for _, color in sheet.convert("RGB").getcolors(100_000)}
-    assert set(toy.COLORS.values()) & colors
+    with Image.open(sheet.contact_sheet(tmp_path / "model", tmp_path / "sheet.png")) as drawn:
+        colors = {color for _, color in drawn.convert("RGB").getcolors(100_000)}
+    assert set(world.COLORS.values()) & colors
 
 
 def test_the_demo_stops_at_a_command_that_fails(monkeypatch):
     with pytest.raises(SystemExit) as caught:
-        toy.python("-c", "import sys; sys.exit(3)")
+        demo.python("-c", "import sys; sys.exit(3)")
     assert caught.value.code == 3
 
 
@@ -139,6 +140,6 @@ def test_the_configuration_of_the_demo_trains_on_what_the_demo_writes():
     from mmllm.config.schema import ExperimentConfig
 
     config = ExperimentConfig.load("configs/demo.py")
-    assert config.data.train_data_path == "outputs/toy/data/train.json"
-    assert config.model.pretrained == "outputs/toy/start"
+    assert config.data.train_data_path == "outputs/shapes/data/train.json"
+    assert config.model.pretrained == "outputs/shapes/start"
     assert json.dumps(config.to_dict())

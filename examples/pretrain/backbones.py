@@ -1,0 +1,128 @@
+"""Both backbones from the captions of one's own images."""
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from examples.pretrain.folders import build_tokenizer, write_clip, write_qwen
+from examples.pretrain.training import Captions, initialise_, pretrain_clip, pretrain_qwen
+from mmllm.data.batches import collate
+from mmllm.data.chat import ChatProcessor, assistant, user
+from mmllm.data.image import ImageProcessor, decode
+from mmllm.data.samples import CAPTION_PROMPT, Sample, load_samples
+from mmllm.data.tokenizer import Tokenizer
+from mmllm.errors import UserError
+from mmllm.models.clip import CLIPVisionTower
+from mmllm.models.config import CLIPVisionConfig, Qwen2Config
+from mmllm.models.qwen import Qwen2
+from mmllm.runtime.console import print_rank0
+from mmllm.runtime.device import choose_device
+
+
+class CaptionedImages:
+    """Images in memory as uint8, a little larger than the tower takes them, and the ids of their captions."""
+
+    def __init__(self, samples: list[Sample], encode: Callable[[str], list[int]], image_processor: ImageProcessor):
+        captions: dict[Path, list[str]] = {}
+        for sample in samples:
+            captions.setdefault(sample.images[0], list(sample.references))
+        self.size = image_processor.size
+        larger = ImageProcessor(self.size * 8 // 7, image_processor.mean, image_processor.std)
+        self.pixels = torch.stack([to_uint8(larger.crop(decode(path))) for path in captions])
+        self.captions = [[encode(text) for text in texts] for texts in captions.values()]
+        said = [{word for text in texts for word in text.lower().split()} for texts in captions.values()]
+        self.can_flip = [not {"left", "right"} & words for words in said]
+        self.mean = torch.tensor(image_processor.mean)[:, None, None]
+        self.std = torch.tensor(image_processor.std)[:, None, None]
+
+    def batch(self, size: int, rng: random.Random) -> tuple[Tensor, Captions]:
+        """A random batch: random crops, half of them mirrored where no caption says left or right, with all captions."""
+        crops, captions = [], []
+        room = self.pixels.shape[-1] - self.size
+        for i in rng.sample(range(len(self.pixels)), size):
+            top, left = rng.randint(0, room), rng.randint(0, room)
+            crop = self.pixels[i, :, top : top + self.size, left : left + self.size]
+            crops.append(crop.flip(-1) if self.can_flip[i] and rng.random() < 0.5 else crop)
+            captions.append(self.captions[i])
+        return (torch.stack(crops).float() / 255 - self.mean) / self.std, captions
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def make_backbones(options: argparse.Namespace) -> None:
+    """Trains the two on `options.data` and writes them to `options.out`."""
+    samples = [sample for sample in load_samples(options.data, options.image_dir) if len(sample.images) == 1]
+    if len({sample.images for sample in samples}) < options.clip_batch:
+        raise UserError(f"{options.data}: fewer images than --clip-batch {options.clip_batch}; lower it")
+    out, device, rng = Path(options.out), choose_device(options.device), random.Random(options.seed)
+    texts = sorted({text for sample in samples for text in sample.references})
+    tokenizer = build_tokenizer([*texts, "system user assistant", CAPTION_PROMPT], options.vocab_size)
+    images = ImageProcessor(options.image_size)
+    captioned = CaptionedImages(samples, lambda text: tokenizer.encode(text.lower()).ids, images)
+    print_rank0(f"{len(captioned.pixels)} images, {len(texts)} captions, {tokenizer.get_vocab_size()} tokens")
+
+    tower = CLIPVisionTower(vision_config(options), with_projection=True).to(device)
+    initialise_(tower, options.seed)
+    matched = pretrain_clip(
+        tower,
+        lambda step: captioned.batch(options.clip_batch, rng),
+        tokenizer.get_vocab_size(),
+        steps=options.clip_steps,
+        learning_rate=1e-3,
+        text_layers=0,
+        word_loss=options.word_loss,
+        bf16=options.bf16,
+        seed=options.seed,
+    )
+    write_clip(out / "clip", tower, images)
+
+    lm = Qwen2(text_config(options, tokenizer.get_vocab_size())).to(device)
+    initialise_(lm, options.seed)
+    write_qwen(out / "qwen", lm, tokenizer)
+    processor = ChatProcessor(Tokenizer(out / "qwen"), images, tower.config.num_patches)
+    rows = [processor.encode([user(CAPTION_PROMPT), assistant(caption)]) for caption in texts]
+
+    def next_rows(step: int) -> tuple[Tensor, Tensor]:
+        batch = collate(rng.sample(rows, min(64, len(rows))), [], processor.tokenizer.pad_id, images.size)
+        return batch.ids_BT, batch.labels_BT
+
+    loss = pretrain_qwen(lm, next_rows, steps=options.qwen_steps, learning_rate=1e-3, bf16=options.bf16)
+    write_qwen(out / "qwen", lm, tokenizer)
+    print_rank0(
+        f"{out}/clip matches {matched:.0%} of a batch of {options.clip_batch}; {out}/qwen has a loss of {loss:.2f} a token"
+    )
+    print_rank0(f"next: python train.py CONFIG model.clip={out}/clip model.qwen={out}/qwen")
+
+
+def vision_config(options: argparse.Namespace) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=options.vision_width,
+        intermediate_size=4 * options.vision_width,
+        num_hidden_layers=options.vision_layers,
+        num_attention_heads=options.vision_width // 64,
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+        projection_dim=options.vision_width,
+    )
+
+
+def text_config(options: argparse.Namespace, vocab_size: int) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=options.text_width,
+        intermediate_size=3 * options.text_width,
+        num_hidden_layers=options.text_layers,
+        num_attention_heads=options.text_width // 32,
+        num_key_value_heads=options.text_width // 64,
+        head_dim=32,
+        rope_theta=1e4,
+        max_position_embeddings=1024,
+    )
