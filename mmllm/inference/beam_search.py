@@ -22,7 +22,7 @@ from mmllm.inference.text_stream import whole_text
 
 
 class BeamSearch:
-    """The beams of one request: the ids of each live one in `beams`, and the `finished` hypotheses, best first."""
+    """The beams of one request, by their ids, and the `finished` hypotheses, best first."""
 
     def __init__(
         self,
@@ -33,12 +33,14 @@ class BeamSearch:
         device: torch.device,
     ):
         self.config, self.tokenizer, self.vocab_size, self.device = config, tokenizer, vocab_size, device
-        self.beams: list[tuple[int, ...]] = [()]  # one at the start
-        self.logprobs_B = torch.tensor([0.0], device=device)
+        self.beams: list[tuple[int, ...]] = [()] * config.num_beams
+        self.logprobs_B = torch.tensor(
+            [0.0, *[-math.inf] * (config.num_beams - 1)], device=device
+        )  # all equal: one lives
         self.finished: list[Hypothesis] = []
         self.seen_BV: Tensor | None = None
         if config.repetition_penalty != 1:
-            self.seen_BV = seen_in(prompt_ids, vocab_size, device)[None]
+            self.seen_BV = seen_in(prompt_ids, vocab_size, device).expand(config.num_beams, -1)
 
     def advance(self, logits_BV: Tensor) -> tuple[list[int], list[int]] | None:
         """The next beams, as the row that each continues and the token that it adds; None at the end of the search."""

@@ -15,7 +15,6 @@ B rows of a step, V vocabulary.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -44,10 +43,6 @@ class ActiveRequest:
     search: BeamSearch | None = None
     ids: list[int] = field(default_factory=list)  # the answer so far
     tokens: list[int] = field(default_factory=list)  # chosen but not yet in the cache, one per slot
-
-    @property
-    def num_rows(self) -> int:
-        return 1 if self.search is None else len(self.search.beams)
 
 
 class Engine:
@@ -129,7 +124,7 @@ class Engine:
             self._fail_request(request, error)
             return True
         self.runner.cache.copy_([first] * len(others), others, request.position)
-        self._choose([request], logits_1V)
+        self._choose([request], logits_1V.expand(len(request.slots), -1))
         return True
 
     def _decode(self) -> Tensor:
@@ -142,17 +137,17 @@ class Engine:
         return self.runner.decode(slots, tokens, positions)
 
     def _choose(self, requests: list[ActiveRequest], logits_BV: Tensor) -> None:
-        """Chooses the next token of every row; the rows of logits are in the order of the requests."""
-        first_row = dict(zip(requests, accumulate((r.num_rows for r in requests), initial=0), strict=False))
+        """Chooses the next token of every row. Requests that sample come first, one row each, then those with beams."""
         sampled = [request for request in requests if request.search is None]
         if sampled:
-            rows_BV = logits_BV if len(sampled) == len(requests) else logits_BV[[first_row[r] for r in sampled]]
-            tokens = choose(rows_BV, [request.sampler for request in sampled], list(self.tokenizer.stop_ids))
+            samplers = [request.sampler for request in sampled]
+            tokens = choose(logits_BV[: len(sampled)], samplers, list(self.tokenizer.stop_ids))
             for request, token in zip(sampled, tokens, strict=True):
                 self._accept_token(request, token)
-        for request in requests:
-            if request.search is not None:
-                self._advance_beams(request, logits_BV[first_row[request] :][: request.num_rows])
+        row = len(sampled)
+        for request in requests[len(sampled) :]:
+            self._advance_beams(request, logits_BV[row : row + len(request.slots)])
+            row += len(request.slots)
 
     def _accept_token(self, request: ActiveRequest, token: int) -> None:
         """Adds a chosen token to its answer, or ends the answer."""
@@ -200,6 +195,7 @@ class Engine:
         else:
             request.search = BeamSearch(config, prompt_ids, self.tokenizer, vocab_size, device)
         self.active.append(request)
+        self.active.sort(key=lambda request: request.search is not None)  # the order that _choose expects
         if handle.on_start:
             handle.on_start()
         return request

@@ -23,18 +23,8 @@ from torch import Tensor, nn
 from mmllm.config.schema import PRECISIONS
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
+from mmllm.layers import packed
 from mmllm.layers.lora import merge_lora_
-from mmllm.layers.packed import (
-    BITS,
-    Bf16Packed,
-    Bf16Prepacked,
-    Int4Packed,
-    Int8Packed,
-    pack_,
-    replace_linear_,
-    side_by_side,
-    to_device_layout_,
-)
 from mmllm.models.kv_cache import PerSlot
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Cache, Qwen2Attention, Qwen2MLP, RMSNorm
@@ -56,7 +46,7 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
         )
     is_float = precision == "float32" or (precision == "bfloat16" and device.type != "cpu")
     model = MultimodalLLM.from_pretrained(source, device=device, dtype=getattr(torch, precision) if is_float else None)
-    if model.form.is_packed and precision not in BITS:
+    if model.form.is_packed and precision not in packed.BITS:
         raise UserError(f"{source}: its weights are int8, not {precision}; use dtype int8 or int8-dynamic")
     merge_where_possible_(model)
     if not is_float:
@@ -75,7 +65,7 @@ def make_int8_(model: MultimodalLLM) -> None:
 
 
 def merge_where_possible_(model: MultimodalLLM) -> None:
-    """Merges adapters into float weights. On rounded weights they stay, as rounding again would lose them."""
+    """Merges adapters into float weights; on rounded weights they stay, as rounding would lose them."""
     form = model.form
     if form.lora and not form.rounding and not form.is_packed:
         merge_lora_(model.language_model)
@@ -86,19 +76,19 @@ def merge_where_possible_(model: MultimodalLLM) -> None:
 def pack_towers_(model: MultimodalLLM, precision: str) -> None:
     """Packs the linear layers of both towers; the vision tower is int8 where the language model is int8 or int4."""
     if model.form.is_packed:
-        to_device_layout_(model, BITS["int8"])
-        to_device_layout_(model.language_model, BITS[precision])
+        packed.to_device_layout_(model, packed.BITS["int8"])
+        packed.to_device_layout_(model.language_model, packed.BITS[precision])
     elif precision == "bfloat16":
-        make = Bf16Packed if kernels.native() else Bf16Prepacked
-        replace_linear_(model.vision_tower, make)
+        make = packed.Bf16Packed if kernels.native() else packed.Bf16Prepacked
+        packed.replace_linear_(model.vision_tower, make)
         if kernels.native():
-            pack_(model.language_model, make, make)
+            packed.pack_(model.language_model, make, make)
         else:
-            replace_linear_(model.language_model, make)
+            packed.replace_linear_(model.language_model, make)
     else:
-        int8 = partial(Int8Packed.of, bits=BITS.get(precision, BITS["int8"]))
-        pack_(model.language_model, Int4Packed if precision == "int4" else int8, int8)
-        replace_linear_(model.vision_tower, Int8Packed.of)
+        int8 = partial(packed.Int8Packed.of, bits=packed.BITS.get(precision, packed.BITS["int8"]))
+        packed.pack_(model.language_model, packed.Int4Packed if precision == "int4" else int8, int8)
+        packed.replace_linear_(model.vision_tower, packed.Int8Packed.of)
     model.form = replace(model.form, rounding=None, is_packed=precision not in ("bfloat16", "int4"))
 
 
@@ -137,7 +127,7 @@ def fused_norm(norm: RMSNorm, x: Tensor) -> Tensor:
 
 
 def fused_mlp(mlp: Qwen2MLP, x_BTD: Tensor) -> Tensor:
-    return mlp.down_proj(torch.ops.mmllm.swiglu(side_by_side((mlp.gate_proj, mlp.up_proj), x_BTD)))
+    return mlp.down_proj(torch.ops.mmllm.swiglu(packed.side_by_side((mlp.gate_proj, mlp.up_proj), x_BTD)))
 
 
 def fused_attention(
@@ -150,7 +140,7 @@ def fused_attention(
     """With one token per row, as in decoding: one call for the projections, one for rotation, cache and attention."""
     if x_BTD.shape[1] > 1 or not isinstance(cache, PerSlot):
         return Qwen2Attention.forward(attention, x_BTD, rope, attend_B1TS, cache)
-    qkv_B1N = side_by_side((attention.q_proj, attention.k_proj, attention.v_proj), x_BTD)
+    qkv_B1N = packed.side_by_side((attention.q_proj, attention.k_proj, attention.v_proj), x_BTD)
     slots, starts = zip(*cache.places, strict=True)
     keys_SGCK, values_SGCK = cache.cache.keys[attention.layer], cache.cache.values[attention.layer]
     y_BD = torch.ops.mmllm.attend_token(qkv_B1N, *rope, keys_SGCK, values_SGCK, slots, starts)

@@ -58,12 +58,11 @@ class GenerationConfig:
         ):
             if not is_valid:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+        beams = f"num_beams {self.num_beams} with"
         if self.num_beams > 1 and not self.is_greedy:
-            raise UserError(
-                f"num_beams {self.num_beams} with temperature {self.temperature}: beam search does not sample"
-            )
+            raise UserError(f"{beams} temperature {self.temperature}: beam search does not sample")
         if self.num_beams > 1 and self.stop:
-            raise UserError(f"num_beams {self.num_beams} with stop strings: beam search ends at the end token only")
+            raise UserError(f"{beams} stop strings: beam search ends at the end token only")
 
     @property
     def is_greedy(self) -> bool:

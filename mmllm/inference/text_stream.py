@@ -30,29 +30,26 @@ class AnswerText:
         if self.decoder is None:
             return ""
         self.text += self.decoder.step(self.tokenizer.inner, token) or ""
-        self._cut()
-        held_back = 0 if self.is_stopped else longest_overlap(self.text[self.num_emitted :], self.stops)
-        return self._emit(len(self.text) - held_back)
+        return self._emit(is_last=False)
 
     def close(self, ids: list[int]) -> str:
         """The rest of the text, given all `ids` of the answer; an incomplete character at the end is dropped."""
         if not self.is_stopped:
             self.text = whole_text(self.tokenizer, ids)
-            self._cut()
-        return self._emit(len(self.text))
+        return self._emit(is_last=True)
 
-    def _emit(self, end: int) -> str:
-        piece = self.text[self.num_emitted : end]
-        self.num_emitted += len(piece)
-        return piece
-
-    def _cut(self) -> None:
-        """Cuts `text` before the first complete stop string, which cannot begin in what was already emitted."""
-        fresh = self.text[self.num_emitted :]
+    def _emit(self, *, is_last: bool) -> str:
+        """What is new and final in `text`, which is cut before the first complete stop string."""
+        fresh = self.text[self.num_emitted :]  # no stop string begins earlier: it would have been held back
         found = [(start + len(stop), start) for stop in self.stops if (start := fresh.find(stop)) >= 0]
         if found and not self.is_stopped:
-            self.text = self.text[: self.num_emitted + min(found)[1]]
+            fresh = fresh[: min(found)[1]]
+            self.text = self.text[: self.num_emitted] + fresh
             self.is_stopped = True
+        held_back = 0 if self.is_stopped or is_last else longest_overlap(fresh, self.stops)
+        piece = fresh[: len(fresh) - held_back]
+        self.num_emitted += len(piece)
+        return piece
 
 
 def longest_overlap(text: str, stops: tuple[str, ...]) -> int:
