@@ -10,7 +10,9 @@ COPY configs configs
 COPY train.py sample.py serve.py convert_weights.py ./
 RUN useradd --create-home mmllm && mkdir /cache && chown mmllm /cache
 USER mmllm
-ENV HF_HOME=/cache
+# The container listens to everyone who reaches its port, so it wants a key: docker run -e MMLLM_API_KEY=... -p 8000:8000 mmllm
+# Without one only when asked for: -e MMLLM_REQUIRE_KEY=0
+ENV HF_HOME=/cache MMLLM_REQUIRE_KEY=1
 VOLUME ["/cache", "/app/outputs"]
 EXPOSE 8000
 HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"]

@@ -7,13 +7,16 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
 from PIL import Image
 from starlette.testclient import TestClient
 
 from conftest import ROOT
 from mmllm.serving.app import create_app
+from mmllm.serving.server import Server
 from mmllm.serving.settings import Settings
 
 FOREVER = 30_000  # tokens: about a minute of work for the small model
@@ -76,6 +79,19 @@ def start_server(folder, log, **environ) -> tuple[subprocess.Popen, int]:
         )
     wait_until(lambda: "http://" in log.read_text() or process.poll() is not None)
     return process, int(log.read_text().partition("127.0.0.1:")[2].partition(" ")[0])
+
+
+@contextmanager
+def serving(pipeline, **settings):
+    """A server on a real socket, in a thread."""
+    settings = Settings(model="outputs/tiny/best_model", **settings)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(create_app(lambda: pipeline, settings), settings)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield RealServer(listener.getsockname()[1], None).wait_until_loaded()
+        server.should_exit = True
+        thread.join()
 
 
 class RealServer:

@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -146,8 +147,8 @@ async def cancel_on_disconnect(request: Request, work: Awaitable[Response]) -> R
 
 
 def check_key(request: Request, key: str | None) -> None:
-    given = request.headers.get("authorization", "")
-    if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+    given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
+    if key is not None and not hmac.compare_digest(given, b"Bearer " + os.fsencode(key)):
         message = "the API key is missing or wrong; send the header Authorization: Bearer KEY"
         raise HttpError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmllm.config.schema import PRECISIONS
 from mmllm.config.validation import describe
@@ -31,6 +31,7 @@ class Settings(BaseModel):
     device: str = "auto"
     dtype: Literal[*PRECISIONS] | None = None
     api_key: str | None = None  # when set, every POST and DELETE must bring it
+    require_key: bool = False  # refuse to start without a key, as in the container
     slots: Count | None = None  # requests answered side by side; None: 4 on a CPU, 64 on a GPU
     queue: Count | None = None  # requests that may wait for a slot; None: 4 for each slot
     max_body_mb: Amount = 16
@@ -46,6 +47,14 @@ class Settings(BaseModel):
     deadline_s: Amount = 120
     drain_s: Amount = 30
     ping_s: Amount = 15  # how often a stream without text gets a comment
+
+    @model_validator(mode="after")
+    def check_key(self) -> "Settings":
+        if self.api_key is not None and self.api_key != (self.api_key.strip() or None):
+            raise ValueError("MMLLM_API_KEY is empty or has spaces around it; unset it to serve without a key")
+        if self.require_key and self.api_key is None:
+            raise ValueError("a key is required here; set MMLLM_API_KEY, or MMLLM_REQUIRE_KEY=0 to let anyone in")
+        return self
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str], **flags: object) -> "Settings":

@@ -30,6 +30,7 @@ from server_process import (
     error_of,
     post_chat,
     post_image,
+    serving,
     wait_until,
     wait_until_loaded,
 )
@@ -445,6 +446,14 @@ def test_an_api_key_guards_everything_but_health(pipeline):
         assert right.status_code == 200
 
 
+def test_a_key_is_compared_as_the_bytes_that_were_sent(pipeline):
+    with serving(pipeline, api_key="schlüssel") as server:
+        for encoding, status in (("utf-8", 204), ("latin-1", 401)):
+            request = "DELETE /chat/a HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer schlüssel\r\n\r\n"
+            with server.send(request.encode(encoding)) as connection:
+                assert connection.recv(12) == f"HTTP/1.1 {status}".encode()
+
+
 def test_the_error_for_a_large_body_names_both_sizes(pipeline):
     with TestClient(app(pipeline, max_body_mb=0.5)) as client:
         response = post_image(wait_until_loaded(client), image=bytes(1_000_000))
@@ -553,6 +562,9 @@ def test_a_conversation_takes_one_question_at_a_time(pipeline):
         ({"MMLLM_DEADLINE_S": "nan"}, "MMLLM_DEADLINE_S is 'nan'"),
         ({"MMLLM_PORT": "99999"}, "MMLLM_PORT is '99999'; it must be at most 65535"),
         ({"MMLLM_DTYPE": "int3"}, "MMLLM_DTYPE is 'int3'"),
+        ({"MMLLM_API_KEY": ""}, "MMLLM_API_KEY is empty or has spaces around it"),
+        ({"MMLLM_API_KEY": "secret\n"}, "MMLLM_API_KEY is empty or has spaces around it"),
+        ({"MMLLM_REQUIRE_KEY": "1"}, "a key is required here; set MMLLM_API_KEY"),
     ],
 )
 def test_a_wrong_environment_variable_is_named(environ, named):

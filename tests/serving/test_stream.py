@@ -4,8 +4,6 @@ import asyncio
 import http.client
 import json
 import math
-import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,11 +11,8 @@ import torch
 from starlette.testclient import TestClient
 
 from mmllm.inference.pipeline import load_pipeline
-from mmllm.serving.app import create_app
 from mmllm.serving.events import MAX_UNSENT_CHARACTERS, EventStream, TextStream
 from mmllm.serving.http import HttpError
-from mmllm.serving.server import Server
-from mmllm.serving.settings import Settings
 from official import write_model
 from server_process import (
     BASE64,
@@ -29,6 +24,7 @@ from server_process import (
     post_image,
     read_response,
     request_head,
+    serving,
     wait_until,
     wait_until_loaded,
 )
@@ -178,15 +174,8 @@ def test_when_the_model_thread_dies_every_request_fails(tmp_path, caplog):
 
 @pytest.fixture(scope="module")
 def server(pipeline):
-    """uvicorn with four slots, in a thread."""
-    settings = Settings(model="tiny", max_new_tokens=FOREVER, max_context=32768, slots=4)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        running = Server(create_app(lambda: pipeline, settings), settings)
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield RealServer(listener.getsockname()[1], None).wait_until_loaded()
-        running.should_exit = True
-        thread.join()
+    with serving(pipeline, max_new_tokens=FOREVER, max_context=32768, slots=4) as server:
+        yield server
 
 
 def stream(server: RealServer, **values) -> str:
