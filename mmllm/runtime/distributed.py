@@ -1,13 +1,12 @@
-"""Several processes, one gradient: each has its own rows of every batch, and the whole model or its part of it (shard.py).
+"""Data parallelism: each process has its own rows of every batch, and the whole model or its shard of it (training/fsdp.py).
 
     torchrun --nproc_per_node=4 train.py configs/full.py
 
-The surprising fact: nothing here averages. Each process divides its summed loss by the targets of *all* processes, so the
-gradients only need to be added, and any split of the same samples into processes and micro-batches gives the same step.
+Nothing here averages. Each process divides its summed loss by the targets of *all* processes, so the gradients are only
+added, and any split of the same samples into processes and micro-batches gives the same step.
 
-The first process alone speaks and decides; what it decides, the others are told. When one is lost, the others say which:
-each leaves word of itself with torchrun, which outlives them. Nothing to do for one process: the same code runs, and every
-method returns at once. Next: shard.py, trainer.py.
+Only rank 0 prints and decides. Each process keeps its position in the store of torchrun, which outlives it, so that the
+others can name the one that is lost. With one process every method returns at once.
 """
 
 import datetime
@@ -25,53 +24,54 @@ from torch.distributed.tensor import DTensor
 from mmllm.errors import RunError, UserError
 from mmllm.runtime.device import choose_device
 
-GRACE_S = 3  # in which the others say that they are alive, when one is lost
+GRACE_S = 3  # for the others to report that they are alive, when one is lost
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this is number `rank` of `size`, and its model lives on `device`."""
+    """The processes of a run: this one has number `rank` of `size`, and its model is on `device`."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    neighbours: int = 1  # processes on this machine
-    notes: dist.Store | None = None  # where each process leaves word of itself; torchrun keeps it
+    neighbours: int = 1  # processes on this machine, this one included
+    store: dist.Store | None = None  # positions and errors of all processes
     timeout_s: int = 600
 
     @classmethod
     def start(cls, device: str, timeout_s: int = 600) -> "World":
-        """Joins the processes that torchrun has started; alone where it has not. `device` is that of the settings."""
+        """Join the processes that torchrun has started, if it has. `device` is the setting of that name."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls(choose_device(device))
-        local, place = int(os.environ["LOCAL_RANK"]), choose_device(device)
-        if place.type == "cuda":
-            here, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-            if here > cards:  # in all of them: else those that have one wait for the others
-                raise UserError(f"torchrun started {here} processes for {cards} GPUs; lower --nproc_per_node")
-            place = torch.device("cuda", local)
-            torch.cuda.set_device(place)
-        patience = datetime.timedelta(seconds=timeout_s)
-        notes, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        own, neighbours = choose_device(device), int(os.environ["LOCAL_WORLD_SIZE"])
+        is_cuda = own.type == "cuda"
+        if is_cuda:
+            cards = torch.cuda.device_count()
+            if neighbours > cards:  # checked in every process: those that have a card would wait for the others
+                raise UserError(f"torchrun started {neighbours} processes for {cards} GPUs; lower --nproc_per_node")
+            own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(own)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", notes),
+            "nccl" if is_cuda else "gloo",
+            store=dist.PrefixStore("group", store),
             rank=rank,
             world_size=size,
-            timeout=patience,
-            device_id=place if place.type == "cuda" else None,
+            timeout=timeout,
+            device_id=own if is_cuda else None,
         )
-        return cls(place, rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), notes, timeout_s)
+        return cls(own, rank, size, neighbours, store, timeout_s)
 
     def __enter__(self) -> "World":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        """Part: all at the same time, or at once when something went wrong here. End the process with `errors.leave`.
+        """Leave the group together with the others, or at once after an error; RunError names a process that was lost.
 
-        When another one was lost, RunError says which. A group that is broken is not taken apart: that may wait for ever.
+        A broken group is not destroyed, which may block for ever: end the process with `errors.leave`.
         """
         if self.size == 1:
             return
@@ -81,27 +81,27 @@ class World:
         elif is_lost_contact(error):
             raise RunError(self.lost()) from error
         else:
-            self.notes.set(f"error of {self.rank}", str(error))
+            self.store.set(f"error {self.rank}", str(error))
 
-    def report_position(self, words: str) -> None:
-        """Leave word of where this process is, for the others to tell if it is lost."""
+    def report_position(self, text: str) -> None:
+        """Record where this process is, for the message of the others if it is lost."""
         if self.size > 1:
-            self.notes.set(f"place of {self.rank}", words)
+            self.store.set(f"position {self.rank}", text)
 
     def lost(self) -> str:
-        """What became of the processes that say nothing any more."""
-        self.notes.set(f"alive {self.rank}", "")
-        others = [rank for rank in range(self.size) if rank != self.rank]
+        """Which processes answer no more, and why, if they said so."""
+        self.store.set(f"alive {self.rank}", "")
+        silent = [rank for rank in range(self.size) if rank != self.rank]
         end = time.monotonic() + GRACE_S
-        silent = others
         while silent and time.monotonic() < end:
             for rank in silent:
-                if self.notes.check([f"error of {rank}"]):
-                    return f"rank {rank} failed: {self.notes.get(f'error of {rank}').decode()}"
-            silent = [rank for rank in silent if not self.notes.check([f"alive {rank}"])]
+                if self.store.check([f"error {rank}"]):
+                    return f"rank {rank} failed: {self.store.get(f'error {rank}').decode()}"
+            silent = [rank for rank in silent if not self.store.check([f"alive {rank}"])]
             time.sleep(0.05)
-        places = [self.notes.get(key).decode() for key in (f"place of {r}" for r in silent) if self.notes.check([key])]
-        who = f"rank {', '.join(map(str, silent))} ({', '.join(places)})" if silent else "another process"
+        keys = [key for key in (f"position {rank}" for rank in silent) if self.store.check([key])]
+        positions = ", ".join(self.store.get(key).decode() for key in keys)
+        who = f"rank {', '.join(map(str, silent))} ({positions})" if silent else "another process"
         return (
             f"lost contact with {who}: it was killed, or gave no answer for {self.timeout_s} s (training.timeout_s); "
             "look at what it said, and go on with --resume auto"
@@ -112,22 +112,29 @@ class World:
         return self.rank == 0
 
     def sum(self, numbers: Iterable[float]) -> list[float]:
-        """The sums of each number over all processes."""
+        """The sum of each number over all processes."""
+        return self._all_reduce(numbers, torch.float64, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, numbers: Iterable[int]) -> list[int]:
+        """The largest of each number over all processes."""
+        return self._all_reduce(numbers, torch.int64, dist.ReduceOp.MAX)
+
+    def _all_reduce(self, numbers: Iterable[float], dtype: torch.dtype, how: dist.ReduceOp) -> list[float]:
         numbers = list(numbers)
         if self.size == 1:
             return numbers
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        found = torch.tensor(numbers, dtype=dtype, device=self.device)
+        dist.all_reduce(found, how)
+        return found.tolist()
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Replaces each tensor by its sum over all processes, which is the same in all of them."""
+        """Replace each tensor by its sum over all processes, the same in all of them."""
         if self.size > 1:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
     def sum_gradients_(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Adds the gradients of all processes; a parameter that saw nothing in one of them counts as zero there."""
+        """Sum the gradients of all processes; where a parameter has none in one of them, it counts as zero there."""
         if self.size == 1:
             return
         parameters = [p for p in parameters if p.requires_grad]
@@ -135,66 +142,57 @@ class World:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.sum_(p.grad for p in parameters)
 
-    def all_reduce_max(self, numbers: Iterable[int]) -> list[int]:
-        """The largest of each number over all processes: one signal is enough to stop them all."""
-        numbers = [int(number) for number in numbers]
+    def all_gather(self, text: str) -> list[str]:
+        """The text of each process."""
         if self.size == 1:
-            return numbers
-        found = torch.tensor(numbers, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found.tolist()
-
-    def all_gather(self, words: str) -> list[str]:
-        """What each process says."""
-        if self.size == 1:
-            return [words]
-        said: list = [None] * self.size
-        dist.all_gather_object(said, words)
-        return said
+            return [text]
+        texts: list = [None] * self.size
+        dist.all_gather_object(texts, text)
+        return texts
 
     def on_rank0(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns in the first process, for all of them; an error of the user's is raised in all."""
+        """Run `work` in rank 0 and return its result in all processes; a UserError or RunError is raised in all."""
         if self.size == 1:
             return work()
-        answer: list = [None, None]
+        outcome: list = [None, None]
         if self.is_first:
             try:
-                answer[0] = work()
+                outcome[0] = work()
             except (UserError, RunError) as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer, device=self.device)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone: gloo's errors have no type, but name their source."""
+    """Whether a collective failed because another process is gone: gloo's errors have no type, but name their file."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
-ALONE = World(torch.device("cpu"))  # for what does not depend on the device
+ALONE = World(torch.device("cpu"))  # one process
 
 
-# A tensor whose rows lie with different processes (shard.py) and one that is whole in each, by the same words ----------
+# The same functions for a sharded tensor and for one that every process has in full
 
 
 def row_range(rows: int, world: World) -> tuple[int, int]:
-    """The rows of this process, as FSDP2 cuts them: equal pieces, the last ones short or empty."""
+    """The rows of this process, as FSDP2 shards them: equal pieces, the last ones short or empty."""
     share = -(-rows // world.size)
     return min(rows, world.rank * share), min(rows, (world.rank + 1) * share)
 
 
 def rows_for(tensor: Tensor, whole: Tensor, world: World) -> Tensor:
-    """What of `whole` belongs into this process's part of `tensor`; nothing else of it is read."""
+    """The rows of `whole` that this process holds of `tensor`; the others are not read."""
     return whole[slice(*row_range(len(whole), world))] if isinstance(tensor, DTensor) else whole
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, or its rows; to write there is to write to the tensor."""
+    """What this process holds of a tensor, all of it or its rows; shares memory with the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor; all processes must ask for it."""
+    """The whole tensor; a collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

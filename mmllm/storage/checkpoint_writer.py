@@ -1,11 +1,10 @@
-"""Checkpoints written by all processes together, while they go on training.
+"""Checkpoints that all processes write together while training goes on.
 
-The surprising fact: the threads that write never speak to each other. A collective in a thread would cross one of the
-training, so each step's own question ("has anybody had a signal?") carries one number more: idle, busy or failed. When
-nobody is busy any more, the first process makes the checkpoint of what lies there.
+The threads that write never communicate: a collective in a thread would cross one of the training. Instead, the question
+that all processes ask each other once a step ("has anybody had a signal?") carries one number more, the state of the
+writer: idle, busy or failed. When no process is busy, rank 0 turns what was written into a checkpoint.
 
-Where a copy of this process's rows does not fit into memory they are written at once, and training waits.
-Next: trainer.py.
+Where a copy of this process's rows does not fit into memory, they are written at once and training waits.
 """
 
 import shutil
@@ -25,24 +24,24 @@ from mmllm.storage.atomic import reported
 from mmllm.storage.sharded_file import Piece, layout, own_pieces, write_pieces
 
 IDLE, BUSY, FAILED = 0, 1, 2
-MARGIN = 1.5  # of free memory over what a copy takes
+MARGIN = 1.5  # free memory that a copy needs, over its size
 
 
 @dataclass
 class Save:
-    """A checkpoint on its way: first the rows of each process, then, by the first process, its name."""
+    """A checkpoint in progress: every process writes its rows, then rank 0 gives it its name."""
 
     folder: Path
     temporary: Path
-    whole: Callable[[], None]  # called by the first process once it is whole
-    work: Future[None] | None
+    on_complete: Callable[[], None]
+    work: Future[None] | None = None
     has_rows: bool = False
 
 
 class CheckpointWriter:
     """Writes one checkpoint at a time. All processes call the same methods in the same order.
 
-    `save` is the one on its way, `last_saved` the name of the last whole one, `failures` how many failed since.
+    `save` is the one in progress, `last_saved` the name of the last one, `failures` how many have failed since.
     """
 
     def __init__(self, world: World, last_saved: str | None = None):
@@ -55,7 +54,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pool.shutdown()  # what is being written is written to its end
+        self.pool.shutdown()  # finishes what is being written
 
     def begin(
         self,
@@ -63,36 +62,31 @@ class CheckpointWriter:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         state: dict,
-        whole: Callable[[], None] = lambda: None,
+        on_complete: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take what the checkpoint shall hold, and begin to write it. RunError when there is no room for it.
+        """Copy model and optimizer, and begin to write them. RunError where there is no room on the disk.
 
-        `whole` is called in the first process, perhaps in a thread, when the checkpoint has its name.
+        Rank 0 calls `on_complete`, perhaps in a thread, when the checkpoint has its name.
         """
         if self.save:
             raise ValueError(f"{self.save.folder} is still being written")
-        files = disk.tensor_files(model, optimizer)
-        layouts = {name: layout(tensors, metadata) for name, (tensors, metadata) in files.items()}
-        state = state | {"updates": disk.updates_of(optimizer)}
-        self.failures += 1  # until it is whole
+        files = model.tensor_files() | {disk.OPTIMIZER: disk.moments_of(model, optimizer)}
+        layouts = {name: layout(files[name], {"format": "pt"} if name != disk.OPTIMIZER else {}) for name in files}
+        updates = max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
+        state = state | {"updates": updates}
+        self.failures += 1  # until it is complete
         temporary = self.world.on_rank0(lambda: disk.begin_checkpoint(folder, model, layouts, state))
-        pieces = {
-            temporary / name: own_pieces(tensors, layouts[name], self.world) for name, (tensors, _) in files.items()
-        }
-        self.save = Save(folder, temporary, whole, None)
-        if self._fits(pieces):
-            copies = {path: [(place, part.to("cpu", copy=True)) for place, part in own] for path, own in pieces.items()}
-            self.save.work = self.pool.submit(self._write, self.save, copies)
-        else:
-            self.save.work = Future()
-            try:
-                self.save.work.set_result(self._write(self.save, pieces))
-            except RunError as error:
-                self.save.work.set_exception(error)
+        pieces = {temporary / name: own_pieces(files[name], layouts[name], self.world) for name in files}
+        fits = self._fits(pieces)
+        if fits:
+            pieces = {path: [(at, part.to("cpu", copy=True)) for at, part in own] for path, own in pieces.items()}
+        self.save = Save(folder, temporary, on_complete)
+        self.save.work = self.pool.submit(self._write, self.save, pieces)
+        if not fits:
             self.wait()
 
     def state(self) -> int:
-        """Of this process's part: IDLE, BUSY or FAILED."""
+        """IDLE, BUSY or FAILED: the part of this process."""
         if self.save is None or self.save.work is None:
             return IDLE
         if not self.save.work.done():
@@ -102,15 +96,15 @@ class CheckpointWriter:
             raise error
         return FAILED if error else IDLE
 
-    def advance(self, furthest: int) -> None:
-        """Go on as far as can be without waiting; `furthest` is the largest `state` of all processes.
+    def advance(self, state: int) -> None:
+        """Go on as far as possible without waiting; `state` is the largest of all processes.
 
-        RunError, in all of them, when the checkpoint could not be written; nothing of it is left then.
+        RunError, in all of them, where the checkpoint could not be written; nothing of it is left then.
         """
         save = self.save
-        if save is None or furthest == BUSY:
+        if save is None or state == BUSY:
             return
-        if furthest == FAILED:
+        if state == FAILED:
             self._give_up(save)
         elif save.has_rows or self.world.size == 1:
             self.save, self.last_saved, self.failures = None, save.folder.name, 0
@@ -119,14 +113,14 @@ class CheckpointWriter:
             save.work = self.pool.submit(self._finish, save) if self.world.is_first else None
 
     def wait(self) -> None:
-        """Wait until no checkpoint is on its way; RunError as in `advance`."""
+        """Wait until no checkpoint is in progress; RunError as in `advance`."""
         while self.save:
             if self.save.work:
                 self.save.work.exception()  # waits
             self.advance(self.world.all_reduce_max([self.state()])[0])
 
     def _fits(self, pieces: dict[Path, list[Piece]]) -> bool:
-        needed = sum(part.numel() * part.element_size() for own in pieces.values() for _, part in own)
+        needed = sum(part.nbytes for own in pieces.values() for _, part in own)
         return not self.world.all_reduce_max([MARGIN * needed * self.world.neighbours > free_memory()])[0]
 
     def _write(self, save: Save, pieces: dict[Path, list[Piece]]) -> None:
@@ -139,10 +133,10 @@ class CheckpointWriter:
     def _finish(self, save: Save) -> None:
         disk.end_checkpoint(save.temporary, save.folder)
         with reported(save.folder):
-            save.whole()
+            save.on_complete()
 
     def _give_up(self, save: Save) -> None:
-        """Forget the checkpoint, and raise why in all processes."""
+        """Forget the checkpoint, and raise the reason in all processes."""
         self.save = None
         error = save.work.exception() if save.work else None
         reasons = [reason for reason in self.world.all_gather(str(error) if error else "") if reason]

@@ -34,6 +34,6 @@ def test_any_number_of_processes_writes_the_file_of_the_library(tmp_path, proces
 
 
 def test_a_file_larger_than_one_write_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmllm.storage.sharded_file.AT_ONCE", 10)
+    monkeypatch.setattr("mmllm.storage.sharded_file.BYTES_PER_WRITE", 10)
     write(tmp_path / "ours", 2, {})
     assert all(torch.equal(value, tensors()[name]) for name, value in load_file(tmp_path / "ours").items())
