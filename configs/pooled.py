@@ -7,8 +7,8 @@ Cheaper (1 visual token instead of 49) and enough for captions; it cannot say wh
 
 from pathlib import Path
 
-from mmllm.config import ExperimentConfig
+from mmllm.config import load
 
-config = ExperimentConfig.load(Path(__file__).with_name("full.py"))
+config = load(Path(__file__).with_name("full.py"))
 config.experiment_name = "pooled"
 config.model.features = "pooled"

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from mmllm.config.schema import ExperimentConfig, LoraConfig
+from mmllm.config.schema import LoraConfig
+from mmllm.config.sources import load
 from mmllm.data.batches import Batch, make_batch, read_row
 from mmllm.data.chat import IGNORED
 from mmllm.data.samples import load_samples
@@ -162,7 +163,7 @@ def training(config: str, resume: str | None = None, fault: list | None = None) 
             step(self)
 
         torch.optim.AdamW.step = faulty_step
-    return train(ExperimentConfig.load(config), resume=resume)
+    return train(load(config), resume=resume)
 
 
 # The groups -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from examples.crossval.language_model import make_language_model, trained, write_run
 from examples.crossval.table import Captions, copied, deal, read_captions, read_features, standardised
-from mmllm.config.schema import ExperimentConfig, resolve
+from mmllm.config.schema import ExperimentConfig
+from mmllm.config.sources import resolve
 from mmllm.data.chat import user
 from mmllm.data.samples import CAPTION_PROMPT
 from mmllm.errors import DataError, UserError

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,18 +56,12 @@ def write_run(
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     save_file({name: features[name].contiguous() for name in captions}, folder / "features.safetensors")
     num_features = len(next(iter(features.values())))
-    return replace(
-        config,
-        experiment_name="run",
-        output_dir=str(folder),
-        model=replace(config.model, clip=str(write_tower(folder / "clip", num_features)), features="pooled"),
-        data=replace(
-            config.data,
-            train_data_path=str(files["train"]),
-            val_data_path=str(files["val"]),
-            features_path=str(folder / "features.safetensors"),
-        ),
-    )
+    config = config.model_copy(deep=True)
+    config.experiment_name, config.output_dir = "run", str(folder)
+    config.model.clip, config.model.features = str(write_tower(folder / "clip", num_features)), "pooled"
+    config.data.train_data_path, config.data.val_data_path = str(files["train"]), str(files["val"])
+    config.data.features_path = str(folder / "features.safetensors")
+    return config
 
 
 def trained(config: ExperimentConfig) -> Path:
@@ -107,11 +100,8 @@ def make_language_model(out: Path, captions: Captions, config: ExperimentConfig,
     config = write_run(out, targets, features, validation, config)
     config.model.qwen = str(out / "qwen")
     config.data.batch_size *= TEXTS_PER_IMAGE
-    config.training = replace(
-        config.training,
-        stage1=replace(config.training.stage1, epochs=0),
-        stage2=replace(config.training.stage2, epochs=1, learning_rate=options.text_rate),
-    )
+    config.training.stage1.epochs = 0
+    config.training.stage2.epochs, config.training.stage2.learning_rate = 1, options.text_rate
     write_qwen(out / "qwen", MultimodalLLM.from_pretrained(trained(config)).language_model, tokenizer)
     return out / "qwen"
 

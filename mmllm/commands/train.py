@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from mmllm.commands import make_parser
-from mmllm.config.schema import resolve
+from mmllm.config.sources import resolve
 from mmllm.errors import ConfigError
 from mmllm.runtime.threads import limit_threads
 

@@ -1,5 +1,6 @@
-"""Every setting of a run: its name, default, limits, and where its value came from."""
+"""Every setting of a run: schema (names, defaults, limits), sources (files, environment, command line), validation."""
 
 from mmllm.config.schema import ExperimentConfig
+from mmllm.config.sources import load
 
-__all__ = ["ExperimentConfig"]
+__all__ = ["ExperimentConfig", "load"]

@@ -62,14 +62,15 @@ def describe(error: ValidationError, known: Iterable[str] = (), *, prefix: str =
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint at the nearest of the dotted names `known`, or nothing: by the last part, then as a whole."""
+    """A hint at the nearest of the dotted names `known`, or nothing: by the last part; the shortest name first."""
     ends: dict[str, list[str]] = {}
     for full in known:
         ends.setdefault(full.rpartition(".")[2], []).append(full)
     found = difflib.get_close_matches(name.rpartition(".")[2][:100], ends, n=1, cutoff=0.7)
     if not found:
         return ""
-    nearest = max(ends[found[0]], key=lambda full: difflib.SequenceMatcher(None, name, full).ratio())
+    closeness = {full: difflib.SequenceMatcher(None, name, full).ratio() for full in ends[found[0]]}
+    nearest = min(closeness, key=lambda full: (full.count("."), -closeness[full]))
     return f" (did you mean {nearest}?)"
 
 

@@ -5,7 +5,7 @@ tensors that have no contents, so this answers on a laptop that could never trai
 Next: simulate.py.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -116,7 +116,7 @@ def stage_memory(
 
 def uncompiled(config: ExperimentConfig) -> ExperimentConfig:
     """The same without `training.compile`: compiled code takes no more memory, and needs contents to run."""
-    return replace(config, training=replace(config.training, compile=False))
+    return config.model_copy(update={"training": config.training.model_copy(update={"compile": False})})
 
 
 def halved_weights(model: MultimodalLLM) -> list[nn.Parameter]:

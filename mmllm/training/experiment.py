@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmllm.config.schema import ExperimentConfig, explain
+from mmllm.config.schema import ExperimentConfig
+from mmllm.config.sources import explain
 from mmllm.data.batches import sample_order
 from mmllm.data.chat import mark_targets
 from mmllm.data.checks import checked_samples

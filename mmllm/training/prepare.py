@@ -77,7 +77,8 @@ def apply_lora_(model: MultimodalLLM, config: ExperimentConfig) -> None:
     wanted = config.model.lora_config if config.model.use_lora else None
     if model.form.lora and wanted:
         same_layers = set(adapters(model.language_model)) == set(target_layers(model.language_model, wanted))
-        if not same_layers or replace(wanted, target_modules=()) != replace(model.form.lora, target_modules=()):
+        found = model.form.lora.model_copy(update={"target_modules": wanted.target_modules})
+        if not same_layers or wanted != found:
             raise ConfigError(f"model.lora_config is {wanted}, but the model came with {model.form.lora}; use the same")
     if model.form.lora and not wanted:
         print_rank0("the model came with adapters and model.use_lora is false: they are added to its weights")

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from mmllm.config.schema import ExperimentConfig, flat
+from mmllm.config.sources import load
 from mmllm.data.formats import vqa_annotations
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.runtime.console import print_rank0
@@ -101,7 +102,7 @@ def refuse_changes(
     processes: int = 1,
 ) -> None:
     """UserError for a setting that a resumed run cannot change; a line for each that it may."""
-    old = ExperimentConfig.load(checkpoint / "training" / "experiment.json")
+    old = load(checkpoint / "training" / "experiment.json")
     was, now = flat(old), flat(config)
     changed = {
         name: f"{name}: {was[name]!r} at the checkpoint, {now[name]!r} now" for name in now if was[name] != now[name]

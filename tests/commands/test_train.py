@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmllm.commands import train
-from mmllm.config.schema import ExperimentConfig
+from mmllm.config import ExperimentConfig, load
 from mmllm.errors import ConfigError
 from mmllm.storage import checkpoint as disk
 from mmllm.training.dry_run import architecture, describe
@@ -90,7 +90,7 @@ def test_help_and_a_misspelt_setting_answer_without_torch():
     "name, total, trainable", [("full", "582,981,504", "495,525,504"), ("pooled", "583,145,344", "495,296,128")]
 )
 def test_a_dry_run_counts_the_published_model_without_having_it(name, total, trainable):
-    lines = describe(ExperimentConfig.load(ROOT / "configs" / f"{name}.py"))
+    lines = describe(load(ROOT / "configs" / f"{name}.py"))
     row = next(line.split() for line in lines if line.startswith("total"))
     assert (row[1], row[3]) == (total, trainable)
 

@@ -142,10 +142,10 @@ def test_what_a_table_has_not_is_named(tmp_path):
 def test_features_are_refused_where_the_tower_is_trained():
     config = ExperimentConfig()
     config.data.cache_features = True
-    config.validate()
+    config.check()
     config.training.stage2.train = ("projector", "vision_tower")
     with pytest.raises(ConfigError, match="training.stage2.train has vision_tower, but data.cache_features"):
-        config.validate()
+        config.check()
     config.data.features_path = "x"
     with pytest.raises(ConfigError, match="both set; choose one"):
-        config.validate()
+        config.check()

@@ -137,9 +137,9 @@ def test_the_demo_stops_at_a_command_that_fails(monkeypatch):
 
 
 def test_the_configuration_of_the_demo_trains_on_what_the_demo_writes():
-    from mmllm.config.schema import ExperimentConfig
+    from mmllm.config import load
 
-    config = ExperimentConfig.load("configs/demo.py")
+    config = load("configs/demo.py")
     assert config.data.train_data_path == "outputs/shapes/data/train.json"
     assert config.model.pretrained == "outputs/shapes/start"
     assert json.dumps(config.to_dict())

@@ -173,10 +173,10 @@ def test_the_loss_stays_near_that_of_a_float_base(world, tmp_path):
 def test_an_integer_base_cannot_be_trained_itself(world, rounding):
     config = small_config(world, world.folder, rounding)
     config.model.use_lora = False
-    with pytest.raises(ConfigError, match="holds the language model frozen: set model.use_lora=true"):
-        config.validate()
+    with pytest.raises(ConfigError, match="keeps the language model frozen: set model.use_lora=true"):
+        config.check()
     config.training.stage2.epochs = 0
-    config.validate()
+    config.check()
 
 
 def test_a_float_base_is_not_exchanged_under_trained_adapters(world, tmp_path):
