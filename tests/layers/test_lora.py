@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 NAMES = ("q_proj", "v_proj", "k_proj", "o_proj")
 
 
-def make_loud_(model: MultimodalLLM, config: LoraConfig) -> None:
+def randomise_adapters_(model: MultimodalLLM, config: LoraConfig) -> None:
     """Adapters that change every answer: B is not zero."""
     add_lora_(model.language_model, config, seed=1)
     model.form = ModelForm(lora=config)
@@ -56,7 +56,7 @@ def inputs(model: MultimodalLLM) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_new_adapters_change_nothing_and_loud_ones_do(ours):
+def test_new_adapters_change_no_logit_and_trained_ones_do(ours):
     before = ours.logits(*inputs(ours))
     add_lora_(ours.language_model, LoraConfig())
     assert torch.equal(ours.logits(*inputs(ours)), before)
@@ -68,7 +68,7 @@ def test_new_adapters_change_nothing_and_loud_ones_do(ours):
     assert (ours.logits(*inputs(ours)) - before).abs().max() > 0.01
 
 
-def test_the_published_model_gets_the_adapters_of_the_design():
+def test_adapters_of_the_published_model_have_two_million_parameters():
     with torch.device("meta"):
         model = MultimodalLLM(MultimodalConfig())
     add_lora_(model.language_model, LoraConfig())
@@ -80,7 +80,7 @@ def test_the_published_model_gets_the_adapters_of_the_design():
 @pytest.mark.parametrize("targets", [NAMES, ("all-linear",)])
 @torch.no_grad()
 def test_peft_loads_what_is_saved_and_gives_the_same_logits(ours, directory, tmp_path, targets, rslora):
-    make_loud_(ours, LoraConfig(r=4, target_modules=targets, use_rslora=rslora))
+    randomise_adapters_(ours, LoraConfig(r=4, target_modules=targets, use_rslora=rslora))
     ours.multi_modal_projector.linear_1.bias.data += 1
     ours.save_pretrained(tmp_path / "saved")
     base = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
@@ -112,7 +112,7 @@ def test_an_adapter_that_peft_made_for_qwen_is_read(tmp_path, ours, directory):
 @torch.no_grad()
 def test_merged_adapters_give_the_same_logits_and_leave_plain_layers(ours):
     before = set(ours.state_dict())
-    make_loud_(ours, LoraConfig(r=4))
+    randomise_adapters_(ours, LoraConfig(r=4))
     ids, pixels = inputs(ours)
     wanted = ours.logits(ids, pixels)
     merge_lora_(ours.language_model)
@@ -127,7 +127,7 @@ def test_a_target_that_is_not_there_is_named(ours):
 
 @pytest.fixture
 def saved(ours, tmp_path):
-    make_loud_(ours, LoraConfig(r=4))
+    randomise_adapters_(ours, LoraConfig(r=4))
     ours.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -142,7 +142,7 @@ def saved(ours, tmp_path):
         ({"r": 8}, r"lora_A is \[4, 64\], but \[8, 64\] is needed"),
     ],
 )
-def test_an_adapter_that_cannot_be_followed_is_refused(saved, about, words):
+def test_an_adapter_with_unsupported_settings_is_refused(saved, about, words):
     content = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps(content | about))
     with pytest.raises(CheckpointError, match=words):
@@ -160,17 +160,11 @@ def test_an_adapter_that_cannot_be_followed_is_refused(saved, about, words):
         ),
     ],
 )
-def test_every_tensor_of_an_adapter_must_find_its_place(saved, change, words):
+def test_every_tensor_of_an_adapter_must_have_its_layer(saved, change, words):
     tensors = load_file(saved / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, saved / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=words):
-        MultimodalLLM.from_pretrained(saved)
-
-
-def test_a_directory_that_lost_its_adapters_is_refused(saved):
-    (saved / "adapter_config.json").unlink()
-    with pytest.raises(CheckpointError, match="disagree on whether there are adapters"):
         MultimodalLLM.from_pretrained(saved)
 
 
@@ -191,7 +185,7 @@ def config_with_lora(world, folder, **training):
 
 def test_any_split_gives_the_same_gradient_of_the_adapters(world):
     model = MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen")
-    make_loud_(model, LoraConfig(r=4, lora_dropout=0.0))
+    randomise_adapters_(model, LoraConfig(r=4, lora_dropout=0.0))
     model = model.to(torch.float64)
     train_only_(model, ["multi_modal_projector", "language_model"])
     rows = [
@@ -250,7 +244,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_with_dropout(world, 
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
-def test_other_adapters_are_refused_at_a_resumption(world, whole_run, tmp_path):
+def test_a_run_is_not_resumed_with_other_adapters(world, whole_run, tmp_path):
     config = config_with_lora(world, tmp_path)
     shutil.copytree(run_directory(whole_run), run_directory(config), symlinks=True)
     config.model.lora_config.r = 8
@@ -258,7 +252,7 @@ def test_other_adapters_are_refused_at_a_resumption(world, whole_run, tmp_path):
         train(config, resume="auto")
 
 
-def test_a_run_without_adapters_begins_with_those_of_an_earlier_run_in_its_weights(world, whole_run, tmp_path, capsys):
+def test_a_run_without_adapters_merges_those_of_the_model_it_starts_from(world, whole_run, tmp_path, capsys):
     source = run_directory(whole_run) / "best_model"
     config = world.config(tmp_path)
     config.model.pretrained = str(source)

@@ -46,7 +46,7 @@ def test_patches_and_embedding_are_those_of_transformers(tmp_path, overrides):
         assert (got - reference).abs().max() < 1e-4 * max(1, reference.std()), name
 
 
-def test_no_pictures_give_no_features(tmp_path):
+def test_no_images_give_no_features(tmp_path):
     ours, _ = towers(tmp_path)
     assert ours.patches(torch.zeros(0, 3, 32, 32)).shape == (0, 16, 128)
     assert ours.pooled(torch.zeros(0, 3, 32, 32)).shape == (0, 1, 48)

@@ -101,7 +101,7 @@ def test_what_would_change_the_numbers_is_refused(changes, named):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_without_keeping_the_gate_gives_the_bits_of_autograd(dtype):
+def test_swiglu_gives_the_bits_of_autograd(dtype):
     gate, up, of_y = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
     gate.requires_grad_()
     up = up.clone().requires_grad_()
@@ -111,9 +111,9 @@ def test_swiglu_without_keeping_the_gate_gives_the_bits_of_autograd(dtype):
     assert all(map(torch.equal, got, wanted))
 
 
-def test_places_are_those_rows_of_the_whole_also_when_one_is_named_twice():
+def test_kept_positions_are_rows_of_the_whole_also_when_one_is_kept_twice():
     model = Qwen2(Qwen2Config(64, 32, 48, 2, 4, 2, 8))
     x_BTD = torch.randn(2, 7, 32)
-    places = torch.tensor([1, 0, 0]), torch.tensor([6, 2, 2])
+    keep = torch.tensor([1, 0, 0]), torch.tensor([6, 2, 2])
     with torch.no_grad():
-        torch.testing.assert_close(model(x_BTD, keep=places), model(x_BTD)[places])
+        torch.testing.assert_close(model(x_BTD, keep=keep), model(x_BTD)[keep])

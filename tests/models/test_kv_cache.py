@@ -1,4 +1,4 @@
-"""Keys and values in slots: every way through them gives what the whole text at once gives."""
+"""Keys and values in slots: every way of decoding gives the logits of the whole text at once."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def read(model: Qwen2, cache: KVCache, slots: list[int], starts: list[int], ids:
     return model.logits(model(model.embed(ids), positions, cache=PerSlot(cache, slots, starts)))
 
 
-def test_piece_by_piece_through_the_cache_is_the_whole_at_once(model):
+def test_text_read_in_pieces_gives_the_logits_of_the_whole(model):
     ids, cache, done, pieces = some_ids(2, 30), new_cache(model, 2, 40), 0, []
     for size in (12, 1, 1, 9, 1, 6):
         pieces.append(read(model, cache, [0, 1], [done, done], ids[:, done : done + size]))
@@ -49,17 +49,17 @@ def test_piece_by_piece_through_the_cache_is_the_whole_at_once(model):
     assert (torch.cat(pieces, 1) - whole(model, ids)).abs().max() < 1e-4
 
 
-def test_slots_stand_at_their_own_positions_in_any_order(model):
+def test_slots_continue_at_their_own_positions_in_any_order(model):
     ids, following = some_ids(2, 12), torch.tensor([[7], [9]])
     cache = new_cache(model, 4, 20)
-    read(model, cache, [3, 1], [0, 0], ids)  # the slot of row 0 holds seven tokens too many
+    read(model, cache, [3, 1], [0, 0], ids)  # slot 3 of row 0 now holds seven tokens more than row 0 uses
     got = read(model, cache, [3, 1], [5, 12], following)
     for row, length in enumerate((5, 12)):
         alone = torch.cat([ids[row : row + 1, :length], following[row : row + 1]], 1)
         assert (got[row, 0] - whole(model, alone)[0, -1]).abs().max() < 1e-4
 
 
-def test_a_step_of_fixed_shape_is_the_step_of_each_row(model):
+def test_a_step_of_fixed_shape_gives_the_step_of_each_row(model):
     ids = some_ids(3, 12)
     one, other = new_cache(model, 3, 20), new_cache(model, 3, 20)
     for cache in (one, other):
@@ -72,21 +72,21 @@ def test_a_step_of_fixed_shape_is_the_step_of_each_row(model):
         assert (got - wanted).abs().max() < 1e-4
 
 
-def test_a_cache_that_grows_keeps_what_it_holds(model):
+def test_a_cache_that_grows_keeps_its_contents(model):
     ids, cache = some_ids(1, 13), new_cache(model, 2, 12)
     read(model, cache, [1], [0], ids[:, :12])
     cache.grow_(30)
     assert (read(model, cache, [1], [12], ids[:, 12:])[0, -1] - whole(model, ids)[0, -1]).abs().max() < 1e-4
 
 
-def test_a_beginning_that_was_read_in_one_slot_is_good_in_another(model):
+def test_a_prefix_read_in_one_slot_can_be_used_in_another(model):
     ids, cache = some_ids(1, 20), new_cache(model, 3, 20)
     read(model, cache, [0], [0], ids[:, :13])
     cache.write(2, *cache.read(0, 13))
     assert (read(model, cache, [2], [13], ids[:, 13:]) - whole(model, ids)[:, 13:]).abs().max() < 1e-4
 
 
-def test_slots_change_places_without_treading_on_each_other(model):
+def test_slots_can_be_swapped(model):
     cache = new_cache(model, 3, 4)
     cache.keys.copy_(torch.randn(cache.keys.shape))
     before = cache.keys.clone()

@@ -1,4 +1,4 @@
-"""Several captions or questions of one picture in one row: the numbers are those of separate rows."""
+"""Several captions or questions about one image in one row: loss and gradient are those of separate rows."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def model(world):
 
 @pytest.fixture(scope="module")
 def samples(world) -> list[Sample]:
-    """Two pictures with captions or questions, one with a single text, two pictures at once, and text alone."""
+    """Two images with captions or questions, one with a single text, two images at once, and text alone."""
     images = [(world.folder / "images" / f"{i}.png",) for i in range(3)]
     both = images[0] + images[1]
     return [
@@ -62,7 +62,7 @@ def gradients(model, batches):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-6)])
-def test_one_row_a_picture_has_the_targets_loss_and_gradient_of_separate_rows(model, samples, dtype, tolerance):
+def test_one_row_per_image_has_the_targets_loss_and_gradient_of_separate_rows(model, samples, dtype, tolerance):
     model = model.to(dtype)
     process = model.processor
     separate = make_batch([read_row(sample, process) for sample in samples], process)
@@ -75,13 +75,13 @@ def test_one_row_a_picture_has_the_targets_loss_and_gradient_of_separate_rows(mo
     shared_loss, found = gradients(model, [shared])
     model.to(torch.float32)
     assert_close(shared_loss, loss, rtol=tolerance, atol=0)
-    # without RoPE a key's bias adds the same to all scores of a query: its true gradient is zero, what is left is noise
+    # without RoPE a key's bias adds the same to all scores of a query: its true gradient is zero, and what is computed is noise
     names = [n for n in wanted if not (n.startswith("vision_tower") and n.endswith("k_proj.bias"))]
     worst = max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in names)
     assert worst <= tolerance
 
 
-def test_a_row_by_hand():
+def test_positions_predictors_and_attention_of_a_row_written_out():
     segment_ids = torch.tensor([[0, 0, 1, 1, 2, -1], [0, 0, 0, -1, -1, -1]])
     assert positions_of(segment_ids)[:, :5].tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
     assert predictor_positions(segment_ids)[0].tolist() == [0, 0, 1, 2, 1, 4]
@@ -94,7 +94,7 @@ def test_a_row_by_hand():
     ]
 
 
-def test_validation_and_training_batches_hold_whole_groups(world, model, samples, tmp_path):
+def test_validation_and_training_batches_keep_the_texts_of_an_image_together(world, model, samples, tmp_path):
     groups = share_images(samples)
     config = world.config(tmp_path)
     scores = [validation_losses(model, some, config, 3)["val_loss"] for some in (samples, groups)]
