@@ -46,7 +46,9 @@ def resolve(
     if resume == "auto" or (resume and directory.resolve() in (Path(resume).resolve(), Path(resume).resolve().parent)):
         config, origins = _apply(source, earlier_settings(directory), given)
         if config.data.train_data_path is None:
-            raise ConfigError(f"{directory}: holds no run to resume; begin one: data.train_data_path=FILE")
+            raise ConfigError(
+                f"data.train_data_path is not set, and no run in {directory} has it; begin one: data.train_data_path=FILE"
+            )
     config.check()
     return config, origins
 

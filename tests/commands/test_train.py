@@ -37,19 +37,20 @@ def run(*arguments, **environment):
 
 
 @pytest.mark.parametrize(
-    "arguments, file, settings",
+    "arguments, config, settings",
     [
         (["configs/full.py", "data.batch_size=8"], "configs/full.py", ["data.batch_size=8"]),
         (["data.batch_size=8", "--resume", "auto", "configs/full.py"], "configs/full.py", ["data.batch_size=8"]),
         (["--config", "my.json", "seed=1"], "my.json", ["seed=1"]),
-        (["--debug", "seed=1"], ROOT / "configs" / "debug.py", ["seed=1"]),
-        (["--small-scale"], ROOT / "configs" / "small.py", []),
+        (["debug", "seed=1"], "debug", ["seed=1"]),
+        (["--debug", "seed=1"], "debug", ["seed=1"]),
+        (["--small-scale"], "small", []),
         ([], None, []),
     ],
 )
-def test_a_configuration_may_be_named_in_every_known_way(arguments, file, settings):
+def test_a_configuration_may_be_named_in_every_known_way(arguments, config, settings):
     options = train.parse(arguments)
-    assert (options.file, options.settings) == (file, settings)
+    assert (options.config, options.settings) == (config, settings)
 
 
 def test_two_configurations_are_one_too_many(capsys):
@@ -63,7 +64,7 @@ def test_a_bare_resume_takes_the_configuration_of_the_checkpoint(tmp_path):
     (tmp_path / "training").mkdir()
     ExperimentConfig().save(tmp_path / "training" / "experiment.json")
     assert train.configuration_of(tmp_path) == tmp_path / "training" / "experiment.json"
-    with pytest.raises(ConfigError, match="no checkpoint with a configuration in it"):
+    with pytest.raises(ConfigError, match="elsewhere: holds no experiment.json, so it is no run"):
         train.configuration_of(tmp_path / "elsewhere")
 
 
@@ -129,21 +130,24 @@ def test_the_operations_of_a_step_are_those_of_its_matrices():
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_any_moment_can_be_resumed(tmp_path):
+def test_a_run_that_is_killed_at_any_moment_goes_on_with_its_own_settings(tmp_path):
     world = write_world(tmp_path)
     config = world.config(tmp_path / "out", save_steps=1, keep_checkpoints=3)
+    data = [f"data.train_data_path={config.data.train_data_path}", f"data.image_dir={config.data.image_dir}"]
+    config.data.train_data_path = config.data.image_dir = None
     config.save(tmp_path / "my.json")
     directory = tmp_path / "out" / "tiny"
-    process = run("--config", tmp_path / "my.json")
+    process = run(tmp_path / "my.json", *data, "training.log_steps=2")
     while process.poll() is None and not list(directory.glob(".checkpoint-epoch-1-step-3.tmp*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    process = run("--resume", directory)
+    process = run(tmp_path / "my.json", "--resume", "auto")
     out, err = process.communicate()
     assert (err, process.returncode) == ("", 0)
-    assert "going on from" in out
+    assert "going on from" in out and "training.log_steps = 2  (command line, earlier)" in out
+    assert "changed: " not in out
     assert out.splitlines()[-1].startswith(f"try it: python sample.py --model {directory}/best_model --image ")
     assert [disk.step_of(path) for path in disk.checkpoints(directory)][-1] == 10
     assert not list(directory.glob(".*"))
