@@ -10,6 +10,7 @@ from mmllm.errors import UserError, run
 COMMANDS = {
     "train": "train a model in two stages on images with text",
     "sample": "ask a model about images",
+    "caption": "caption a folder of images, or ask questions about each",
     "serve": "serve a model over HTTP",
     "convert": "join a CLIP and a Qwen2.5 model, or make a model int8",
     "evaluate": "score a model on captions and questions",

@@ -5,6 +5,7 @@ No module imports torch before its command line has been read, so `--help` answe
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from mmllm.config.schema import PRECISIONS
@@ -33,3 +34,27 @@ def at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least 1")
     return number
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """The options named as the fields of `GenerationConfig`, with its defaults."""
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=100, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off (default)")
+    parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="L", help="of beams (default: 1)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+
+
+def generation_config(options: argparse.Namespace):
+    """The `GenerationConfig` of those options."""
+    from mmllm.inference.request import GenerationConfig
+
+    values = {
+        field.name: getattr(options, field.name) for field in fields(GenerationConfig) if hasattr(options, field.name)
+    }
+    return GenerationConfig(**values | {"stop": tuple(options.stop)})

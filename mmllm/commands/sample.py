@@ -7,9 +7,8 @@ mmllm sample --image x.jpg --chat                           # a conversation; an
 
 import argparse
 import sys
-from dataclasses import fields
 
-from mmllm.commands import add_model_options, at_least_one, make_parser
+from mmllm.commands import add_generation_options, add_model_options, generation_config, make_parser
 from mmllm.errors import ImageError
 from mmllm.runtime.threads import limit_threads
 
@@ -20,21 +19,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images, one answer each")
     parser.add_argument("--prompt", default="Describe this image.", help="what to ask (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="talk about the images; reads lines from the terminal")
-    parser.add_argument("--max-new-tokens", type=at_least_one, default=100, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off (default)")
-    parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="L", help="of beams (default: 1)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    add_generation_options(parser)
     parser.add_argument("--compile", action="store_true", help="compile the decoding step: pays in long conversations")
     options = parser.parse_args(arguments)
     if not options.image and not options.chat:
         parser.error("name an image with --image FILE, or talk without one with --chat")
-    options.stop = tuple(options.stop)
     return options
 
 
@@ -43,10 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     # torch takes two seconds to import: only now that the command line is known to be right
     limit_threads()
     from mmllm.inference.pipeline import load_pipeline
-    from mmllm.inference.request import GenerationConfig
 
-    names = {field.name for field in fields(GenerationConfig)}
-    config = GenerationConfig(**{name: value for name, value in vars(options).items() if name in names})
+    config = generation_config(options)
     pipeline = load_pipeline(options.model, device=options.device, dtype=options.dtype, is_compiled=options.compile)
     return chat(pipeline, options, config) if options.chat else answer_each(pipeline, options, config)
 

@@ -58,13 +58,13 @@ class MultimodalInferencePipeline:
     def answer_question(self, image: ImageSource, question: str, config: GenerationConfig | None = None) -> str:
         return self.generate(self.prompt([user(question, images=1)], [image]), config).text
 
-    def encode_image(self, image: ImageSource) -> Prefix:
+    def encode_image(self, image: ImageSource | Tensor) -> Prefix:
         """The image encoded once; every method takes it in place of the image."""
         if isinstance(image, Prefix):
             return image
         ids = self.processor.encode_prompt([user("?", images=1)])
         end = len(ids) - ids[::-1].index(self.processor.tokenizer.image_id) + 1  # includes <|vision_end|>
-        return self.engine.runner.encode_prefix(tuple(ids[:end]), self.processor.image_processor(image)[None])
+        return self.engine.runner.encode_prefix(tuple(ids[:end]), self._read(image)[None])
 
     def chat(self, message: str, image: ImageSource | None = None, config: GenerationConfig | None = None) -> str:
         """The answer to the next message of one conversation. A turn that fails leaves the conversation unchanged."""

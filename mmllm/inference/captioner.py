@@ -1,0 +1,200 @@
+"""Captions, or answers to several questions, for any number of images: what `mmllm caption` runs.
+
+Images are decoded by threads a few ahead of the engine, which answers several at once; only their names are kept, so
+memory does not grow with their number. Rows come in the order of the images, an image that cannot be used as a row with
+its error. `RowFile` writes each row as it comes, so a run that is killed loses only the images in the engine's slots.
+"""
+
+import csv
+import io
+import json
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmllm.data.batches import prefetch
+from mmllm.data.chat import user
+from mmllm.errors import ImageError, UserError
+from mmllm.inference.generate import generate
+from mmllm.inference.pipeline import MultimodalInferencePipeline
+from mmllm.inference.request import GenerationConfig, Prefix, Prompt
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was said about an image, or why it could not be used (`error`)."""
+
+    image: str
+    question: str
+    answer: str = ""
+    error: str = ""
+
+
+def answer_images(
+    pipeline: MultimodalInferencePipeline,
+    images: list[tuple[str, Path]],
+    questions: list[str],
+    config: GenerationConfig,
+    *,
+    slots: int,
+    num_workers: int = 2,
+) -> Iterator[Row]:
+    """A row for each question about each of `images`, given as (name in the rows, file), in order.
+
+    With one question its tokens before the image are computed once for all images, with several also each image once
+    for all questions. UserError where a question leaves no room for its answer.
+    """
+    pending: deque[Row] = deque()  # in the order of the answers, and the rows with errors between them
+
+    def read(number: int) -> Tensor | ImageError:
+        try:
+            return pipeline.processor.image_processor(images[number][1])
+        except ImageError as error:
+            return error
+
+    def prompts() -> Iterator[Prompt]:
+        ids = [tuple(pipeline.processor.encode_prompt([user(question, images=1)])) for question in questions]
+        prefix = text_prefix(pipeline, ids[0])
+        for (name, _), pixels in zip(images, prefetch(read, range(len(images)), num_workers), strict=True):
+            if isinstance(pixels, ImageError):
+                pending.extend(Row(name, question, error=str(pixels)) for question in questions)
+                continue
+            if len(questions) > 1:
+                prefix = pipeline.encode_image(pixels)
+            for question, prompt_ids in zip(questions, ids, strict=True):
+                pending.append(Row(name, question))
+                yield Prompt(prompt_ids, pixels[None], prefix)
+
+    for answer in generate(pipeline.model, prompts(), config, slots=slots):
+        while pending[0].error:
+            yield pending.popleft()
+        yield replace(pending.popleft(), answer=answer.text.strip())
+    yield from pending
+
+
+def text_prefix(pipeline: MultimodalInferencePipeline, ids: tuple[int, ...]) -> Prefix:
+    """The keys and values of what stands before the image of a prompt: the system text and the beginning of the turn."""
+    side, end = pipeline.model.config.vision.image_size, ids.index(pipeline.processor.tokenizer.image_id)
+    return pipeline.engine.runner.encode_prefix(ids[:end], torch.zeros(0, 3, side, side))
+
+
+class RowFile:
+    """Rows in a .jsonl or .csv file that grows, and that a second run continues. Without `has_questions` an answer is
+    called a caption. UserError for a file that holds something else."""
+
+    def __init__(self, path: Path, has_questions: bool):
+        self.path, self.is_csv, self.has_questions = path, path.suffix == ".csv", has_questions
+        self.end = b"\r\n" if self.is_csv else b"\n"  # of a row; a newline inside a CSV field is "\n" alone
+        self.columns = ["image", "question", "answer", "error"] if has_questions else ["image", "caption", "error"]
+        self.file: io.BufferedWriter | None = None
+
+    def read(self) -> list[Row]:
+        """The rows of earlier runs; a last row that was cut off is removed from the file."""
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(self.end) + len(self.end)] if self.end in content else b""
+        if len(whole) < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        text = whole.decode("utf-8", "surrogateescape")
+        try:
+            if self.is_csv:
+                return [self._row(values) for values in csv.DictReader(io.StringIO(text, newline=""))]
+            return [self._row(json.loads(line)) for line in text.split("\n") if line]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{self.path}: holds no rows of {', '.join(self.columns)}; name another file with --out, or remove it"
+            ) from error
+
+    def _row(self, values: dict) -> Row:
+        error = values.get("error") or ""
+        if self.has_questions:
+            return Row(values["image"], values["question"], values["answer"] if not error else "", error)
+        return Row(values["image"], "", values["caption"] if not error else "", error)
+
+    def write(self, row: Row) -> None:
+        """Appends a row, which is in the file when this returns."""
+        if self.file is None:
+            self.file = self.path.open("ab")
+            if self.is_csv and self.file.tell() == 0:
+                self.file.write(self._csv(self.columns))
+        self.file.write(self.encode(row))
+        self.file.flush()
+
+    def encode(self, row: Row) -> bytes:
+        if self.is_csv:
+            questions = [row.question] if self.has_questions else []
+            return self._csv([row.image, *questions, row.answer, row.error])
+        values = {"image": row.image} | ({"question": row.question} if self.has_questions else {})
+        values |= {"error": row.error} if row.error else {"answer" if self.has_questions else "caption": row.answer}
+        return json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogateescape") + self.end
+
+    def _csv(self, cells: list[str]) -> bytes:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerow([cell.replace("\r\n", "\n") for cell in cells])
+        return text.getvalue().encode("utf-8", "surrogateescape")
+
+    def replace(self, rows: Iterable[Row]) -> None:
+        """Replaces all rows of the file, at once."""
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("wb") as file:
+            if self.is_csv:
+                file.write(self._csv(self.columns))
+            file.writelines(map(self.encode, rows))
+        temporary.replace(self.path)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class TextFiles:
+    """A caption in a .txt file beside each image, as trainers of image generators read them; none for an error."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path_of(self, name: str) -> Path:
+        return (self.folder / name).with_suffix(".txt")
+
+    def is_done(self, name: str) -> bool:
+        return self.path_of(name).exists()
+
+    def write(self, row: Row) -> None:
+        if not row.error:
+            path = self.path_of(row.image)
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text(row.answer + "\n", encoding="utf-8")
+            temporary.replace(path)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def part_of(out: Path, rank: int) -> Path:
+    """Where process `rank` writes until the end of the run."""
+    return out.with_name(f"{out.name}.part{rank}")
+
+
+def merge(out: Path, names: list[str], num_questions: int) -> set[str]:
+    """Moves the rows of other processes into `out`, in the order of `names`. The names of images that are complete.
+
+    `num_questions` is 0 for captions. An image with fewer rows is removed: it is done again.
+    """
+    parts = sorted(out.parent.glob(f"{out.name}.part*"))
+    files = [RowFile(path, num_questions > 0) for path in (out, *parts)]
+    found = [row for file in files for row in file.read()]
+    counts = Counter(row.image for row in found)
+    order = {name: number for number, name in enumerate(names)}
+    complete = [row for row in found if counts[row.image] >= num_questions]
+    rows = sorted(complete, key=lambda row: order.get(row.image, len(order)))
+    if parts or rows != found:
+        files[0].replace(rows)
+    for path in parts:
+        path.unlink()
+    return {row.image for row in rows}
