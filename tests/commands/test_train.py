@@ -68,21 +68,6 @@ def test_a_bare_resume_takes_the_configuration_of_the_checkpoint(tmp_path):
         train.configuration_of(tmp_path / "elsewhere")
 
 
-def test_help_and_a_misspelt_setting_answer_without_torch():
-    begin = time.perf_counter()
-    process = run("--help")
-    assert "--resume" in process.communicate()[0]
-    took = time.perf_counter() - begin
-    assert process.returncode == 0
-    program = "import sys; from mmllm.commands import train; train.parse(['x=1']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
-    assert took < 2  # a quiet machine takes 0.2 s; importing torch alone takes 2
-    process = run("configs/full.py", "learning_rte=1")
-    out, err = process.communicate()
-    assert (process.returncode, out) == (2, "")
-    assert err.startswith("error: command line: unknown setting 'learning_rte'")
-
-
 # The dry run
 
 
