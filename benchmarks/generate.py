@@ -1,11 +1,10 @@
-"""Answers to one picture and 32 words, ours beside `transformers` and llama.cpp on the same weights.
+"""Answers to an image and 32 words, ours beside `transformers` and llama.cpp on the same weights.
 
-The surprising fact: a token costs what its weights cost to read, 494 million of them, and nothing else matters much. So
-beside tokens per second stands the share of the machine's read bandwidth that they amount to, and that is measured too,
-as one contestant more that has its turn in every round.
+A token costs what it costs to read its 494 million weights, and little else. So tokens per second stand beside the share of
+the machine's read bandwidth that they amount to. The bandwidth is measured as one more contestant, in every round.
 
-A prompt is a picture (49 tokens) and 32 tokens of text; 128 tokens are made, greedily. llama.cpp reads only text: its
-prompt has as many tokens, and no picture to encode. Next: peers.py, bench.py.
+A prompt is an image (49 tokens) and 32 tokens of text; 128 tokens are generated greedily. llama.cpp reads only text: its
+prompt has as many tokens, and no image to encode.
 """
 
 import subprocess
@@ -19,7 +18,7 @@ from PIL import Image
 
 from benchmarks import llama_cpp_peer as llama
 from benchmarks import transformers_peer as peers
-from benchmarks.random_model import picture, prompt_ids, sizes, write_model
+from benchmarks.random_model import image, prompt_ids, sizes, write_model
 from benchmarks.rows import Goal
 from benchmarks.runner import Work, compete, speeds
 from mmllm.config.schema import PRECISIONS
@@ -36,7 +35,7 @@ from mmllm.runtime.memory import peak_memory
 CAPTION_TOKENS = 20
 PRECISIONS_OF = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8")}
 BATCHES = {"cpu": (1, 4, 8, 16), "cuda": (1, 4, 16, 64)}
-WARM_TOKENS = 4  # not measured, before each turn
+WARM_TOKENS = 4  # before each turn, not measured
 READ = "memory read"
 SAMPLE = Path(__file__).parent.parent / "sample.py"
 
@@ -84,7 +83,7 @@ GOALS = (
 
 
 def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, folder: Path) -> list[dict]:
-    """The rows of all contestants; the model of random weights lies in `folder` and is written when it is not there."""
+    """The rows of all contestants. `folder` keeps the model of random weights from one benchmark to the next."""
     config = sizes(spec["size"], spec["layers"])
     name = f"{spec['size']}-{spec['layers'] or 'all'}-layers"
     spec = spec | {"bench": "generate", "model": str(write_model(folder / name / "model", config))}
@@ -109,7 +108,7 @@ def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, 
     for row in rows:
         if "steps_per_s" in row:
             row["bandwidth_share"] = row["steps_per_s"] * row["weight_bytes"] / bandwidth
-        print_rank0("  " + told(row))
+        print_rank0("  " + console_line(row))
     return rows
 
 
@@ -135,15 +134,15 @@ def peer_specs(spec: dict, turns: list[dict]) -> list[dict]:
             specs.append(theirs | {"contestant": f"{HF} compiled", "compiled": True})
     if llama.is_installed():
         for kind in llama.KINDS:
-            llama.write_gguf(Path(spec["model"]), kind)  # here, so that it counts to nobody's peak
+            llama.write_gguf(Path(spec["model"]), kind)  # here, so that it counts to no contestant's peak
             specs.append(
                 spec | {"kind": "llama.cpp", "contestant": f"llama.cpp {kind}", "precision": kind, "turns": alone}
             )
     return [spec for spec in specs if spec["turns"]]
 
 
-def told(row: dict) -> str:
-    """One line of a row for the console."""
+def console_line(row: dict) -> str:
+    """The console line of a row."""
     parts = [f"{row['contestant']}, {row['case']}:"]
     for name, text, scale in (
         ("tokens_per_s", "{:.1f} tokens/s", 1),
@@ -170,7 +169,7 @@ def build(spec: dict) -> tuple[dict, Work]:
         return loaded, work
 
     def turn(asked: dict) -> dict:
-        # a process that has waited a minute for its turn finds its weights further away than one that is at work
+        # after a minute of waiting the weights are no longer in the caches: a few tokens first
         work({"case": B1, "rows": 1, "new_tokens": WARM_TOKENS})
         return work(asked)
 
@@ -191,17 +190,17 @@ def read_memory(spec: dict) -> tuple[dict, Work]:
 
 
 def own_answers(spec: dict) -> tuple[dict, Work]:
-    """The engine that sample.py, the evaluator and the server answer with."""
+    """The engine of sample.py, the evaluation and the server."""
     begin = time.perf_counter()
     pipeline = load_pipeline(spec["model"], device=spec["device"], dtype=spec["precision"])
     load_s = time.perf_counter() - begin
     model, peaks, engines = pipeline.model, {}, {}
 
     def turn(asked: dict) -> dict:
-        prompts = [Prompt(tuple(prompt_ids(spec, row)), picture(spec, row)) for row in range(asked["rows"])]
+        prompts = [Prompt(tuple(prompt_ids(spec, row)), image(spec, row)) for row in range(asked["rows"])]
         config = GenerationConfig(max_new_tokens=asked["new_tokens"])
         rows, longest = asked["rows"], len(prompts[0].ids) + asked["new_tokens"]
-        if asked["case"] not in engines:  # kept: it may have compiled something
+        if asked["case"] not in engines:  # kept: it may be compiled
             engines[asked["case"]] = Engine(
                 model, rows, max_length=longest, is_exact=False, is_compiled=spec["compiled"]
             )
@@ -219,7 +218,7 @@ def own_answers(spec: dict) -> tuple[dict, Work]:
             raise RunError(
                 f"an answer ended before its {asked['new_tokens']} tokens; measure with other random weights"
             )
-        peak = peaks.setdefault(asked["case"], peak_memory(model.device))  # batches grow: the first is this one's own
+        peak = peaks.setdefault(asked["case"], peak_memory(model.device))  # batches grow, and so does the peak
         return speeds(heard, begin, total, asked["rows"]) | {"peak_bytes": peak}
 
     return {"load_s": load_s, "weight_bytes": weight_bytes(model.language_model)}, turn
@@ -232,8 +231,8 @@ def weight_bytes(module: torch.nn.Module) -> int:
 
 
 def cold_start(spec: dict) -> tuple[dict, Work]:
-    """sample.py as a person starts it: import, load, read the picture, answer."""
-    image = Path(spec["model"]).parent / "picture.jpg"
+    """sample.py as a user starts it: import, load, read the image, answer."""
+    image = Path(spec["model"]).parent / "image.jpg"
     Image.effect_noise((640, 480), 64).convert("RGB").save(image)
     command = [sys.executable, str(SAMPLE), "--image", str(image), "--model", spec["model"]]
     command += ["--dtype", spec["precision"], "--device", spec["device"], "--max-new-tokens", str(CAPTION_TOKENS)]

@@ -1,8 +1,7 @@
 """Everything that only a GPU can prove, in one command of less than nine minutes: `make gpu`.
 
-The surprising fact: such a machine is often lent for minutes, without a network. So each part has its own limit of time,
-one that fails does not stop the next, and all that was said and measured lies in one folder to take home.
-Next: bench.py.
+A GPU is often rented for minutes, without a network. So each part has its own time limit, one that fails does not stop
+the next, and all output and measurements lie in one folder.
 """
 
 import os
@@ -20,7 +19,7 @@ BENCH = ("-m", "benchmarks")
 
 
 def parts(folder: Path) -> dict[str, tuple[int, list[str]]]:
-    """The command of each part by name, and the seconds it may take: 530 in all."""
+    """The time limit in seconds and the command of each part by name; 530 seconds in all."""
     rows, models = ["--out", str(folder)], ["--models", str(folder / "models")]
     run = ["data.batch_size=64", "stage1.gradient_accumulation_steps=1", "stage2.gradient_accumulation_steps=1"]
     return {
@@ -33,7 +32,7 @@ def parts(folder: Path) -> dict[str, tuple[int, list[str]]]:
 
 
 def measure_all(folder: Path) -> int:
-    """Run the parts in turn; what each said goes to `folder`/NAME.txt. The exit code: 1 when one failed."""
+    """Run the parts in turn, with the output of each in `folder`/NAME.txt; returns the exit code, 1 when one failed."""
     if not torch.cuda.is_available():
         raise UserError("make gpu measures on a CUDA GPU, and there is none here; make bench measures on the CPU")
     return run_parts(parts(folder), folder)

@@ -1,10 +1,8 @@
 """llama.cpp, through its Python package, on the weights of one of our directories.
 
-The surprising fact: its file needs no conversion script. A GGUF file is a list of named tensors with a few numbers in
-front, and a vocabulary whose words nobody has to read in a benchmark of speed.
-
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Needs the packages llama-cpp-python and gguf, which are
-imported only here. Next: bench.py.
+A GGUF file needs no conversion script: it is a list of named tensors after a few numbers, and a vocabulary whose words do
+not matter to speed. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Needs the packages
+llama-cpp-python and gguf, which are imported only here.
 """
 
 import importlib.util

@@ -1,14 +1,14 @@
-"""Predicted and measured peak memory of a training step, side by side: what `--dry-run` says is held to what happens.
+"""Predicted and measured peak memory of a training step, side by side: is `--dry-run` right?
 
-The surprising fact: memory, unlike time, can be measured on a busy machine. Each case is a process of its own that takes
-three steps on random weights, its frozen weights as a validation holds them in between. Next: dryrun.py, bench.py.
+Memory, unlike time, can be measured on a busy machine. Each case is a process of its own that takes three steps on random
+weights; in between, its frozen weights change precision as for a validation.
 """
 
 import torch
 
 from benchmarks.random_model import sizes
 from benchmarks.runner import Work, compete
-from benchmarks.train import BY_NAME, LEARNT, OURS, TOKENS, configuration, forget_peak, own_model, steps_of
+from benchmarks.train import BY_NAME, OURS, TARGETS, TOKENS, configuration, forget_peak, own_model, steps_of
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device
 from mmllm.runtime.memory import peak_memory
@@ -42,20 +42,20 @@ def measure(names: list[str], spec: dict, variants: tuple[tuple[bool, bool], ...
 
 
 def predicted_bytes(spec: dict) -> float:
-    """What `--dry-run` would say of this step."""
+    """What `--dry-run` predicts for this step."""
     config = configuration(spec)
     config.data.max_length = TOKENS
     stage = config.stages()[BY_NAME[spec["case"]].stage - 1]
     device = torch.device(spec["device"])
     shape = sizes(spec["size"], spec["layers"])
-    return stage_memory(shape, config, stage, targets=LEARNT * spec["rows"], device=device).total
+    return stage_memory(shape, config, stage, targets=TARGETS * spec["rows"], device=device).total
 
 
 def build(spec: dict) -> tuple[dict, Work]:
     config, device = configuration(spec), choose_device(spec["device"])
     model, stage = own_model(spec, config)
     step, held = steps_of(spec, config, model, stage), [p for p in model.parameters() if p.dtype == torch.bfloat16]
-    forget_peak(device)  # of loading
+    forget_peak(device)  # that of loading
 
     def turn(asked: dict) -> dict:
         step()

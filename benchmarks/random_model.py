@@ -1,13 +1,9 @@
-"""Models of the true shapes with random weights: what benchmarks run on where nobody has the published ones.
+"""Models of the true shapes with random weights, for benchmarks without the published ones.
 
-The surprising fact: speed and memory do not depend on what was learnt, so they can be measured, to the last tensor and
-the last token of the vocabulary, without a download. A tensor is drawn by its own name, so two programs that
-build the same architecture on their own hold the same numbers, and their losses can be compared.
-
-Next: bench_train.py, bench_generate.py.
+Speed and memory do not depend on what was trained, so they can be measured without a download. A tensor is drawn by its
+own name, so two programs that build the same architecture hold the same numbers, and their losses can be compared.
 """
 
-import json
 import math
 import re
 import zlib
@@ -16,19 +12,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from examples.pretrain.folders import CONTROL_TOKENS, SPLIT
+from examples.pretrain.folders import CONTROL_TOKENS, add_control_tokens_, byte_level
 from mmllm.data.image import ImageProcessor
 from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM
+from mmllm.runtime.files import write_json
 from mmllm.storage.atomic import atomic_directory
 
 QWEN_WORDS = 151643  # tokens of Qwen2.5 before its control tokens
 TINY_VISION = CLIPVisionConfig(64, 128, 3, 2, image_size=32, patch_size=8)
 TINY_TEXT = Qwen2Config(512, 64, 160, 4, 4, 2, head_dim=16, max_position_embeddings=2048)
-TEXT_TOKENS = 32  # of a prompt, beside the picture
+TEXT_TOKENS = 32  # of a prompt, beside the image
 SIZES = ("full", "tiny")
 
 
@@ -56,7 +53,7 @@ def random_model(config: MultimodalConfig, device: str | torch.device = "cpu") -
 def fill_(model: nn.Module) -> None:
     """Draws every parameter by the published name of its tensor, whichever program it belongs to.
 
-    Those of the language model lose nothing as bfloat16: so are the published ones, and CLIP's are not.
+    Those of the language model are bfloat16 numbers, as the published ones are; CLIP's are not.
     """
     for name, parameter in model.named_parameters():
         rng = torch.Generator(parameter.device).manual_seed(zlib.crc32(published_name(name).encode()))
@@ -72,27 +69,19 @@ def fill_(model: nn.Module) -> None:
 
 
 def published_name(name: str) -> str:
-    """The name of a tensor without the prefixes that one program puts in front or in the middle, and another does not."""
+    """The name of a tensor without the prefixes in which programs differ."""
     return re.sub(r"^model\.|(?<=language_model\.)model\.|vision_model\.", "", name)
 
 
 def random_tokenizer(words: int = QWEN_WORDS) -> Tokenizer:
-    """A byte-level tokenizer of `words` tokens that stand for nothing, and Qwen2.5's control tokens after them."""
+    """A byte-level tokenizer of `words` meaningless tokens, and Qwen2.5's control tokens after them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = product(alphabet, alphabet)
     longer = ((first + second, third) for first, second in product(alphabet, alphabet) for third in alphabet)
     merges = list(islice((pair for source in (pairs, longer) for pair in source), words - len(alphabet)))
     vocab = {token: i for i, token in enumerate([*alphabet, *(first + second for first, second in merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    tokenizer = byte_level(models.BPE(vocab=vocab, merges=merges))
+    add_control_tokens_(tokenizer)
     return tokenizer
 
 
@@ -105,13 +94,12 @@ def write_towers(folder: Path, config: MultimodalConfig) -> tuple[Path, Path]:
     vision = {"architectures": ["CLIPModel"], "model_type": "clip", "vision_config": config.vision.to_dict()}
     with atomic_directory(clip, replace=True) as temporary:
         save_file(model.vision_tower.state_dict(), temporary / "model.safetensors", {"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(vision))
-        images = ImageProcessor(config.vision.image_size).to_dict()
-        (temporary / "preprocessor_config.json").write_text(json.dumps(images))
+        write_json(temporary / "config.json", vision)
+        write_json(temporary / "preprocessor_config.json", ImageProcessor(config.vision.image_size).to_dict())
     tensors = {name: value for name, value in model.language_model.state_dict().items() if name != "lm_head.weight"}
     with atomic_directory(qwen, replace=True) as temporary:
         save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(config.text.to_dict()))
+        write_json(temporary / "config.json", config.text.to_dict())
         words = config.image_token_id - CONTROL_TOKENS.index("<|image_pad|>")
         random_tokenizer(words).save(str(temporary / "tokenizer.json"))
     return clip, qwen
@@ -126,13 +114,13 @@ def write_model(folder: Path, config: MultimodalConfig) -> Path:
 
 
 def prompt_ids(spec: dict, row: int) -> list[int]:
-    """A row's prompt: the places of a picture, then words; each row has its own."""
+    """The prompt of a row: words with the positions of an image among them; each row has its own."""
     config = sizes(spec["size"], spec["layers"])
     rng = torch.Generator().manual_seed(row)
     words = torch.randint(0, config.image_token_id - 12, (TEXT_TOKENS,), generator=rng).tolist()
     return [*words[:4], *[config.image_token_id] * config.num_image_tokens, *words[4:]]
 
 
-def picture(spec: dict, row: int) -> Tensor:
+def image(spec: dict, row: int) -> Tensor:
     side = sizes(spec["size"], spec["layers"]).vision.image_size
     return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(row))

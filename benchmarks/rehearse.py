@@ -1,11 +1,9 @@
-"""A whole run of a configuration on random weights of the true shapes and drawn pictures: does it fit, and how long?
+"""A whole run of a configuration on random weights of the true shapes and noise images: does it fit, how long does it take?
 
-The surprising fact: whether a week of training will end well on a machine can mostly be seen in a few steps. All of
-train.py runs, loading, both stages, validation and checkpoints; only what is learnt is nothing.
-Next: bench.py.
+All of train.py runs: loading, both stages, validation, checkpoints. A few steps mostly show whether a week of training
+will succeed on this machine.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -17,13 +15,14 @@ from benchmarks.random_model import sizes, write_towers
 from mmllm.errors import RunError
 from mmllm.reporting.metrics import read_metrics
 from mmllm.runtime.console import print_rank0
+from mmllm.runtime.files import write_json
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 CAPTION = "a small red cat sits on the old wooden table beside a cup of tea"
 
 
 def write_samples(folder: Path, count: int, side: int) -> Path:
-    """A data file of `count` noise pictures with a caption each; kept when it is there already."""
+    """A data file of `count` noise images with a caption each; kept when it is there already."""
     path = folder / f"{count}-samples.json"
     if path.exists():
         return path
@@ -34,12 +33,12 @@ def write_samples(folder: Path, count: int, side: int) -> Path:
         if not image.exists():
             Image.effect_noise((side, side), 80).convert("RGB").save(image)
         samples.append({"image": f"images/{i}.jpg", "text": CAPTION[i % 7 :]})
-    path.write_text(json.dumps(samples), encoding="utf-8")
+    write_json(path, samples)
     return path
 
 
 def measure(spec: dict, config: str, samples: int, settings: list[str], folder: Path) -> list[dict]:
-    """The row of one run of `config`, of which `settings` change what the machine or the time asks for."""
+    """The row of one run of `config`, changed by `settings`."""
     shape = sizes(spec["size"], spec["layers"])
     name = f"{spec['size']}-{spec['layers'] or 'all'}-layers"
     clip, qwen = write_towers(folder / name / "towers", shape)

@@ -1,10 +1,8 @@
-"""A contestant of a benchmark: a process of its own that loads once and does the same work each time it is its turn.
+"""A contestant of a benchmark: a process that loads once and does the same work at each of its turns.
 
-The surprising fact: on a shared machine the speed of a minute ago says nothing about now. So contestants take turns
-(A B A B), and what is kept is the ratio of their medians. A process each, because the peak memory of a process can only
-be asked for once, and because one library's threads would wait in the other's way.
-
-Next: bench_train.py, bench_generate.py.
+On a shared machine the speed of a minute ago says nothing about now. So contestants take turns (A B A B), and the ratio of
+their medians counts. Each is a process of its own, for its peak memory and because threads of one library would slow down
+the other.
 """
 
 import json
@@ -19,8 +17,8 @@ from statistics import median
 from mmllm.errors import RunError
 from mmllm.runtime.console import print_rank0
 
-Work = Callable[[dict], dict]  # one turn, by what is asked: what was measured in it
-Build = Callable[[dict], tuple[dict, Work]]  # a spec to what loading cost, and the work
+Work = Callable[[dict], dict]  # one turn: from what is asked to what was measured
+Build = Callable[[dict], tuple[dict, Work]]  # from a spec to the cost of loading, and the work
 
 
 class Contestant:
@@ -57,7 +55,7 @@ class Contestant:
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors if line.strip()]
         self.close()
-        raise RunError(f"{self.name} ended with code {code}: {lines[-1] if lines else 'it said nothing'}")
+        raise RunError(f"{self.name} ended with code {code}: {lines[-1] if lines else 'no output'}")
 
     def close(self) -> None:
         with suppress(BrokenPipeError):  # what was written to a process that is gone
@@ -139,7 +137,7 @@ def summary(turns: list[dict]) -> dict:
 
 
 def speeds(heard: list[tuple[int, float]], begin: float, total: float, rows: int) -> dict:
-    """Of tokens heard as (row, time): the first one's delay, and the rate while all rows were under way."""
+    """The delay of the first of the tokens in `heard` (row, time), and their rate while all rows were active."""
     first = dict(reversed(heard))
     last = dict(heard)
     start, end = max(first.values()), min(last.values())

@@ -1,12 +1,10 @@
-"""One optimiser step, ours against the same step built from `transformers` and `peft`.
+"""One optimizer step, ours against the same step built from `transformers` and `peft`.
 
-The surprising fact: both compute the same loss from the same weights, and most of what the other one is slower and larger
-by is one line. It makes logits of every position, 8 x 128 x 151,936 numbers several times over, where 40 of 128 tokens
-are learnt.
+Both compute the same loss from the same weights. Most of the difference is one line: the other side computes logits of
+every position, 8 x 128 x 151,936 numbers several times over, where 40 of 128 tokens are targets.
 
-A step is 8 rows of 128 tokens, 49 of them a picture's and 40 learnt, in bfloat16 autocast: pictures through the tower,
-forward, backward, clipping, AdamW. Frozen weights lie in the precision that each program holds them in by its own rules.
-Next: peers.py, bench.py.
+A step is 8 rows of 128 tokens, 49 of them an image's and 40 targets, in bfloat16 autocast: images through the tower,
+forward, backward, clipping, AdamW. Each program holds frozen weights in the precision of its own rules.
 """
 
 import time
@@ -36,23 +34,19 @@ from mmllm.training.prepare import cast_, frozen_weights, prepare, train_only_, 
 from mmllm.training.stage import stage_groups
 from mmllm.training.step import adamw, peak_flops, step_counts, step_flops, update_
 
-TOKENS, LEARNT = 128, 40
+TOKENS, TARGETS = 128, 40
 RATE = 1e-5
-PREFIX, CAPTION, CAPTIONS = 70, 12, 5  # of a picture with several captions: tokens before them, of each, and how many
-SHORTEST, LONGEST, MICRO_BATCHES = (
-    112,
-    256,
-    4,
-)  # of rows of many lengths: tokens, and in how many pieces the step is made
+PREFIX, CAPTION, CAPTIONS = 70, 12, 5  # of an image with several captions: tokens before them, of each, and how many
+SHORTEST, LONGEST, MICRO_BATCHES = 112, 256, 4  # of rows of many lengths: tokens, and micro-batches of the step
 OURS, PEER = "mmllm", "transformers + peft"
-# ourselves without what makes a step cheaper, or with what is asked for
+# mmllm without what makes a step cheaper, or with an option
 APART, UNCACHED, UNSORTED = "mmllm, a row each", "mmllm, features made anew", "mmllm, as they come"
 ALL_LOGITS, LOOPED, COMPILED = "mmllm, logits of every token", "mmllm, AdamW in a loop", "mmllm, compiled blocks"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step: its stage, the settings that make it, and who else takes the same one, with which settings changed."""
+    """A step: its stage, its settings, and who else takes the same step, with which settings changed."""
 
     name: str
     stage: int
@@ -111,14 +105,14 @@ def measure(names: list[str], spec: dict, rounds: int) -> list[dict]:
 
 
 def contestants(case: Case, spec: dict) -> list[dict]:
-    """The specs of all that take the step of `case` and are installed here."""
+    """The specs of all contestants in `case` that are installed here."""
     names = [OURS, *(name for name in case.others if name != PEER or peers.has_transformers())]
     spec = spec | {"bench": "train", "case": case.name}
     return [spec | {"contestant": name, "settings": list(case.others.get(name, ()))} for name in names]
 
 
 def build(spec: dict) -> tuple[dict, Work]:
-    """The contestant of `spec`, ready to take one step a turn."""
+    """The contestant of `spec`, which takes one step a turn."""
     begin = time.perf_counter()
     step = peer_step(spec) if spec["contestant"] == PEER else own_step(spec)
     device = choose_device(spec["device"])
@@ -168,7 +162,7 @@ def configuration(spec: dict) -> ExperimentConfig:
 
 
 def batches_of(spec: dict) -> list[Batch]:
-    """The step's micro-batches as the contestant takes them."""
+    """The micro-batches of the contestant's step."""
     data = configuration(spec).data
     if spec["case"] == FIVE:
         return [captions_batch(spec, data.share_images)]
@@ -183,19 +177,19 @@ def batches_of(spec: dict) -> list[Batch]:
 
 
 def captions_batch(spec: dict, share_images: bool) -> Batch:
-    """Half as many pictures, five captions each: in one row for a picture, or a row for a caption."""
+    """Half as many images, five captions each: a row for an image, or a row for a caption."""
     shape = sizes(spec["size"], spec["layers"])
-    rng, places = torch.Generator().manual_seed(0), shape.num_image_tokens
+    rng, positions = torch.Generator().manual_seed(0), shape.num_image_tokens
     rows, pixels = [], []
     for _ in range(max(1, spec["rows"] // 2)):
-        picture = torch.randn(3, shape.vision.image_size, shape.vision.image_size, generator=rng)
+        image = torch.randn(3, shape.vision.image_size, shape.vision.image_size, generator=rng)
         words = torch.randint(1, shape.image_token_id - 12, (PREFIX + CAPTIONS * CAPTION,), generator=rng).tolist()
-        start = [*words[:4], *[shape.image_token_id] * places, *words[4 : PREFIX - places]]
+        start = [*words[:4], *[shape.image_token_id] * positions, *words[4 : PREFIX - positions]]
         captions = [words[PREFIX + i * CAPTION :][:CAPTION] for i in range(CAPTIONS)]
         texts = [Encoded(start + caption, [IGNORED] * len(start) + caption, 1) for caption in captions]
         mine = pack(texts, shape.image_token_id) if share_images else texts
         rows += mine
-        pixels += [picture] * len(mine)
+        pixels += [image] * len(mine)
     return collate(rows, pixels, 0, shape.vision.image_size)
 
 
@@ -205,27 +199,27 @@ def batches_of_lengths(spec: dict, group_by_length: bool) -> list[Batch]:
     lengths = torch.randint(SHORTEST, LONGEST + 1, (len(whole.ids_BT),), generator=torch.Generator().manual_seed(1))
     batches = []
     for rows in (lengths.argsort() if group_by_length else torch.arange(len(lengths))).split(spec["rows"]):
-        ids_BT, places = whole.ids_BT[rows, : int(lengths[rows].max())], torch.arange(LONGEST)
-        after = places[: ids_BT.shape[1]] - lengths[rows, None]  # -1: the row's last token
-        labels_BT = ids_BT.masked_fill((after < -LEARNT) | (after >= 0), IGNORED)
+        ids_BT = whole.ids_BT[rows, : int(lengths[rows].max())]
+        after = torch.arange(ids_BT.shape[1]) - lengths[rows, None]  # -1: the row's last token
+        labels_BT = ids_BT.masked_fill((after < -TARGETS) | (after >= 0), IGNORED)
         batches.append(Batch(ids_BT, labels_BT, whole.pixels_N3SS[rows]))
     return batches
 
 
 def synthetic_batch(spec: dict, length: int = TOKENS) -> Batch:
-    """The rows of a step: a few words, the picture's places, a question, an answer that is learnt."""
+    """The rows of a step: a few words, the positions of an image, a question, and an answer that is the target."""
     architecture = sizes(spec["size"], spec["layers"])
     rng = torch.Generator().manual_seed(0)
-    rows, side, places = spec["rows"], architecture.vision.image_size, architecture.num_image_tokens
+    rows, side, positions = spec["rows"], architecture.vision.image_size, architecture.num_image_tokens
     ids_BT = torch.randint(0, architecture.image_token_id - 12, (rows, length), generator=rng)
-    ids_BT[:, 16 : 16 + places] = architecture.image_token_id
+    ids_BT[:, 16 : 16 + positions] = architecture.image_token_id
     labels_BT = torch.full_like(ids_BT, IGNORED)
-    labels_BT[:, -LEARNT:] = ids_BT[:, -LEARNT:]
+    labels_BT[:, -TARGETS:] = ids_BT[:, -TARGETS:]
     return Batch(ids_BT, labels_BT, torch.randn(rows, 3, side, side, generator=rng))
 
 
 def own_step(spec: dict) -> Callable[[], float]:
-    """Our optimiser step, as `run_stage` takes it."""
+    """Our optimizer step, as training takes it."""
     config = configuration(spec)
     return steps_of(spec, config, *own_model(spec, config))
 
@@ -257,7 +251,7 @@ def steps_of(spec: dict, config: ExperimentConfig, model: MultimodalLLM, stage: 
 def loss_of_all_logits(
     model: MultimodalLLM, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, segment_ids_BT: None
 ) -> tuple[Tensor, Tensor]:
-    """What `MultimodalLLM.forward` gives, by the textbook: logits of every token, of which a few are learnt."""
+    """What `MultimodalLLM.forward` returns, by the textbook: from logits of every token, few of which are targets."""
     logits_MV, labels_M = model.logits(ids_BT, pixels_N3SS)[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
     loss = F.cross_entropy(logits_MV, labels_M, ignore_index=IGNORED, reduction="sum")
     return loss, (labels_M != IGNORED).sum()
@@ -275,7 +269,7 @@ def peer_step(spec: dict) -> Callable[[], float]:
 
 
 def flops_of(spec: dict, counts: tuple[int, int, int]) -> float:
-    """Operations that the step needs, whoever takes it: what was made in vain does not count."""
+    """Operations that the step needs, whoever takes it: unnecessary ones do not count."""
     config = configuration(spec)
     with torch.device("meta"):
         model = MultimodalLLM(sizes(spec["size"], spec["layers"]))

@@ -1,9 +1,9 @@
 """The same work by `transformers` and `peft`, as their own documentation does it.
 
-The surprising fact: a comparison is only worth something when the other side is at its best. So a peer gets what costs
-its user one argument: bfloat16 for frozen weights, the fused optimiser, its fastest attention.
+A peer gets what costs its user one argument: bfloat16 for frozen weights, the fused optimizer, its fastest attention. A
+comparison is worth little unless the other side is at its best.
 
-Neither is needed to run mmllm; they are imported only when their turn comes. Next: llama.py, bench.py.
+mmllm needs neither; they are imported when they are measured.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.random_model import fill_, picture, prompt_ids
+from benchmarks.random_model import fill_, image, prompt_ids
 from benchmarks.runner import Work, speeds
 from mmllm.config.schema import LoraConfig
 from mmllm.data.batches import Batch
@@ -129,7 +129,7 @@ def answers(spec: dict) -> tuple[dict, Work]:
     def turn(asked: dict) -> dict:
         rows = range(asked["rows"])
         ids = torch.tensor([prompt_ids(spec, row) for row in rows], device=device)
-        pixels = torch.cat([picture(spec, row) for row in rows])
+        pixels = torch.cat([image(spec, row) for row in rows])
         clock, begin = Clock(), time.perf_counter()
         model.generate(
             input_ids=ids,
