@@ -55,7 +55,7 @@ from mmllm.serving.settings import Settings
 from mmllm.serving.worker import Job, Worker
 
 IMAGE_STATUS = {"unsupported_image": 415, "image_too_large": 413}  # other faults of an image are 400
-ADDRESS = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*://")
+ADDRESS = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]{0,30}://")  # bounded: long base64 must not be searched again and again
 REFUSALS = {
     "loading": "the model is still loading; try again in a few seconds",
     "draining": "the server is shutting down; send this to another one",

@@ -30,6 +30,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MB = 1_000_000
 CHUNK = 64 * 1024  # the form parser takes a body in pieces 80 times faster than as one
 MAX_FIELDS, MAX_FILES, MAX_FIELD_KB = 32, 8, 64
+MAX_JSON_COMMAS = 20_000  # more than a message and the fields of a request can have
 CLIENT_CLOSED_REQUEST = 499  # appears in the log only: there is no client to receive it
 log = logging.getLogger("mmllm.serving")
 
@@ -57,6 +58,14 @@ def internal_error(request: Request) -> HttpError:
     number = request.scope["request_id"]
     message = f"the server failed; its log has the reason under request id {number}"
     return HttpError(500, "internal_error", message, headers={"X-Request-ID": number})
+
+
+AMBIGUOUS_LENGTH = HttpError(
+    400,
+    "invalid_http",
+    "the request has both Content-Length and Transfer-Encoding; send one of them",
+    headers={"Connection": "close"},
+)
 
 
 async def on_http_error(request: Request, error: HttpError) -> Response:
@@ -102,11 +111,15 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         scope["request_id"] = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         scope["path"] = scope["path"].rstrip("/") or "/"
         scope["log"] = {}
         status, start = 500, time.perf_counter()
+        app = self.app
+        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may see another end of the body
+            app = AMBIGUOUS_LENGTH.response()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -116,7 +129,7 @@ class RequestLog:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            await app(scope, receive, send_with_id)
         finally:
             line = {"id": scope["request_id"], "method": scope["method"][:20], "path": scope["path"][:100]}
             line |= {"status": status, "ms": round(1000 * (time.perf_counter() - start))}
@@ -205,6 +218,8 @@ def parse_json(request: Request, body: bytes) -> dict[str, object]:
     if kind != "application/json":
         message = f'Content-Type is {kind!r}; send JSON with -H "Content-Type: application/json"'
         raise HttpError(415, "unsupported_media_type", message)
+    if body.count(b",") > MAX_JSON_COMMAS:  # parsing millions of values would hold the event loop for seconds
+        raise HttpError(400, "invalid_json", "the body has more values than any request; see the API's fields")
     try:
         values = json.loads(body.decode(), parse_constant=refuse_constant)
     except (ValueError, RecursionError):
@@ -219,44 +234,52 @@ def media_type(request: Request) -> str:
 
 
 class FormParser(MultiPartParser):
-    """Starlette's parser with uploads kept in memory: the body is bounded already."""
+    """Starlette's parser, which keeps uploads in memory, knows a form that was cut off, and does not guess encodings."""
 
-    spool_max_size = 0  # never to disk
+    spool_max_size = 0  # never to disk: the body is bounded already
+    is_complete = False
+
+    def on_part_end(self) -> None:
+        if self._current_part.file is None:
+            try:
+                self._current_part.data.decode()
+            except UnicodeDecodeError as error:  # Starlette would read it as Latin-1
+                raise MultiPartException("not UTF-8") from error
+        super().on_part_end()
+
+    def on_end(self) -> None:
+        self.is_complete = True
 
 
 async def parse_form(request: Request, body: bytes) -> dict[str, object]:
-    """The fields of a multipart/form-data body: str, or bytes for a file. File names are ignored."""
+    """The fields of a multipart/form-data body: str, bytes for a file, a list of them for a repeated field."""
     _, options = parse_options_header(request.headers.get("content-type", ""))
-    boundary = options.get(b"boundary", b"")
     if media_type(request) != "multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
         message = "send multipart/form-data in UTF-8 (curl -F does), or JSON to /chat"
         raise HttpError(415, "unsupported_media_type", message)
-    if not boundary:
+    if not options.get(b"boundary"):
         raise HttpError(400, "invalid_form", "Content-Type names no boundary; let the client library set this header")
-    if b"--" + boundary + b"--" not in body:
-        raise HttpError(400, "truncated_form", "the upload ended before the closing boundary; send it again")
 
     async def pieces() -> AsyncIterator[bytes]:
         for start in range(0, len(body), CHUNK):
             yield body[start : start + CHUNK]
+            await asyncio.sleep(0)  # let other requests in between
 
     limits = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_KB * 1024}
+    parser = FormParser(request.headers, pieces(), **limits)
     try:
-        form = await FormParser(request.headers, pieces(), **limits).parse()
+        form = await parser.parse()
     except MultiPartException:
         message = (
             f"the form is malformed, or has more than {MAX_FIELDS} fields, {MAX_FILES} files, "
-            f"or a text field above {MAX_FIELD_KB} kB"
+            f"a text field above {MAX_FIELD_KB} kB or one that is not UTF-8"
         )
         raise HttpError(400, "invalid_form", message) from None
-    fields: dict[str, object] = {}
-    try:
-        for name, value in form.multi_items():
-            if name in fields:
-                code = "too_many_images" if name == "image" else "duplicate_field"
-                message = f"field {name[:50]!r} appears twice; send it once"
-                raise HttpError(400, code, message, param=name[:100])
-            fields[name] = await value.read() if isinstance(value, UploadFile) else value
-    finally:
-        await form.close()
-    return fields
+    fields: dict[str, list] = {}
+    for name, value in form.multi_items():
+        fields.setdefault(name, []).append(await value.read() if isinstance(value, UploadFile) else value)
+    for file in parser._files_to_close_on_error:  # `form.close()` leaves out a file that was cut off
+        file.close()
+    if not parser.is_complete:
+        raise HttpError(400, "truncated_form", "the upload ended before the closing boundary; send it again")
+    return {name: values[0] if len(values) == 1 else values for name, values in fields.items()}

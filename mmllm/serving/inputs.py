@@ -122,10 +122,13 @@ Fields = TypeVar("Fields", bound=BaseModel)
 def validate(model: type[Fields], values: dict[str, object], settings: Settings, *, is_form: bool) -> Fields:
     """`values` as `model`. Raises HttpError 400 for the first field that is wrong."""
     known = model.model_fields
-    for name in values:
+    for name, value in values.items():
         if name not in known:
             hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
             raise HttpError(400, "unknown_field", f"unknown field {shown(name)}{hint}", param=name[:100])
+        if is_form and isinstance(value, list) and name != "stop":
+            code = "too_many_images" if name == "image" else "duplicate_field"
+            raise HttpError(400, code, f"field {name} appears twice; send it once", param=name)
     given = {name: value for name, value in values.items() if value is not None}
     given.setdefault("max_new_tokens", min(DEFAULT_NEW_TOKENS, settings.max_new_tokens))
     try:

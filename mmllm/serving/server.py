@@ -7,13 +7,18 @@ import signal
 from functools import partial
 from socket import socket
 from types import FrameType
+from uuid import uuid4
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mmllm.errors import UserError
+from mmllm.serving.http import HttpError
 from mmllm.serving.settings import Settings
+
+MAX_PIPELINED_BYTES = 64 * 1024
 
 
 class DeadlineH11(H11Protocol):
@@ -31,6 +36,22 @@ class DeadlineH11(H11Protocol):
         super().data_received(data)
         if not self.is_idle():
             self.header_timer.cancel()
+        # While a request is answered uvicorn stops reading at the first byte after it, and so would not see the client
+        # leave. Such bytes (a pipelined request) wait here instead.
+        if len(self.conn.trailing_data[0]) > MAX_PIPELINED_BYTES:
+            self.transport.close()
+        elif self.conn.their_state is h11.DONE:
+            self.flow.resume_reading()
+
+    def send_400_response(self, message: str) -> None:
+        """Answers what is not HTTP in the shape of all errors; uvicorn would send plain text."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            headers = {"Connection": "close", "X-Request-ID": uuid4().hex}
+            response = HttpError(400, "invalid_http", "the request is not valid HTTP", headers=headers).response()
+            head = h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request")
+            for event in (head, h11.Data(data=response.body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         self.header_timer.cancel()
@@ -71,8 +92,9 @@ class Server(uvicorn.Server):
         return self.worker.error is not None or await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; a second one, SIGTERM or SIGINT, ends at once."""
-        self.force_exit = self.should_exit
+        """The first signal drains; a second one, SIGTERM or SIGINT, ends at once and without a word."""
+        if self.should_exit:
+            os._exit(128 + sig)
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:

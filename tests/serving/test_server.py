@@ -224,7 +224,18 @@ def test_a_request_id_is_kept_when_it_is_harmless(client, given, kept):
 
 @pytest.mark.parametrize(
     "body",
-    [b"{bad", b"", b"[1]", b'"x"', b"1" * 5000, b"[" * 100_000, '{"message": "x"}'.encode("utf-16"), b"\xff{}"]
+    [
+        b'{"message": [' + b"0," * 100_000 + b"0]}",
+        b"{bad",
+        b"",
+        b"[1]",
+        b'"x"',
+        b"1" * 5000,
+        b"[" * 100_000,
+        '{"message": "x"}'.encode("utf-16"),
+        b"\xff{}",
+    ]
+    + [b'{"message": [' + b"0," * 100_000 + b"0]}"]
     + [b'{"message": "x", "temperature": NaN}', b'{"message": "x", "temperature": -Infinity}'],
 )
 def test_what_is_not_a_json_object_is_refused(client, body):
@@ -322,6 +333,9 @@ def test_one_image_is_the_limit(client):
     assert error_of(client.post("/caption", files=two)) == (400, "too_many_images", "image")
 
 
+FORM_PART = b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
+
+
 @pytest.mark.parametrize(
     "kind, body, status, code",
     [
@@ -329,6 +343,8 @@ def test_one_image_is_the_limit(client):
         ("multipart/form-data; boundary=B", b"", 400, "truncated_form"),
         ("multipart/form-data; boundary=B", b"--B\r\nContent-Disposition: form-data; na", 400, "truncated_form"),
         ("multipart/form-data; boundary=B", b"garbage --B-- garbage", 400, "invalid_form"),
+        ("multipart/form-data; boundary=B", FORM_PART + b"\xff\r\n--B--\r\n", 400, "invalid_form"),
+        ("multipart/form-data; boundary=B", FORM_PART + b"x --B-- is in here\r\n", 400, "truncated_form"),
         ("multipart/form-data; boundary=B", b"--B\r\nX: y\r\n\r\nz\r\n--B--\r\n", 400, "invalid_form"),
         ("multipart/form-data; boundary=B; charset=utf-7", b"--B--\r\n", 415, "unsupported_media_type"),
         ("application/json", b'{"prompt": "x"}', 415, "unsupported_media_type"),

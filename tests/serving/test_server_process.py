@@ -87,10 +87,31 @@ def test_a_long_answer_is_not_cut_by_the_header_timeout(server):
     assert status == 200 and body["usage"]["completion_tokens"] > 900
 
 
-@pytest.mark.parametrize("header", ["X: a\0b", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked"])
-def test_a_malformed_header_is_refused(server, header):
-    with server.send(request_head(2, header) + b"{}") as connection:
-        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+BOTH_LENGTHS = "Transfer-Encoding: chunked\r\nContent-Length: 2"
+
+
+@pytest.mark.parametrize("header", ["X: a\0b", "Transfer-Encoding: gzip", BOTH_LENGTHS])
+def test_a_request_that_is_not_plain_http_is_refused_in_the_error_shape(server, header):
+    with server.send(request_head("", header) + b"2\r\n{}\r\n0\r\n\r\n") as connection:
+        status, headers, body = read_response(connection)
+        assert status in (400, 501) and body["error"]["code"] == "invalid_http"
+        assert headers["x-request-id"] and headers["connection"] == "close"
+        assert connection.recv(100) == b""
+
+
+def test_bytes_after_the_body_do_not_hide_a_client_that_leaves(server):
+    client = server.start_chat()
+    client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    wait_until(lambda: server.busy_and_waiting() == (1, 0))
+    client.close()
+    wait_until(lambda: server.busy_and_waiting() == (0, 0))
+
+
+def test_a_pipelined_request_is_answered_after_the_first(server):
+    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with server.send(health + health.replace(b"1.1\r\n", b"1.1\r\nConnection: close\r\n")) as connection:
+        text = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert text.count(b"HTTP/1.1 200") == 2
 
 
 def test_a_client_that_leaves_while_sending_is_one_log_line(server):
@@ -150,6 +171,19 @@ def test_sigterm_lets_running_requests_and_streams_finish_and_exits_with_0(folde
     assert "Traceback" not in (tmp_path / "log").read_text()
     with pytest.raises(ConnectionRefusedError):
         real.send(b"")
+
+
+def test_a_second_signal_ends_the_server_at_once_without_a_traceback(folder, tmp_path):
+    process, port = start_server(folder, tmp_path / "log", max_new_tokens=FOREVER, max_context=32768)
+    real = RealServer(port, tmp_path / "log").wait_until_loaded()
+    with real.start_chat(), real.start_chat(stream=True):
+        wait_until(lambda: real.busy_and_waiting()[0] == 2)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(OSError):
+            wait_until(lambda: real.send(b"").close())  # until it no longer listens
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_a_model_that_cannot_be_loaded_exits_with_2(tmp_path):

@@ -97,6 +97,13 @@ def test_an_answer_ends_before_its_stop_string(client):
         assert content[-2]["finish_reason"] == "stop"
 
 
+def test_a_form_may_repeat_its_stop_string(client):
+    whole = post_image(client, max_new_tokens="60").json()["caption"]
+    stop = whole[len(whole) // 2 :][:2]
+    answer = post_image(client, max_new_tokens="60", stop=["\x01\x01", stop]).json()
+    assert answer["caption"] == whole[: whole.index(stop)]
+
+
 @pytest.mark.parametrize("stop", ["", [""], ["a", "b", "c", "d", "e"], "x" * 65, [1], 5, {"a": 1}, ["\ud800"]])
 def test_stop_strings_are_few_and_short(client, stop):
     body = json.dumps({"message": "Hello", "stop": stop})
