@@ -20,16 +20,14 @@ def compare(directories: list[Path], figure: Path) -> list[str]:
     """
     if not 2 <= len(directories) <= len(COLORS):
         raise UserError(f"{len(directories)} runs to compare; name two to {len(COLORS)} directories")
-    if figure.suffix not in (".png", ".svg"):
-        raise UserError(f"{figure}: curves are drawn as .png or .svg; name such a file with --out")
     runs = {str(directory): read_metrics(directory) for directory in directories}
     for name, rows in runs.items():
         if not training_rows(rows):
             raise UserError(f"{name}: no metrics.jsonl with a step in it; name the directory of a run")
     try:
         draw_comparison(runs, figure)
-    except OSError as error:
-        raise UserError(f"{figure}: cannot be written ({error.strerror}); name another file with --out") from error
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        raise UserError(f"{figure}: cannot be written ({error}); name a .png or .svg file with --out") from error
     return [*differences(directories), *_table(runs), f"curves: {figure}"]
 
 

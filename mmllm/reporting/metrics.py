@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 from mmllm.runtime.console import duration, print_rank0, short, warned_of_disk
 from mmllm.runtime.files import read_json_lines
@@ -91,7 +90,7 @@ def start_wandb(project: str, name: str, settings: dict) -> object:
     except ImportError:
         print_rank0("wandb is not installed (pip install wandb); the run goes on without it, see metrics.jsonl")
         return None
-    if not _is_wandb_usable(wandb):
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and wandb.api.api_key is None:
         print_rank0("wandb is not logged in (wandb login, or WANDB_MODE=offline); the run goes on without it")
         return None
     try:
@@ -99,10 +98,6 @@ def start_wandb(project: str, name: str, settings: dict) -> object:
     except (wandb.Error, OSError) as error:
         print_rank0(f"wandb did not start ({error}); the run goes on without it")
         return None
-
-
-def _is_wandb_usable(wandb: ModuleType) -> bool:
-    return os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.api.api_key is not None
 
 
 def progress_line(row: dict, loss: float, total_steps: int) -> str:

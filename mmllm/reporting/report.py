@@ -52,7 +52,6 @@ def write_report(directory: Path) -> None:
         _curves(rows, directory / "loss.png"),
         _subject(directory),
         _stages(rows),
-        _cost(rows, start),
         _image_probe(evaluations),
         _captions(evaluations, directory),
         _scores(directory),
@@ -88,11 +87,8 @@ def _subject(directory: Path) -> str:
     settings = read_json(path)
     model, data, training = settings["model"], settings["data"], settings["training"]
     source = f"`{model['pretrained']}`" if model["pretrained"] else f"`{model['clip']}` and `{model['qwen']}`"
-    how = (
-        " with adapters" * model["use_lora"]
-        + " on int8 weights" * model["load_in_8bit"]
-        + " on int4 weights" * model["load_in_4bit"]
-    )
+    options = {"use_lora": "with adapters", "load_in_8bit": "on int8 weights", "load_in_4bit": "on int4 weights"}
+    how = "".join(f" {text}" for name, text in options.items() if model[name])
     validation = f"`{data['val_data_path']}`" if data["val_data_path"] else "nothing"
     first, second = (
         f"tage {number} trains {', '.join(stage['train'])} for {stage['epochs']} epochs"
@@ -102,26 +98,33 @@ def _subject(directory: Path) -> str:
 
 
 def _stages(rows: list[dict]) -> str:
+    """What each stage reached, and what its steps cost."""
+    head = (
+        "stage",
+        "steps",
+        "loss, first 10",
+        "loss, last 10",
+        "validation",
+        "time",
+        "tokens",
+        "images",
+        "peak memory",
+    )
     lines = []
     for stage in sorted({row["stage"] for row in rows}):
         mine = [row for row in rows if row["stage"] == stage]
         train, validation = training_rows(mine), validation_rows(mine)
-        losses = [row["loss"] for row in train]
-        last = f"{validation[-1]['val_loss']:.4f}" if validation else "-"
-        time = duration(sum(row["ms"] for row in train) / 1000)
-        first_10, last_10 = f"{fmean(losses[:10]):.4f}", f"{fmean(losses[-10:]):.4f}"
-        lines.append((str(stage), str(len(train)), first_10, last_10, last, time))
-    return markdown_table(("stage", "steps", "loss, first 10", "loss, last 10", "validation", "time"), lines)
-
-
-def _cost(rows: list[dict], start: dict) -> str:
-    train = training_rows(rows)
-    tokens, images = (sum(row[name] * row["ms"] / 1000 for row in train) for name in ("tokens_per_s", "images_per_s"))
-    seconds, peak = sum(row["ms"] for row in train) / 1000, max(row["peak_bytes"] for row in train)
-    return (
-        f"Cost of the steps: {duration(seconds)} on {start['device']}, {short(tokens)} tokens, {short(images)} images, "
-        f"{peak / 1e9:.1f} GB at most."
-    )
+        losses, seconds = [row["loss"] for row in train], [row["ms"] / 1000 for row in train]
+        tokens, images = (
+            sum(row[name] * s for row, s in zip(train, seconds, strict=True))
+            for name in ("tokens_per_s", "images_per_s")
+        )
+        reached = [f"{fmean(losses[:10]):.4f}", f"{fmean(losses[-10:]):.4f}"]
+        reached.append(f"{validation[-1]['val_loss']:.4f}" if validation else "-")
+        peak = f"{max(row['peak_bytes'] for row in train) / 1e9:.1f} GB"
+        cost = (duration(sum(seconds)), short(tokens), short(images), peak)
+        lines.append((str(stage), str(len(train)), *reached, *cost))
+    return markdown_table(head, lines, numbers=True)
 
 
 def _image_probe(evaluations: list[dict]) -> str:

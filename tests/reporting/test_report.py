@@ -36,11 +36,10 @@ def test_the_report_sums_up_the_rows_of_the_run(tmp_path):
     write_rows(tmp_path, *rows, EVALUATION | {"stage": 2, "step": 20})
     report = report_of(tmp_path)
     assert "![curves](loss.png)" in report and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "| 1 | 12 | 4.0000 | 3.6000 | - | 5s |" in report
-    assert "| 2 | 8 | 2.0000 | 2.0000 | 2.2500 | 3s |" in report
+    assert "| 1 | 12 | 4.0000 | 3.6000 | - | 5s | 48.2k | 378 | 11.2 GB |" in report
+    assert "| 2 | 8 | 2.0000 | 2.0000 | 2.2500 | 3s | 32.1k | 252 | 11.2 GB |" in report
     assert "2.2500 with the true images, 3.0000 with those of other samples: the model looks at the image" in report
     assert "|  | 7 | What is it? | a \\| cat | A cat. |" in report
-    assert "Cost of the steps: 8s on cpu, 80.4k tokens, 630 images, 11.2 GB at most." in report
     assert "| data.batch_size | configs/debug.py |" in report
     assert "python sample.py --model" in report
 
