@@ -1,7 +1,6 @@
 """Join a CLIP and a Qwen2.5 model, or make a model int8: `mmllm convert` from a checkout."""
 
-from mmllm.commands.convert import main
-from mmllm.errors import run
+from mmllm.__main__ import start
 
 if __name__ == "__main__":
-    run(main)
+    start("convert")

@@ -1,7 +1,6 @@
 """Ask a trained model about images: `mmllm sample` from a checkout."""
 
-from mmllm.commands.sample import main
-from mmllm.errors import run
+from mmllm.__main__ import start
 
 if __name__ == "__main__":
-    run(main)
+    start("sample")

@@ -1,7 +1,7 @@
 """Serve a trained model over HTTP: `mmllm serve` from a checkout. `uvicorn serve:app` works too."""
 
+from mmllm.__main__ import start
 from mmllm.commands import serve
-from mmllm.errors import run
 
 
 def __getattr__(name: str) -> object:
@@ -10,4 +10,4 @@ def __getattr__(name: str) -> object:
 
 
 if __name__ == "__main__":
-    run(serve.main)
+    start("serve")

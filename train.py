@@ -1,7 +1,6 @@
 """Train a model in two stages: `mmllm train` from a checkout."""
 
-from mmllm.commands.train import main
-from mmllm.errors import run
+from mmllm.__main__ import start
 
 if __name__ == "__main__":
-    run(main)
+    start("train")

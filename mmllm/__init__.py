@@ -1,7 +1,7 @@
-"""mmllm: CLIP ViT-B/32 and Qwen2.5-0.5B joined by a small projector, in plain PyTorch.
+"""CLIP ViT-B/32 and Qwen2.5-0.5B joined by a small projector, in plain PyTorch.
 
-The four public names load on first use, so that `python train.py --help` never waits for torch.
-Read in this order: clip.py, qwen.py, projector.py, model.py, chat.py, data.py, trainer.py, generate.py.
+The four public names load on first use, so that `mmllm train --help` does not wait for torch. Read models/ (clip, qwen,
+projector, multimodal), then data/chat, training/step, inference/engine and inference/sampling.
 """
 
 from importlib import import_module

@@ -6,6 +6,7 @@ from importlib import import_module
 
 from mmllm import __version__
 from mmllm.errors import UserError, run
+from mmllm.runtime.threads import limit_threads
 
 COMMANDS = {
     "train": "train a model in two stages on images with text",
@@ -20,8 +21,8 @@ COMMANDS = {
 }
 
 
-def main() -> int | None:
-    name, *arguments = sys.argv[1:] or ["--help"]
+def main(arguments: list[str]) -> int | None:
+    name, *arguments = arguments or ["--help"]
     if name in ("-h", "--help"):
         print("usage: mmllm COMMAND ...   (mmllm COMMAND --help shows its options)\n")
         print("\n".join(f"  {command:10} {summary}" for command, summary in COMMANDS.items()))
@@ -32,12 +33,14 @@ def main() -> int | None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         raise UserError(f"unknown command {name!r}; " + (f"did you mean {near[0]}?" if near else "see mmllm --help"))
+    limit_threads()  # before the command imports torch
     return import_module(f"mmllm.commands.{name}").main(arguments)
 
 
-def entry() -> None:
-    run(main)
+def start(*before: str) -> None:
+    """Run the command line with the arguments `before` in front of it, which is how a script names its command."""
+    run(lambda: main([*before, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
-    entry()
+    start()

@@ -1,7 +1,7 @@
-"""What can go wrong for a user, and how a command line says it.
+"""The exceptions that a command shows as one line, and its exit codes.
 
-Bad input is a `UserError`: one line that names the file or field and the mend, exit code 2.
-A run that fails is a `RunError`: one line, exit code 1. Anything else is a bug and keeps its traceback.
+`UserError` is bad input: the line names the file or field and what to do, exit code 2. `RunError` is good input whose
+work failed, exit code 1. Anything else is a bug and keeps its traceback.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """Bad input; the message is one line that stands alone and says the mend."""
+    """Bad input. The message is one line that is understood on its own and says what to do."""
 
 
 class ConfigError(UserError):
@@ -28,7 +28,7 @@ class CheckpointError(UserError):
 
 
 class ImageError(UserError):
-    """A picture cannot be used; `code` is a stable snake_case name of the reason."""
+    """An image cannot be used; `code` is a stable snake_case name of the reason."""
 
     def __init__(self, message: str, code: str):
         super().__init__(message)
@@ -36,30 +36,16 @@ class ImageError(UserError):
 
 
 class RunError(RuntimeError):
-    """Valid input, but the work failed; the message is one line."""
+    """The input is good but the work failed. The message is one line."""
 
 
 class GenerationError(RunError):
     """The model produced no usable logits."""
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with `code`; one of several that torchrun started, at once.
-
-    While the interpreter ends, a thread of the process group may still want its lock: then all of it aborts
-    ("terminate called without an active exception"), and a run that is whole and saved counts as failed.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call `main` and leave with the exit code that its outcome deserves.
+    """Call `main` and exit: 0 or what it returns, 2 bad input, 1 failed run, 130 Ctrl-C, 141 closed pipe (`| head`).
 
-    0 or what `main` returns; 2 bad input; 1 failed run; 130 Ctrl-C; 141 closed pipe (`| head`).
     `MMLLM_DEBUG=1` shows the traceback instead of the one line.
     """
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -76,7 +62,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(flush=True)
         code = 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader left. Python would complain once more while flushing at exit: give it somewhere to write.
+        # The reader is gone. Python flushes once more at exit and would complain: give it a place to write to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    leave(code)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # While the interpreter shuts down, a thread of the process group may still want its lock. Then the process aborts
+        # ("terminate called without an active exception") and a run that is saved counts as failed: exit at once.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -29,6 +29,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=PRECISIONS, help="(default: bfloat16 on CUDA, else float32)")
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="FILE", help="samples in any supported format")
+    parser.add_argument("--image-dir", metavar="DIR", help="where the images are (default: beside FILE)")
+
+
 def at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:

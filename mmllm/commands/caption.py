@@ -21,7 +21,6 @@ from mmllm.commands import (
 )
 from mmllm.errors import UserError
 from mmllm.runtime.console import progress, stderr, stderr_rank0
-from mmllm.runtime.threads import limit_threads
 
 BESIDE = "beside"
 
@@ -59,7 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     folder, names = find_images(options.images, options.image_dir)
     questions = read_lines(options.questions) if options.questions else [options.prompt]
-    limit_threads()
     # torch takes two seconds to import: only now that the command line and its files are known to be right
     from mmllm.runtime.distributed import World
 

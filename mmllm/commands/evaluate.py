@@ -14,10 +14,9 @@ and scores.json.
 import argparse
 from pathlib import Path
 
-from mmllm.commands import add_model_options, at_least_one, make_parser
+from mmllm.commands import add_data_options, add_model_options, at_least_one, make_parser
 from mmllm.errors import RunError
 from mmllm.reporting.report import write_report
-from mmllm.runtime.threads import limit_threads
 
 TASK_HELP = "auto: a sample is a caption if it has the default prompt or the kind `caption`, else a question"
 
@@ -25,8 +24,7 @@ TASK_HELP = "auto: a sample is a caption if it has the default prompt or the kin
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("evaluate", __doc__)
     add_model_options(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="samples in any supported format")
-    parser.add_argument("--image-dir", metavar="DIR", help="where the images are (default: beside FILE)")
+    add_data_options(parser)
     parser.add_argument("--split", default="val", help="part of Karpathy's files (default: %(default)s)")
     parser.add_argument("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
     parser.add_argument("--out", metavar="DIR", help="(default: evaluation/NAME OF THE DATA FILE of the model's run)")
@@ -44,7 +42,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     # torch takes two seconds to import: only now that the command line is known to be right
-    limit_threads()
     from mmllm.data.samples import load_samples
     from mmllm.evaluation.evaluator import MultimodalEvaluator
     from mmllm.evaluation.results import make_directory, table

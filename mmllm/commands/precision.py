@@ -8,18 +8,15 @@ share of positions where the likeliest token is the same, and the loss.
 
 import json
 
-from mmllm.commands import at_least_one, make_parser
-from mmllm.runtime.threads import limit_threads
+from mmllm.commands import add_data_options, at_least_one, make_parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("precision", __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="a model directory with float weights")
-    parser.add_argument("--data", required=True, metavar="FILE", help="samples in any supported format")
-    parser.add_argument("--image-dir", metavar="DIR", help="where the images are (default: beside FILE)")
+    add_data_options(parser)
     parser.add_argument("--limit", type=at_least_one, default=32, metavar="N", help="(default: the first %(default)s)")
     options = parser.parse_args(arguments)
-    limit_threads()
     from mmllm.data.batches import make_batch, read_row
     from mmllm.data.samples import load_samples
     from mmllm.evaluation.precision import compare

@@ -5,14 +5,13 @@ mmllm preview --data train.json --model models/start
 
 import sys
 
-from mmllm.commands import at_least_one, make_parser
+from mmllm.commands import add_data_options, at_least_one, make_parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("preview", __doc__)
-    parser.add_argument("--data", required=True, metavar="FILE", help="samples in any supported format")
+    add_data_options(parser)
     parser.add_argument("--model", required=True, metavar="DIR", help="the model directory that will be trained")
-    parser.add_argument("--image-dir", metavar="DIR", help="where the images are (default: beside FILE)")
     parser.add_argument("--max-length", type=at_least_one, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--limit", type=at_least_one, default=3, metavar="N", help="(default: the first %(default)s)")
     parser.add_argument("--no-share", action="store_true", help="each text in its own row (data.share_images=false)")

@@ -10,7 +10,6 @@ import sys
 
 from mmllm.commands import add_generation_options, add_model_options, generation_config, make_parser
 from mmllm.errors import ImageError
-from mmllm.runtime.threads import limit_threads
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -30,7 +29,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # torch takes two seconds to import: only now that the command line is known to be right
-    limit_threads()
     from mmllm.inference.pipeline import load_pipeline
 
     config = generation_config(options)

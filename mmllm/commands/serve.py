@@ -17,7 +17,6 @@ import sys
 
 from mmllm.commands import add_model_options, make_parser
 from mmllm.errors import RunError, UserError
-from mmllm.runtime.threads import limit_threads
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +65,6 @@ def listen(host: str, port: int) -> socket.socket:
 def main(arguments: list[str] | None = None) -> int:
     flags = {name: value for name, value in vars(parse(arguments)).items() if value is not None}
     # torch takes two seconds to import: only now that the command line is known to be right
-    limit_threads()
     settings = settings_for(flags)
     listener = listen(settings.host, settings.port)
     import logging

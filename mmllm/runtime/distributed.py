@@ -71,7 +71,7 @@ class World:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Leave the group together with the others, or at once after an error; RunError names a process that was lost.
 
-        A broken group is not destroyed, which may block for ever: end the process with `errors.leave`.
+        A broken group is not destroyed, which may block for ever: the process must end by `errors.run`.
         """
         if self.size == 1:
             return
