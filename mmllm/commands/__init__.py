@@ -4,17 +4,16 @@ No module imports torch before its command line has been read, so `--help` answe
 """
 
 import argparse
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 from mmllm.config.schema import PRECISIONS
+from mmllm.runtime.machine import program
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """A parser whose help shows the command as it was typed: `mmllm NAME`, `python -m mmllm NAME` or a script."""
-    started = Path(sys.argv[0]).name
-    typed = {"mmllm": f"mmllm {name}", "__main__.py": f"python -m mmllm {name}"}.get(started, f"python {started}")
+    words = program()
+    typed = " ".join(words) if words[-1].endswith(".py") else f"{' '.join(words)} {name}"
     return argparse.ArgumentParser(
         prog=typed,
         description=(description or "").replace(f"mmllm {name}", typed),

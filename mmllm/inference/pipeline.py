@@ -119,7 +119,7 @@ def default_model(outputs: str | Path = "outputs") -> Path:
     models = [path for path in Path(outputs).glob("*/best_model") if (path / "config.json").is_file()]
     if not models:
         raise UserError(
-            f"no trained model under {outputs}; run `make demo`, or train one with `python train.py configs/full.py`, "
+            f"no trained model under {outputs}; run `make demo`, or train one with `python -m mmllm train full`, "
             "or name one with --model"
         )
     return max(models, key=lambda path: (path.resolve() / "config.json").stat().st_mtime)

@@ -18,7 +18,7 @@ from mmllm.reporting.curves import draw_run
 from mmllm.reporting.metrics import read_metrics, training_rows, validation_rows
 from mmllm.runtime.console import duration, short, stderr
 from mmllm.runtime.files import read_json, write_json
-from mmllm.runtime.machine import commit
+from mmllm.runtime.machine import commit, program
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
 
@@ -28,7 +28,7 @@ def record_start(directory: Path, *, device: str, origins: dict[str, str], resum
     path = directory / "run.json"
     starts = read_json(path)["starts"] if resumed_from and path.exists() else []
     start = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*program(), *sys.argv[1:]]),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "resumed_from": resumed_from,
         "settings_from": origins,
@@ -59,7 +59,7 @@ def write_report(directory: Path) -> None:
         f"    {start['command']}",
         f"{start['time']}, {start['device']}, {start['machine']}; commit {start['commit']}; {versions}",
         markdown_table(("setting", "from"), start["settings_from"].items()),
-        f"## Try it\n\n    python sample.py --model {directory / 'best_model'} --image x.jpg",
+        f"## Try it\n\n    python -m mmllm sample --model {directory / 'best_model'} --image x.jpg",
     ]
     (directory / "report.md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
 

@@ -1,9 +1,20 @@
-"""What this code and this machine are: commit, processor, cache folder."""
+"""What this process, its code and its machine are: how it was started, commit, processor, cache folder."""
 
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
+
+
+def program() -> list[str]:
+    """The words before the arguments of this process: `mmllm`, `python -m mmllm` or `python train.py`."""
+    name = Path(sys.argv[0]).name
+    if name == "mmllm":
+        return ["mmllm"]
+    return (
+        ["python", "-m", sys.modules["__main__"].__spec__.parent] if name == "__main__.py" else ["python", sys.argv[0]]
+    )
 
 
 def commit() -> str | None:

@@ -266,5 +266,5 @@ def conclude(run: Run) -> int:
     images = [path for sample in [*run.data.val, *run.data.train] for path in sample.images[:1]]
     print_rank0(f"done. Best model: {model} -> {which}")
     print_rank0(f"curves: {run.directory / 'loss.png'}, report: {run.directory / 'report.md'}")
-    print_rank0(f"try it: python sample.py --model {model} --image {images[0] if images else 'x.jpg'}")
+    print_rank0(f"try it: python -m mmllm sample --model {model} --image {images[0] if images else 'x.jpg'}")
     return 0

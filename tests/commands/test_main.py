@@ -53,6 +53,11 @@ def test_a_script_is_its_command_and_shows_itself_as_it_was_typed(script, comman
     assert f"mmllm {command}" not in result.stdout and f"python {script}" in result.stdout.partition("\n\n")[2]
 
 
+def test_a_module_shows_itself_as_it_was_typed():
+    result = python("-m", "mmllm", "train", "--help")
+    assert "usage: python -m mmllm train " in result.stdout and "\npython -m mmllm train full " in result.stdout
+
+
 def test_bad_input_is_one_line_and_exit_code_2_before_torch():
     result = python("-X", "importtime", "-m", "mmllm", "train", "full", "learning_rte=1")
     assert result.returncode == 2 and " torch" not in result.stderr

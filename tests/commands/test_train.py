@@ -133,6 +133,6 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_with_its_own_settings(tmp_pa
     assert (err, process.returncode) == ("", 0)
     assert "going on from" in out and "training.log_steps = 2  (command line, earlier)" in out
     assert "changed: " not in out
-    assert out.splitlines()[-1].startswith(f"try it: python sample.py --model {directory}/best_model --image ")
+    assert out.splitlines()[-1].startswith(f"try it: python -m mmllm sample --model {directory}/best_model --image ")
     assert [disk.step_of(path) for path in disk.checkpoints(directory)][-1] == 10
     assert not list(directory.glob(".*"))

@@ -41,7 +41,7 @@ def test_the_report_sums_up_the_rows_of_the_run(tmp_path):
     assert "2.2500 with the true images, 3.0000 with those of other samples: the model looks at the image" in report
     assert "|  | 7 | What is it? | a \\| cat | A cat. |" in report
     assert "| data.batch_size | configs/debug.py |" in report
-    assert "python sample.py --model" in report
+    assert "python -m mmllm sample --model" in report
 
 
 def test_the_report_says_what_was_trained_on_what_and_shows_the_images(tmp_path):
