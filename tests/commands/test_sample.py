@@ -18,8 +18,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "x.png"
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "x.png"
     Image.radial_gradient("L").save(path)
     return path
 
@@ -36,37 +36,37 @@ def call(monkeypatch, capsys):
     return call
 
 
-def test_one_picture_gives_one_caption(call, folder, picture):
-    code, out, err = call("--model", folder, "--image", picture, "--max-new-tokens", 5, "--device", "cpu")
+def test_one_image_gives_one_caption(call, folder, image):
+    code, out, err = call("--model", folder, "--image", image, "--max-new-tokens", 5, "--device", "cpu")
     assert (code, err) == (0, "") and out.endswith("\n")
 
 
-def test_several_pictures_are_named_and_a_bad_one_does_not_stop_the_others(call, folder, picture, tmp_path):
+def test_several_images_are_named_and_a_bad_one_does_not_stop_the_others(call, folder, image, tmp_path):
     bad = tmp_path / "bad.jpg"
-    bad.write_text("not a picture")
-    code, out, err = call("--model", folder, "--image", picture, bad, picture, "--max-new-tokens", 5, "--device", "cpu")
-    assert code == 1 and out.count(f"{picture}: ") == 2
+    bad.write_text("not a image")
+    code, out, err = call("--model", folder, "--image", image, bad, image, "--max-new-tokens", 5, "--device", "cpu")
+    assert code == 1 and out.count(f"{image}: ") == 2
     assert err.startswith("error: ") and "bad.jpg" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "empty", "text", "truncated"])
-def test_a_picture_that_cannot_be_read_is_one_line_and_exit_code_2(call, folder, picture, tmp_path, kind):
+def test_an_image_that_cannot_be_read_is_one_line_and_exit_code_2(call, folder, image, tmp_path, kind):
     path = tmp_path / f"{kind}.png"
     if kind == "directory":
         path.mkdir()
     elif kind != "missing":
-        path.write_bytes({"empty": b"", "text": b"hello", "truncated": picture.read_bytes()[:200]}[kind])
+        path.write_bytes({"empty": b"", "text": b"hello", "truncated": image.read_bytes()[:200]}[kind])
     code, out, err = call("--model", folder, "--image", path, "--device", "cpu")
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and path.name in err and "0x" not in err and err.count("\n") == 1
 
 
-def test_sampling_repeats_by_seed(call, folder, picture):
+def test_sampling_repeats_by_seed(call, folder, image):
     arguments = (
         "--model",
         folder,
         "--image",
-        picture,
+        image,
         "--temperature",
         1.2,
         "--top-k",
@@ -80,8 +80,8 @@ def test_sampling_repeats_by_seed(call, folder, picture):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_an_answer_ends_before_a_string_that_is_named(call, folder, picture):
-    arguments = ("--model", folder, "--image", picture, "--max-new-tokens", 30, "--device", "cpu", "--temperature", 1)
+def test_an_answer_ends_before_a_string_that_is_named(call, folder, image):
+    arguments = ("--model", folder, "--image", image, "--max-new-tokens", 30, "--device", "cpu", "--temperature", 1)
     whole = call(*arguments)[1]
     assert call(*arguments, "--stop", whole[8:10], "--stop", "not there")[1] == whole[: whole.index(whole[8:10])] + "\n"
 
@@ -99,25 +99,25 @@ def test_an_answer_ends_before_a_string_that_is_named(call, folder, picture):
         (("--max-new-tokens", "9999999"), "positions"),
     ],
 )
-def test_a_wrong_setting_is_named_with_exit_code_2(call, folder, picture, arguments, named):
-    code, _, err = call("--model", folder, "--device", "cpu", "--image", picture, *arguments)
+def test_a_wrong_setting_is_named_with_exit_code_2(call, folder, image, arguments, named):
+    code, _, err = call("--model", folder, "--device", "cpu", "--image", image, *arguments)
     assert code == 2 and named in err
 
 
-def test_without_any_trained_model_the_command_that_makes_one_is_named(call, picture, tmp_path, monkeypatch):
+def test_without_any_trained_model_the_command_that_makes_one_is_named(call, image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, err = call("--image", picture)
+    code, _, err = call("--image", image)
     assert code == 2 and "make demo" in err
 
 
-def test_a_conversation_reads_lines_until_an_empty_one(call, folder, picture, monkeypatch):
+def test_a_conversation_reads_lines_until_an_empty_one(call, folder, image, monkeypatch):
     lines = iter(["What is this?", "And now?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    code, out, _ = call("--model", folder, "--chat", "--image", picture, "--max-new-tokens", 4, "--device", "cpu")
+    code, out, _ = call("--model", folder, "--chat", "--image", image, "--max-new-tokens", 4, "--device", "cpu")
     assert code == 0 and out.count("\n") >= 2
 
 
-def test_ctrl_c_in_the_middle_of_an_answer_ends_its_line_and_leaves_with_130(call, folder, picture, monkeypatch):
+def test_ctrl_c_in_the_middle_of_an_answer_ends_its_line_and_leaves_with_130(call, folder, image, monkeypatch):
     pieces = []
 
     def interrupt(piece):
@@ -127,7 +127,7 @@ def test_ctrl_c_in_the_middle_of_an_answer_ends_its_line_and_leaves_with_130(cal
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, "write", interrupt)
-    code, out, err = call("--model", folder, "--image", picture, "--device", "cpu")
+    code, out, err = call("--model", folder, "--image", image, "--device", "cpu")
     assert (code, out, err) == (130, "".join(pieces) + "\n", "") and len(pieces) == 2
 
 
@@ -140,9 +140,9 @@ def test_ctrl_c_ends_the_line_and_leaves_with_130(call, folder, monkeypatch):
     assert (code, out, err) == (130, "\n", "")
 
 
-def test_from_the_command_to_the_answer_nothing_is_imported_that_is_not_needed(folder, picture):
+def test_from_the_command_to_the_answer_nothing_is_imported_that_is_not_needed(folder, image):
     """torch's compiler alone takes as long to import as all the rest."""
-    command = [sys.executable, "-X", "importtime", "sample.py", "--model", folder, "--image", picture]
+    command = [sys.executable, "-X", "importtime", "sample.py", "--model", folder, "--image", image]
     result = subprocess.run(
         [*command, "--max-new-tokens", "2", "--device", "cpu"], cwd=ROOT, capture_output=True, text=True
     )
