@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.runner import serve_turns
 from mmllm.errors import run
+from mmllm.runtime.threads import limit_threads
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -77,8 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def worker(options: argparse.Namespace) -> int:
-    """The process of one contestant."""
+    """The process of one contestant. Other programs keep the threads that they come with."""
     spec = json.loads(options.spec)
+    if spec["contestant"].startswith("mmllm"):
+        limit_threads()
     module = {"train": "benchmarks.train", "generate": "benchmarks.generate", "memory": "benchmarks.memory"}[
         spec["bench"]
     ]

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def stamped(rows: list[dict], device: torch.device, arguments: list[str]) -> lis
 
 
 def save_rows(folder: Path, kind: str, rows: list[dict]) -> Path:
-    """Writes the rows into `folder`/`kind`.jsonl, each in the place of an older one of the same key."""
+    """Writes the rows into `folder`/`kind`.jsonl, where each replaces an older one of the same key."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}.jsonl"
     kept = {key(row): row for row in read_rows(folder, kind)} | {key(row): row for row in rows}
@@ -88,13 +87,13 @@ class Goal:
     at_most: bool = False
 
     def value(self, rows: list[dict]) -> float | None:
-        """What was measured; None where a row that it needs is not there."""
+        """The measured value; None where a row is missing."""
         found = {(row["case"], row["contestant"]): row.get(self.field) for row in rows if row["device"] == self.device}
         top, bottom = found.get(self.row), 1.0 if self.over is None else found.get(self.over)
         return top / bottom if top is not None and bottom else None
 
     def line(self, rows: list[dict]) -> tuple[str, str, str, str]:
-        """What, measured, goal, and whether it is reached."""
+        """What is measured, its value, the goal, and whether it is reached."""
         value, bound = self.value(rows), f"{'at most' if self.at_most else 'at least'} {self.bound:g}"
         if value is None:
             return self.text, "not measured", bound, "-"
@@ -109,12 +108,6 @@ def goal_lines(goals: tuple[Goal, ...], kind: str, rows: list[dict], device: str
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """A table in Markdown; every column but the first is set to the right."""
-    rows = [head, ("---", *["---:"] * (len(head) - 1)), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def amount(value: float | None, form: str, scale: float = 1.0) -> str:
     """The number as text, or a dash where there is none."""
     return "-" if value is None else format(value * scale, form)
@@ -123,12 +116,12 @@ def amount(value: float | None, form: str, scale: float = 1.0) -> str:
 def origin(rows: list[dict]) -> str:
     """Where, when and by which command the rows were measured, the newest command first."""
 
-    def told(row: dict) -> str:
+    def line(row: dict) -> str:
         where = row["machine"]
         device = where.get("gpu") or f"{where['threads']} threads of {where['cpu']}"
         return f"{device}, torch {where['torch']}, {row['date']}, commit {row['commit']}: `{row['command']}`"
 
-    return "; ".join(dict.fromkeys(told(row) for row in sorted(rows, key=lambda row: row["date"], reverse=True)))
+    return "; ".join(dict.fromkeys(line(row) for row in sorted(rows, key=lambda row: row["date"], reverse=True)))
 
 
 BEGIN, END = "<!-- benchmarks: python -m benchmarks table -->", "<!-- end of benchmarks -->"
@@ -141,7 +134,3 @@ def rewritten(text: str, content: str) -> str:
     if not begin or not end:
         raise UserError(f"README.md has no part between {BEGIN} and {END}; put both lines where the tables belong")
     return f"{before}{begin}\n{content}\n{end}{after}"
-
-
-def arguments() -> list[str]:
-    return sys.argv[1:]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from benchmarks import generate as bench_generate
 from benchmarks import train as bench_train
-from benchmarks.rows import amount, goal_lines, origin, read_rows, table
+from benchmarks.rows import amount, goal_lines, origin, read_rows
+from mmllm.reporting.report import markdown_table
 
 GOALS = bench_train.GOALS + bench_generate.GOALS
 
@@ -21,7 +22,7 @@ def tables(folder: Path) -> str:
             mine = [row for row in rows if row["device"] == device]
             parts.append(f"#### {title}, {'GPU' if device == 'cuda' else 'CPU'}\n\n{make(mine)}\n\n{origin(mine)}.")
             if lines := goal_lines(GOALS, kind, mine, device):
-                parts.append(table(("goal", "measured", "wanted", "reached"), lines))
+                parts.append(markdown_table(("goal", "measured", "wanted", "reached"), lines, numbers=True))
     return "\n\n".join(parts) or "Not measured yet."
 
 
@@ -39,7 +40,7 @@ def train_table(rows: list[dict]) -> str:
         )
         for row in rows
     ]
-    return table(head, lines)
+    return markdown_table(head, lines, numbers=True)
 
 
 def generate_table(rows: list[dict]) -> str:
@@ -69,41 +70,37 @@ def generate_table(rows: list[dict]) -> str:
                 amount(single.get("peak_bytes"), ".2f", 1e-9) + " GB",
             )
         )
-    return table(head, lines)
+    return markdown_table(head, lines, numbers=True)
 
 
 def memory_table(rows: list[dict]) -> str:
     head = ("step", "predicted", "measured", "off by")
-    return table(
-        head,
-        [
-            (
-                f"{row['case']}, {row['rows']} rows",
-                amount(row["predicted_bytes"], ".2f", 1e-9) + " GB",
-                amount(row["peak_bytes"], ".2f", 1e-9) + " GB",
-                amount(row["error"], "+.0%"),
-            )
-            for row in rows
-        ],
-    )
+    lines = [
+        (
+            f"{row['case']}, {row['rows']} rows",
+            amount(row["predicted_bytes"], ".2f", 1e-9) + " GB",
+            amount(row["peak_bytes"], ".2f", 1e-9) + " GB",
+            amount(row["error"], "+.0%"),
+        )
+        for row in rows
+    ]
+    return markdown_table(head, lines, numbers=True)
 
 
 def rehearse_table(rows: list[dict]) -> str:
     head = ("configuration, changed settings", "samples", "steps", "in all", "tokens/s", "peak memory")
-    return table(
-        head,
-        [
-            (
-                " ".join([f"`{row['case']}`", *(f"`{setting}`" for setting in row["settings"])]),
-                str(row["samples"]),
-                str(row["steps"]),
-                amount(row["total_s"], ".0f") + " s",
-                amount(row["tokens_per_s"], ".0f"),
-                amount(row["peak_bytes"], ".2f", 1e-9) + " GB",
-            )
-            for row in rows
-        ],
-    )
+    lines = [
+        (
+            " ".join([f"`{row['case']}`", *(f"`{setting}`" for setting in row["settings"])]),
+            str(row["samples"]),
+            str(row["steps"]),
+            amount(row["total_s"], ".0f") + " s",
+            amount(row["tokens_per_s"], ".0f"),
+            amount(row["peak_bytes"], ".2f", 1e-9) + " GB",
+        )
+        for row in rows
+    ]
+    return markdown_table(head, lines, numbers=True)
 
 
 KINDS = (
