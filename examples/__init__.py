@@ -1,1 +1,1 @@
-"""Whole experiments made with the library; none of it is imported by mmllm."""
+"""Whole experiments made with the library, each a command: shapes (`make demo`), pretrain, crossval."""

@@ -1,0 +1,1 @@
+"""Small backbones from scratch. Reading order: training, folders, backbones."""

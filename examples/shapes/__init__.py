@@ -1,0 +1,1 @@
+"""`make demo`: a drawn world from nothing to answers. Reading order: world, backbones, demo, sheet."""

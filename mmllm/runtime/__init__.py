@@ -1,1 +1,1 @@
-"""The machine and its processes: console, device, memory, signals, torch.distributed."""
+"""The machine and its processes: console, files, threads, device, memory, machine, signals, torch.distributed."""
