@@ -1,10 +1,12 @@
-"""Models made ready to answer: against the plain model, in every precision, from every kind of directory."""
+"""Models prepared for answering: against the formulas, in every precision, from every kind of directory."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from mmllm.commands import convert
 from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
@@ -12,7 +14,8 @@ from mmllm.errors import CheckpointError, ConfigError, UserError
 from mmllm.inference.optimize import load_model
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.kernels import cpu as kernels
-from mmllm.layers.lora import adapters, add_lora_
+from mmllm.kernels.reference import int4_matrix, int8_linear, quantize_int4, quantize_int8
+from mmllm.layers.lora import adapters, add_lora_, merge_lora_
 from mmllm.layers.packed import Int8Packed
 from mmllm.layers.quantized import quantize_
 from mmllm.models.kv_cache import KVCache, PerSlot
@@ -21,7 +24,44 @@ from mmllm.models.multimodal import MultimodalLLM
 from mmllm.training.prepare import prepare
 from official import write_model
 
-ERRORS = {"float32": 0, "bfloat16": 0.02, "int8": 0.04, "int8-dynamic": 0.1, "int4": 0.5}  # of logits, relative
+# Relative distance of the logits from those of the formulas. Without our kernels bfloat16 rounds the activations too;
+# an int8-dynamic activation at the edge of two integers may become either.
+DISTANCE = {
+    "float32": 0,
+    "bfloat16": 5e-6 if kernels.native() else 0.02,
+    "int8": 5e-6,
+    "int8-dynamic": 0.01,
+    "int4": 5e-6,
+}
+
+
+def rounded(weight_OK: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "bfloat16":
+        return weight_OK.bfloat16().float()
+    if kind == "int4":
+        return int4_matrix(*quantize_int4(weight_OK))
+    q_OK, scale_O1 = quantize_int8(weight_OK)
+    return q_OK * scale_O1
+
+
+@torch.no_grad()
+def round_by_formula_(model: MultimodalLLM, precision: str) -> MultimodalLLM:
+    """A float model whose weights have the values that `precision` gives them."""
+    for name, layer in model.named_modules() if precision != "float32" else ():
+        is_language = name.startswith("language_model.")
+        if not isinstance(layer, nn.Linear | nn.Embedding) or "projector" in name or "position_embedding" in name:
+            continue
+        is_int4 = precision == "int4" and ".layers." in name and is_language
+        kind = precision if precision == "bfloat16" or is_int4 else "int8"
+        if precision == "int8-dynamic" and is_language and isinstance(layer, nn.Linear):
+            q_OK, scale_O1 = quantize_int8(layer.weight)
+            layer.forward = partial(int8_linear, q_OK=q_OK, scale_O=scale_O1[:, 0], bias_O=layer.bias, bits=8)
+        layer.weight.copy_(rounded(layer.weight, kind))
+    return model
+
+
+def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +77,18 @@ def int8_folder(folder, tmp_path_factory):
 
 
 @torch.no_grad()
-def some_logits(model: MultimodalLLM, pictures: int = 1) -> torch.Tensor:
+def some_logits(model: MultimodalLLM, num_images: int = 1) -> torch.Tensor:
     rng = torch.Generator().manual_seed(0)
-    tokens = model.config.num_image_tokens * pictures
+    tokens = model.config.num_image_tokens * num_images
     ids = torch.randint(0, 280, (2, 40), generator=rng)
     ids[0, 3 : 3 + tokens] = model.config.image_token_id
-    return model.logits(ids, torch.randn(pictures, 3, 32, 32, generator=rng))
+    return model.logits(ids, torch.randn(num_images, 3, 32, 32, generator=rng))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_each_precision_is_as_near_to_float32_as_its_rounding_allows(folder, precision):
-    wanted, got = (
-        some_logits(MultimodalLLM.from_pretrained(folder)),
-        some_logits(load_model(folder, precision=precision)),
-    )
-    assert (got - wanted).norm() <= ERRORS[precision] * wanted.norm()
-
-
-def test_int8_answers_as_the_rounded_weights_do(folder):
-    rounded = MultimodalLLM.from_pretrained(folder)
-    model = load_model(folder, precision="int8")
-    with torch.no_grad():
-        for name, layer in model.language_model.named_modules():
-            if isinstance(layer, Int8Packed):
-                rounded.language_model.get_submodule(name).weight.copy_(layer.rows(torch.arange(layer.out_features)))
-    assert (some_logits(model, pictures=0) - some_logits(rounded, pictures=0)).abs().max() < 1e-4
+def test_each_precision_computes_its_formula(folder, precision):
+    wanted = some_logits(round_by_formula_(MultimodalLLM.from_pretrained(folder), precision))
+    assert distance(some_logits(load_model(folder, precision=precision)), wanted) <= DISTANCE[precision]
 
 
 def test_the_embedding_and_the_tied_head_are_one_int8_matrix(folder):
@@ -75,13 +102,13 @@ def test_the_embedding_and_the_tied_head_are_one_int8_matrix(folder):
 
 
 def test_an_untied_head_has_a_matrix_of_its_own(tmp_path):
-    folder = write_model(tmp_path / "model", qwen={"tie_word_embeddings": False})
-    wanted, got = some_logits(MultimodalLLM.from_pretrained(folder)), some_logits(load_model(folder, precision="int8"))
-    assert (got - wanted).norm() <= ERRORS["int8"] * wanted.norm()
+    folder = write_model(tmp_path / "model", tie_word_embeddings=False)
+    wanted = some_logits(round_by_formula_(MultimodalLLM.from_pretrained(folder), "int8"))
+    assert distance(some_logits(load_model(folder, precision="int8")), wanted) <= DISTANCE["int8"]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "int8-dynamic", "int4"])
-def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(folder, precision):
+def test_a_row_has_the_same_bits_in_a_batch_and_alone(folder, precision):
     if not kernels.native():
         pytest.skip("no C++ compiler here")
     model = load_model(folder, precision=precision)
@@ -91,7 +118,7 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(folder, precision):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
-def test_token_by_token_gives_what_the_whole_text_gives(folder, precision):
+def test_decoding_token_by_token_gives_what_the_whole_text_gives(folder, precision):
     model = load_model(folder, precision=precision)
     language_model, slots = model.language_model, [2, 0]
     ids_BT = torch.randint(0, 280, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -110,24 +137,23 @@ def test_patches_as_a_product_are_those_of_the_convolution(folder):
         pytest.skip("no C++ compiler here")
     convolution = load_model(folder, precision="int8").vision_tower.vision_model.embeddings.patch_embedding
     pixels = torch.randn(2, 3, 32, 32)
-    wanted = torch.nn.Conv2d.forward(convolution, pixels)
-    got = convolution(pixels)
-    assert got.shape == wanted.shape
-    assert torch.allclose(got, wanted, atol=1e-5)
+    with torch.no_grad():
+        wanted = torch.nn.Conv2d.forward(convolution, pixels)
+        assert_close(convolution(pixels), wanted, atol=1e-6 * float(wanted.abs().max()), rtol=0)  # up to 45
 
 
 def test_int8_needs_no_compiler_for_the_same_bits(folder, int8_folder, monkeypatch):
-    wanted = [some_logits(load_model(f, precision="int8"), pictures=0) for f in (folder, int8_folder)]
-    with_norm = load_model(folder, precision="int8").language_model
+    wanted = [some_logits(load_model(f, precision="int8"), num_images=0) for f in (folder, int8_folder)]
+    native = load_model(folder, precision="int8").language_model
     monkeypatch.setattr(kernels, "native", lambda: False)
     for source, before in zip((folder, int8_folder), wanted, strict=True):
         model = load_model(source, precision="int8")
-        assert (some_logits(model, pictures=0) - before).abs().max() < 1e-4
+        assert (some_logits(model, num_images=0) - before).abs().max() < 1e-4
         layer, x = model.language_model.model.layers[0].mlp.down_proj, torch.randn(3, 160)
-        assert torch.equal(layer(x), with_norm.model.layers[0].mlp.down_proj(x))
-    for precision in ("bfloat16", "int8-dynamic", "int4"):
-        plain = some_logits(MultimodalLLM.from_pretrained(folder))
-        assert (some_logits(load_model(folder, precision=precision)) - plain).norm() <= ERRORS[precision] * plain.norm()
+        assert torch.equal(layer(x), native.model.layers[0].mlp.down_proj(x))
+    for precision, bound in (("bfloat16", 0.02), ("int8-dynamic", 0.01), ("int4", 5e-6)):
+        wanted = some_logits(round_by_formula_(MultimodalLLM.from_pretrained(folder), precision))
+        assert distance(some_logits(load_model(folder, precision=precision)), wanted) <= bound
 
 
 # On disk --------------------------------------------------------------------------------------------------------------
@@ -160,7 +186,7 @@ def test_an_int8_directory_is_half_of_bfloat16(folder, int8_folder):
     assert packed < 1.15 * language, "scales, biases and norms are 15 % of so small a model"
 
 
-def test_int8_weights_are_not_read_as_anything_else(int8_folder):
+def test_int8_weights_are_not_loaded_in_another_precision(int8_folder):
     with pytest.raises(UserError, match="its weights are int8, not bfloat16; use dtype int8"):
         load_model(int8_folder, precision="bfloat16")
 
@@ -180,14 +206,14 @@ def test_a_truncated_int8_file_is_refused(int8_folder, tmp_path):
         load_model(tmp_path / "model", precision="int8")
 
 
-def test_a_model_made_ready_is_not_written_back(folder, tmp_path):
+def test_a_model_prepared_for_answering_is_not_saved(folder, tmp_path):
     with pytest.raises(ValueError, match="made ready to answer in int8 and cannot be written back"):
         load_model(folder, precision="int8").save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("device", "precision"), [("cpu", "int2"), ("mps", "int8"), ("cuda", "int4")])
-def test_a_precision_that_a_device_has_not_is_refused(folder, device, precision):
+def test_a_precision_that_a_device_does_not_support_is_refused(folder, device, precision):
     with pytest.raises(UserError, match=f"{precision}.* can be float32"):
         load_model(folder, device=device, precision=precision)
 
@@ -195,7 +221,7 @@ def test_a_precision_that_a_device_has_not_is_refused(folder, device, precision)
 # Adapters -------------------------------------------------------------------------------------------------------------
 
 
-def with_adapters(folder, out, is_int8: bool):
+def with_adapters(folder, out, is_int8: bool) -> MultimodalLLM:
     model = MultimodalLLM.from_pretrained(folder)
     if is_int8:
         quantize_(model.language_model)
@@ -205,14 +231,16 @@ def with_adapters(folder, out, is_int8: bool):
     for layer in adapters(model.language_model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
     model.save_pretrained(out)
-    return some_logits(model)
+    return model
 
 
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_adapters_answer_beside_int8_weights_and_inside_float_ones(folder, tmp_path, is_int8, precision):
-    wanted = with_adapters(folder, tmp_path / "adapted", is_int8)
+def test_adapters_are_merged_into_float_weights_and_stay_beside_int8_ones(folder, tmp_path, is_int8, precision):
+    plain = with_adapters(folder, tmp_path / "adapted", is_int8)
+    if not is_int8:
+        merge_lora_(plain.language_model)
+    wanted = some_logits(round_by_formula_(plain, precision))
     model = load_model(tmp_path / "adapted", precision=precision)
     assert bool(adapters(model)) == is_int8
-    bound = 1e-5 if precision == "float32" else 2 * ERRORS["int8"]
-    assert (some_logits(model) - wanted).norm() <= bound * wanted.norm()
+    assert distance(some_logits(model), wanted) <= 1e-5
