@@ -1,13 +1,13 @@
 """Tiny random models in the official file format, written with weights that show mistakes.
 
-Default initialisation (std 0.02, zero biases, unit norms) hides nearly every error of a port: a forgotten bias or norm
-weight changes nothing. Here every tensor is spread wide and seeded by its name: matrices with std 1/sqrt(fan in), biases
-0.3, some key biases twelve times that, norm weights around 1, the closing norm around 4.
+Default initialisation (std 0.02, zero biases, unit norms) hides most errors of a port: a missing bias or norm weight
+changes nothing. Here every tensor is drawn with a wide distribution, seeded by its name: matrices with std 1/sqrt(fan in),
+biases 0.3, some key biases twelve times that, norm weights around 1, the final norm around 4.
 
     write_clip(folder, **vision_config)    a CLIP folder: config.json, preprocessor_config.json, model.safetensors
     write_qwen(folder, **config)           a Qwen2.5 folder: config.json, generation_config.json, tokenizer.json, weights
     write_tokenizer(folder)                tokenizer.json with all of Qwen2.5's control tokens
-    write_model(folder, features="patch")  both, joined by convert_weights: a whole mmllm directory
+    write_model(folder, features="patch")  both, joined: an mmllm model directory
 """
 
 import json
@@ -47,8 +47,8 @@ QWEN = {
 }
 
 
-def spread_(module: nn.Module) -> None:
-    """Fills every parameter so that a mistake in any of them shows."""
+def randomise_(module: nn.Module) -> None:
+    """Draws every parameter so widely that a mistake in any of them shows."""
     for name, parameter in module.named_parameters():
         rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(parameter.shape, generator=rng)
@@ -80,15 +80,15 @@ def write_clip(folder: str | Path, **overrides) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = CLIPVisionConfig.from_dict(CLIP | overrides)
     tower = CLIPVisionTower(config, with_projection=True)
-    spread_(tower)
+    randomise_(tower)
     save_file(published_tensors(tower), folder / "model.safetensors", {"format": "pt"})
-    whole = {
+    content = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": config.projection_dim,
         "vision_config": config.to_dict(),
     }
-    (folder / "config.json").write_text(json.dumps(whole))
+    (folder / "config.json").write_text(json.dumps(content))
     images = {"size": config.image_size, "crop_size": config.image_size, "resample": 3, "do_center_crop": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     return folder
@@ -99,7 +99,7 @@ def write_qwen(folder: str | Path, shards: int = 1, **overrides) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = Qwen2Config.from_dict(QWEN | overrides)
     model = Qwen2(config)
-    spread_(model)
+    randomise_(model)
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     tensors = published_tensors(model)
@@ -150,11 +150,11 @@ def write_tokenizer(folder: str | Path) -> Path:
 
 
 def write_model(folder: str | Path, features: str = "patch", clip: dict | None = None, **qwen) -> Path:
-    """A whole mmllm directory of random towers; further arguments change the language model's configuration."""
+    """An mmllm model directory of random towers; further arguments change the language model's configuration."""
     folder = Path(folder)
     sources = folder.parent / f"{folder.name}-sources"
     clip_folder, qwen_folder = write_clip(sources / "clip", **(clip or {})), write_qwen(sources / "qwen", **qwen)
     model = MultimodalLLM.from_towers(clip_folder, qwen_folder, features=features)
-    spread_(model.multi_modal_projector)
+    randomise_(model.multi_modal_projector)
     model.save_pretrained(folder)
     return folder

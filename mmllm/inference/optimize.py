@@ -141,7 +141,7 @@ def fused_attention(
     if x_BTD.shape[1] > 1 or not isinstance(cache, PerSlot):
         return Qwen2Attention.forward(attention, x_BTD, rope, attend_B1TS, cache)
     qkv_B1N = packed.side_by_side((attention.q_proj, attention.k_proj, attention.v_proj), x_BTD)
-    slots, starts = zip(*cache.places, strict=True)
+    slots, starts = zip(*cache.rows, strict=True)
     keys_SGCK, values_SGCK = cache.cache.keys[attention.layer], cache.cache.values[attention.layer]
     y_BD = torch.ops.mmllm.attend_token(qkv_B1N, *rope, keys_SGCK, values_SGCK, slots, starts)
     return attention.o_proj(y_BD[:, None])

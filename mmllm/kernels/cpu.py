@@ -12,8 +12,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,7 +75,7 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
 
 def register_shapes() -> None:
     """Tells torch.compile the shapes of the operators' results."""
-    for name, shape in {
+    for name, width in {
         "int8_linear": lambda x, panels, scale, bias, bits: scale.numel(),
         "int8_linears": lambda x, panels, scales, biases, bits: sum(scale.numel() for scale in scales),
         "int4_linear": lambda x, panels, scale, bias, out_features: out_features,
@@ -85,11 +83,9 @@ def register_shapes() -> None:
         "swiglu": lambda x: x.shape[-1] // 2,
         "rms_norm": lambda x, weight, eps: x.shape[-1],
     }.items():
-        torch.library.register_fake(f"mmllm::{name}", partial(_last_becomes, shape))
-
-
-def _last_becomes(shape: Callable[..., int], x: Tensor, *others: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], shape(x, *others))
+        torch.library.register_fake(
+            f"mmllm::{name}", lambda x, *others, width=width: x.new_empty(*x.shape[:-1], width(x, *others))
+        )
 
 
 def self_test() -> None:
@@ -107,20 +103,15 @@ def self_test() -> None:
     x2, half = torch.randn(11, 64, generator=rng), torch.randn(37, 44, generator=rng).bfloat16()
     matrix = reference.int4_matrix(*reference.quantize_int4(torch.randn(37, 64, generator=rng)))
     gates, ups = x2.double().split(32, 1)
-    norms = x2.double().square().mean(1, True).sqrt()
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x.double(), weight.double(), bias.double())
+
     for name, got, wanted in (
-        (
-            "int4",
-            ops.int4_linear(x2, *ops.int4_pack(matrix), bias, 37),
-            F.linear(x2.double(), matrix.double(), bias.double()),
-        ),
-        (
-            "bfloat16",
-            ops.bf16_linear(x, bf16_panels(half), bias, 37),
-            F.linear(x.double(), half.double(), bias.double()),
-        ),
+        ("int4", ops.int4_linear(x2, *ops.int4_pack(matrix), bias, 37), linear(x2, matrix)),
+        ("bfloat16", ops.bf16_linear(x, bf16_panels(half), bias, 37), linear(x, half)),
         ("SwiGLU", ops.swiglu(x2), F.silu(gates) * ups),
-        ("norm", ops.rms_norm(x2, x2[0], 0.0), x2[0] * x2 / norms),
+        ("norm", ops.rms_norm(x2, x2[0], 0.0), F.rms_norm(x2.double(), (64,), x2[0].double(), 0.0)),
     ):
         error = (got - wanted).abs().max()
         if not error < 1e-4:

@@ -64,19 +64,19 @@ class PerSlot:
     """The cache of one forward pass: row b continues slot `slots[b]` at position `starts[b]`."""
 
     def __init__(self, cache: KVCache, slots: list[int], starts: list[int]):
-        self.cache, self.places = cache, list(zip(slots, starts, strict=True))
+        self.cache, self.rows = cache, list(zip(slots, starts, strict=True))
 
     def attend(self, layer: int, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         slot_keys, slot_values = self.cache.slot_keys[layer], self.cache.slot_values[layer]
         tokens = q_BHTK.shape[2]
-        each = zip(self.places, q_BHTK.split(1), k_BGTK.split(1), v_BGTK.split(1), strict=True)
-        rows = []
+        each = zip(self.rows, q_BHTK.split(1), k_BGTK.split(1), v_BGTK.split(1), strict=True)
+        outputs = []
         for (slot, start), q_1HTK, k_1GTK, v_1GTK in each:
             keys, values = slot_keys[slot], slot_values[slot]
             keys.narrow(2, start, tokens).copy_(k_1GTK)
             values.narrow(2, start, tokens).copy_(v_1GTK)
-            rows.append(attend_row(q_1HTK, keys.narrow(2, 0, start + tokens), values.narrow(2, 0, start + tokens)))
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+            outputs.append(attend_row(q_1HTK, keys.narrow(2, 0, start + tokens), values.narrow(2, 0, start + tokens)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def attend_row(q_1HTK: Tensor, k_1GSK: Tensor, v_1GSK: Tensor) -> Tensor:

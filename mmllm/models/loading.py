@@ -77,11 +77,7 @@ def read_info(folder: str | Path) -> ModelInfo:
 
 
 def from_pretrained(
-    cls: type[Model],
-    source: str | Path,
-    *,
-    device: Device = "cpu",
-    dtype: torch.dtype | None = torch.float32,
+    cls: type[Model], source: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> Model:
     """The model of a directory that `save_pretrained` wrote, or of a hub repository with the same files.
 
@@ -134,9 +130,6 @@ def load_packed_(model: nn.Module, folder: Path, device: Device, dtype: torch.dt
         parameter.data = parameter.data.to(device, dtype)
 
 
-# Two published models -------------------------------------------------------------------------------------------------
-
-
 def from_towers(
     cls: type[Model],
     clip: str | Path,
@@ -172,12 +165,12 @@ def from_towers(
 
 def read_tower_config(folder: Path, *kinds: str) -> dict:
     """The config.json of a published model whose model_type is one of `kinds`."""
-    config = read_json(folder / "config.json")
-    if config.get("model_type") not in kinds:
-        found = config.get("model_type")
-        raise CheckpointError(f"{folder / 'config.json'}: model_type is {found!r}; {' or '.join(kinds)} is needed here")
+    file = folder / "config.json"
+    config = read_json(file)
+    if (found := config.get("model_type")) not in kinds:
+        raise CheckpointError(f"{file}: model_type is {found!r}; {' or '.join(kinds)} is needed here")
     if "quantization_config" in config:
-        raise CheckpointError(f"{folder / 'config.json'}: a quantised model; use the plain one")
+        raise CheckpointError(f"{file}: a quantised model; use the plain one")
     return config
 
 
@@ -193,9 +186,7 @@ def language_tensors(folder: Path, config: Qwen2Config) -> dict[str, Tensor]:
     tensors = read_tensors(folder)
     embedding = tensors.get("model.embed_tokens.weight", torch.empty(0))
     if config.tie_word_embeddings and not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
-        raise CheckpointError(
-            f"{folder}: lm_head.weight differs from the embedding, but config.json says they are tied"
-        )
+        raise CheckpointError(f"{folder}: lm_head.weight differs from the embedding, but config.json says it is tied")
     return tensors
 
 
@@ -234,9 +225,6 @@ def with_processor(model: Model, processor: ChatProcessor, folder: Path) -> Mode
     return model.eval()
 
 
-# Save -----------------------------------------------------------------------------------------------------------------
-
-
 def save_pretrained(model: nn.Module, folder: str | Path, *, replace: bool = False) -> None:
     """Writes the model as one directory, complete or not at all; `replace` allows it to replace an old one."""
     with atomic_directory(folder, replace=replace) as temporary:
@@ -263,8 +251,8 @@ def write_small_files(model: nn.Module, folder: Path) -> None:
         "system_prompt": model.processor.system,
         "surgery": [*filter(None, ("packed" * form.is_packed, form.rounding, "lora" * bool(form.lora)))],
     }
-    for name, content in (("config.json", model.config.to_dict()), ("mmllm.json", ours)):
-        write_json(folder / name, content)
+    write_json(folder / "config.json", model.config.to_dict())
+    write_json(folder / "mmllm.json", ours)
     if form.lora:
         lora.write_adapter_config(folder, model, form.lora)
     save_processor(model.processor, folder)

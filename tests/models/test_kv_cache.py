@@ -6,7 +6,7 @@ import torch
 from mmllm.models.config import Qwen2Config
 from mmllm.models.kv_cache import AllSlots, KVCache, PerSlot
 from mmllm.models.qwen import Qwen2
-from official import QWEN, spread_
+from official import QWEN, randomise_
 
 CPU = torch.device("cpu")
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model() -> Qwen2:
     model = Qwen2(Qwen2Config.from_dict(QWEN))
-    spread_(model)
+    randomise_(model)
     return model.eval()
 
 
