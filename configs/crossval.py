@@ -1,8 +1,8 @@
-"""Captions from true CLIP embeddings, on two cores: a small language model, five folds of a few hundred pictures.
+"""Captions from true CLIP embeddings, on two cores: a small language model, five folds of a few hundred images.
 
     python -m examples.crossval --features clip_embeddings.npz --captions captions.jsonl
 
-Few pictures: the projector learns nearly all of it, the language model moves only a little.
+With so few images the projector learns nearly all of it and the language model moves only a little.
 """
 
 from mmllm.config import ExperimentConfig
@@ -10,7 +10,7 @@ from mmllm.config import ExperimentConfig
 config = ExperimentConfig()
 config.model.features = "pooled"
 config.model.system_prompt = ""  # fewer tokens in front of every caption
-config.data.batch_size = 16  # pictures, with all their captions
+config.data.batch_size = 16  # images, with all their captions
 config.data.num_workers = 0
 config.training.bf16 = False
 config.training.weight_decay = 0.1

@@ -1,6 +1,6 @@
 """Does my data train at all? 100 samples, one epoch a stage, batches of 4.
 
-python train.py configs/debug.py data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
+python -m mmllm train debug data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
 """
 
 from mmllm.config import ExperimentConfig

@@ -1,9 +1,9 @@
 """Everything: stage 1 aligns the projector, stage 2 trains projector and language model.
 
-    python train.py configs/full.py data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
+    python -m mmllm train full data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
 
-49 patch tokens a picture; rates, epochs and samples a step are those of LLaVA 1.5. For a smaller card set
-`data.batch_size=8` and four times the accumulation of each stage: the gradient is the same. A sample is a picture with
+49 patch tokens an image; rates, epochs and samples a step are those of LLaVA 1.5. For a smaller card set
+`data.batch_size=8` and four times the accumulation of each stage: the gradient is the same. A sample is an image with
 all its captions or questions, in one row. Scores: not measured.
 """
 

@@ -1,6 +1,6 @@
-"""The one-token model: CLIP's image embedding of 512 numbers is the whole picture. As full.py otherwise.
+"""The one-token model: CLIP's image embedding of 512 numbers stands for the whole image. As full.py otherwise.
 
-    python train.py configs/pooled.py data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
+    python -m mmllm train pooled data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
 
 Cheaper (1 visual token instead of 49) and enough for captions; it cannot say where things are. Scores: not measured.
 """

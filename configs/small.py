@@ -1,6 +1,6 @@
 """For a card of 8 to 16 GB: low-rank adapters on an int8 language model, 2 + 1 epochs.
 
-    python train.py configs/small.py data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
+    python -m mmllm train small data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
 
 Rates as in torchtune's recipes for Qwen2.5 with LoRA. Scores, and memory on a card: not measured.
 """
