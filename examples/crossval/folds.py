@@ -13,7 +13,7 @@ from examples.crossval.table import Captions, copied, deal, read_captions, read_
 from mmllm.config.schema import ExperimentConfig
 from mmllm.config.sources import resolve
 from mmllm.data.chat import user
-from mmllm.data.samples import CAPTION_PROMPT
+from mmllm.data.records import CAPTION_PROMPT
 from mmllm.errors import DataError, UserError
 from mmllm.evaluation.captions import best_constant_caption
 from mmllm.evaluation.evaluator import MultimodalEvaluator

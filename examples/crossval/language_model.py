@@ -15,7 +15,7 @@ from examples.pretrain.folders import build_tokenizer, write_clip, write_qwen
 from examples.pretrain.training import initialise_
 from mmllm.config.schema import ExperimentConfig
 from mmllm.data.image import ImageProcessor
-from mmllm.data.samples import CAPTION_PROMPT
+from mmllm.data.records import CAPTION_PROMPT
 from mmllm.errors import DataError
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, Qwen2Config

@@ -15,7 +15,8 @@ from examples.pretrain.training import Captions, initialise_, pretrain_clip, pre
 from mmllm.data.batches import collate
 from mmllm.data.chat import ChatProcessor, assistant, user
 from mmllm.data.image import ImageProcessor, decode
-from mmllm.data.samples import CAPTION_PROMPT, Sample, load_samples
+from mmllm.data.records import CAPTION_PROMPT
+from mmllm.data.samples import Sample, load_samples
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import UserError
 from mmllm.models.clip import CLIPVisionTower

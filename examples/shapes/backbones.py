@@ -27,7 +27,7 @@ from examples.shapes.world import (
 from mmllm.data.batches import collate
 from mmllm.data.chat import ChatProcessor, Encoded, assistant, user
 from mmllm.data.image import ImageProcessor
-from mmllm.data.samples import CAPTION_PROMPT
+from mmllm.data.records import CAPTION_PROMPT
 from mmllm.data.tokenizer import Tokenizer as ModelTokenizer
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, Qwen2Config

@@ -10,7 +10,7 @@ from pathlib import Path
 from examples.shapes.backbones import RECIPE, VISION, make_backbones
 from examples.shapes.sheet import contact_sheet
 from examples.shapes.world import PATCH, SHIFT, SIDE, TWO_THINGS, Scene, any_scene, caption, draw, questions
-from mmllm.data.samples import CAPTION_PROMPT
+from mmllm.data.records import CAPTION_PROMPT
 from mmllm.runtime.console import duration, print_rank0
 from mmllm.runtime.files import write_json
 from mmllm.storage.atomic import atomic_directory

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from examples.shapes.world import SIDE, any_scene, caption, draw, questions
-from mmllm.data.samples import CAPTION_PROMPT
+from mmllm.data.records import CAPTION_PROMPT
 from mmllm.inference.pipeline import load_pipeline
 
 NUM_SCENES, COLUMNS, SCALE = 12, 4, 1.2

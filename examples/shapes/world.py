@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
-from mmllm.data.samples import CAPTION_PROMPT
+from mmllm.data.records import CAPTION_PROMPT
 
 COLORS = {
     "red": (220, 40, 40),

@@ -1,3 +1,3 @@
-"""Data files and images to batches: image and tokenizer, chat (conversations to ids and labels), formats (files to
-records), samples (records to samples), checks (bad samples), packing (texts of one image in one row), batches, features
-(what takes the place of pixels), processor_files."""
+"""Data files and images to batches. Read image, tokenizer and chat first (a conversation to ids and labels), then what
+reads a data file: formats (a file to records), records (one record of any layout), samples, checks (which of them are bad),
+then packing (the texts of one image in one row), batches, and features (what can take the place of pixels)."""

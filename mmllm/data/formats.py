@@ -14,13 +14,14 @@ import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from mmllm.config.validation import shown
 from mmllm.errors import DataError
 
 
-def read_records(path: Path, split: str | None = None) -> list[dict]:
+def read_records(path: Path, split: str | None = None) -> list[dict | DataError]:
     """The records of a data file. `split` chooses a part of Karpathy's files; other files have no parts.
 
-    Raises DataError, naming the file and the line or field, when the file as a whole cannot be understood.
+    What cannot become a record is a DataError in its place. One that concerns the whole file is raised.
     """
     text = read_text(path)
     return flickr_records(text, path) if path.suffix == ".txt" else json_records(text, path, split)
@@ -36,7 +37,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read as UTF-8 text; save it so") from error
 
 
-def json_records(text: str, path: Path, split: str | None) -> list[dict]:
+def json_records(text: str, path: Path, split: str | None) -> list[dict | DataError]:
     """The records of a JSON or JSONL file."""
     try:
         content = json.loads(text)
@@ -56,25 +57,27 @@ def json_records(text: str, path: Path, split: str | None) -> list[dict]:
     return content
 
 
-def json_lines(text: str, path: Path, error_of_file: json.JSONDecodeError) -> list[dict]:
+def json_lines(text: str, path: Path, error_of_file: json.JSONDecodeError) -> list[dict | DataError]:
     """One record a line. A first line that is not JSON means that the file was meant to be a single JSON value."""
-    records = []
+    records: list[dict | DataError] = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold U+2028
         if line.strip():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError as error:
-                line, message = (number, error.msg) if records else (error_of_file.lineno, error_of_file.msg)
-                raise DataError(f"{path}: line {line}: {message}; a list or one object a line is needed") from error
+                if not records:
+                    line, message = error_of_file.lineno, error_of_file.msg
+                    raise DataError(f"{path}: line {line}: {message}; a list or one object a line is needed") from error
+                records.append(DataError(f"line {number}: {error.msg}; one object a line is needed"))
     return records
 
 
-def dataset_records(content: dict, path: Path, split: str | None) -> list[dict]:
+def dataset_records(content: dict, path: Path, split: str | None) -> list[dict | DataError]:
     """The records of a JSON object: a public dataset, or the only line of a JSONL file."""
     if "questions" in content:
         return vqa_records(content, path)
     if "annotations" in content and "images" in content:
-        return coco_records(content, path)
+        return coco_records(content)
     if "annotations" in content:
         raise DataError(
             f"{path}: annotations without questions or images; for VQAv2, name the questions file beside it"
@@ -84,32 +87,44 @@ def dataset_records(content: dict, path: Path, split: str | None) -> list[dict]:
     return [content]
 
 
-def coco_records(content: dict, path: Path) -> list[dict]:
+def coco_records(content: dict) -> list[dict | DataError]:
     """COCO's captions_*.json: a record an image, with all its captions."""
-    captions = defaultdict(list)
-    for annotation in content["annotations"]:
-        captions[annotation["image_id"]].append(annotation["caption"].strip())
-    files = {image["id"]: image["file_name"] for image in content["images"]}
-    unknown = sorted(captions.keys() - files.keys())
-    if unknown:
-        raise DataError(f"{path}: {len(unknown)} captions are of unknown images, first image_id {unknown[0]}")
-    return [{"id": number, "image": files[number], "captions": texts} for number, texts in captions.items()]
+    captions, bad = defaultdict(list), []
+    for number, annotation in enumerate(content["annotations"]):
+        try:
+            captions[annotation["image_id"]].append(stripped(annotation.get("caption")))
+        except (AttributeError, KeyError, TypeError):
+            bad.append(DataError(f"annotations[{number}] is {shown(annotation)}; it needs `image_id` and `caption`"))
+    files = {image.get("id"): image.get("file_name") for image in content["images"] if isinstance(image, dict)}
+    return [
+        {"id": number, "image": files[number], "captions": texts}
+        if files.get(number)
+        else DataError(f"image_id {number}: `images` has no file_name of it")
+        for number, texts in captions.items()
+    ] + bad
 
 
-def karpathy_records(content: dict, path: Path, split: str | None) -> list[dict]:
+def karpathy_records(content: dict, path: Path, split: str | None) -> list[dict | DataError]:
     """Karpathy's dataset_*.json; its "restval" counts as "train", as in the papers that use these splits."""
     parts = defaultdict(list)
-    for image in content["images"]:
-        file = os.path.join(image.get("filepath", ""), image["filename"])
-        captions = [sentence["raw"].strip() for sentence in image["sentences"]]
-        record = {"id": image.get("cocoid", image.get("imgid")), "image": file, "captions": captions}
-        parts["train" if image["split"] == "restval" else image["split"]].append(record)
+    for number, image in enumerate(content["images"]):
+        part = "train" if image.get("split") == "restval" else image.get("split")
+        try:
+            file = os.path.join(image.get("filepath") or "", image["filename"])
+            captions = [stripped(sentence["raw"]) for sentence in image["sentences"]]
+            parts[part].append({"id": image.get("cocoid", image.get("imgid")), "image": file, "captions": captions})
+        except (AttributeError, KeyError, TypeError) as error:
+            parts[part].append(DataError(f"images[{number}] needs `filename` and `sentences` with `raw`: {error!r}"))
     if split not in parts:
-        raise DataError(f"{path}: has the splits {', '.join(parts)}, not {split!r}; choose one of them")
+        raise DataError(f"{path}: has the splits {', '.join(map(str, parts))}, not {split!r}; choose one of them")
     return parts[split]
 
 
-def flickr_records(text: str, path: Path) -> list[dict]:
+def stripped(text: object) -> object:
+    return text.strip() if isinstance(text, str) else text
+
+
+def flickr_records(text: str, path: Path) -> list[dict | DataError]:
     """Flickr8k.token.txt: `name.jpg#0<tab>caption` a line."""
     captions = defaultdict(list)
     for number, line in enumerate(text.split("\n"), 1):
@@ -128,7 +143,7 @@ def vqa_annotations(questions: str | Path) -> Path | None:
     return beside if beside != path and beside.exists() else None
 
 
-def vqa_records(content: dict, path: Path) -> list[dict]:
+def vqa_records(content: dict, path: Path) -> list[dict | DataError]:
     """VQAv2's questions with their annotations; without an annotations file beside it they have no answers."""
     beside = vqa_annotations(path)
     try:
@@ -137,21 +152,24 @@ def vqa_records(content: dict, path: Path) -> list[dict]:
         raise DataError(f"{beside}: line {error.lineno}: {error.msg}; is the file complete?") from error
     annotation_of = {annotation["question_id"]: annotation for annotation in annotations}
     subtype = content["data_subtype"].replace("test-dev", "test")  # the questions of test-dev are about images of test
-    records = []
-    for question in content["questions"]:
-        turns = [{"from": "human", "value": question["question"]}]
-        annotation = annotation_of.get(question["question_id"], {"answers": []})
-        answers = [answer["answer"] for answer in annotation["answers"]]
-        if answers:
-            best = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
-            turns.append({"from": "assistant", "value": best})
-        records.append(
-            {
-                "id": question["question_id"],
-                "image": f"COCO_{subtype}_{question['image_id']:012d}.jpg",
-                "conversations": turns,
-                "references": answers,
-                "kind": annotation.get("answer_type", ""),
-            }
-        )
+    records: list[dict | DataError] = []
+    for number, question in enumerate(content["questions"]):
+        try:
+            annotation = annotation_of.get(question["question_id"], {})
+            answers = [answer["answer"] for answer in annotation.get("answers", [])]
+            turns = [{"from": "human", "value": question["question"]}]
+            if answers:
+                best = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
+                turns.append({"from": "assistant", "value": best})
+            records.append(
+                {
+                    "id": question["question_id"],
+                    "image": f"COCO_{subtype}_{question['image_id']:012d}.jpg",
+                    "conversations": turns,
+                    "references": answers,
+                    "kind": annotation.get("answer_type", ""),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            records.append(DataError(f"questions[{number}] or its annotation is incomplete: {error!r}"))
     return records

@@ -1,17 +1,20 @@
 """Records to samples: a sample is a conversation about some images, with its reference answers."""
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmllm.data.chat import IMAGE, Message, assistant, parse_text
+from mmllm.config.validation import did_you_mean, shown
+from mmllm.data.chat import IMAGE, MARK, Message, assistant, parse_text
 from mmllm.data.formats import read_records
+from mmllm.data.records import KNOWN_KEYS, read_record, record_id, unread_keys
 from mmllm.errors import DataError
+from mmllm.runtime.console import stderr_rank0
 
-CAPTION_PROMPT = "Describe this image."
 MAX_SHARED = 16  # texts of one image in a sample: bounds how large a batch can get
-ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+OTHER_MARK = re.compile(r"<\|?image[ _-]?(\d+|pad|placeholder)\|?>", re.IGNORECASE)  # of other programs
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Sample:
 
 
 def load_samples(path: str | Path, image_dir: str | Path | None = None, split: str | None = None) -> list[Sample]:
-    """The samples of a data file in any layout of formats.py; image names are relative to `image_dir` (default: the
-    folder of the file).
+    """The samples of a data file in any layout of formats.py and records.py. Image names are relative to `image_dir`
+    (default: the folder of the file).
 
     An image with several captions becomes one sample a caption, each with all of them as references. `split` chooses
     a part of Karpathy's files. Raises DataError naming the file, the record and the field.
@@ -42,87 +45,71 @@ def load_samples(path: str | Path, image_dir: str | Path | None = None, split: s
     samples = read_samples(path, image_dir, split)
     for index, sample in enumerate(samples):
         if sample.fault:
-            raise DataError(f"{path}: sample {index}: {sample.fault}")
+            name = "" if sample.id == str(index) else f" ({sample.id})"
+            raise DataError(f"{path}: sample {index}{name}: {sample.fault}")
     return samples
 
 
 def read_samples(path: str | Path, image_dir: str | Path | None = None, split: str | None = None) -> list[Sample]:
     """As `load_samples`, but a record that cannot be used becomes a sample with a `fault`."""
-    path = Path(path)
-    image_dir = path.parent if image_dir is None else Path(image_dir)
+    path = Path(path).expanduser()
+    image_dir = path.parent if image_dir is None else Path(image_dir).expanduser()
     samples: list[Sample] = []
+    unread: Counter[str] = Counter()
     for number, record in enumerate(read_records(path, split)):
+        name = record_id(record, str(number))
         try:
-            samples += record_samples(record, str(number), image_dir)
+            samples += record_samples(record, name, image_dir)
         except DataError as error:
-            samples.append(Sample(str(number), (), (), fault=str(error)))
+            samples.append(Sample(name, (), (), fault=str(error)))
+        unread.update(unread_keys(record))
     if not samples:
         raise DataError(f"{path}: no samples in it")
+    if unread:
+        keys = (f"`{key}`{did_you_mean(key, KNOWN_KEYS)} of {count}" for key, count in sorted(unread.items()))
+        stderr_rank0(f"{path}: not read: {', '.join(keys)} records")
     return samples
 
 
-def record_samples(record: dict, number: str, image_dir: Path) -> list[Sample]:
-    """The samples of one record: one, or one per caption."""
-    if not isinstance(record, dict):
-        raise DataError(f"a JSON object is needed, not {type(record).__name__}")
-    images = record_images(record, image_dir)
-    name, kind = str(record.get("id", number)), str(record.get("kind", ""))
-    if "conversations" in record:
-        if "text" in record or "captions" in record:
-            raise DataError("has `conversations` and also `text` or `captions`; keep one of them")
-        messages = conversation(record["conversations"], len(images))
-        answers = ["".join(message.parts) for message in messages if message.role == "assistant"]
-        references = text_list(record, "references") if record.get("references") else answers[-1:]
-        return [Sample(name, images, messages, tuple(references), kind)]
-    if not images and "prompt" not in record:
-        raise DataError("has neither an `image` nor a `prompt`, so its text answers nothing")
-    captions = text_list(record, "captions" if "captions" in record else "text")
-    question = conversation([{"from": "user", "value": record.get("prompt", CAPTION_PROMPT)}], len(images))
-    names = [name] if len(captions) == 1 else [f"{name}#{i}" for i in range(len(captions))]
+def record_samples(content: object, name: str, image_dir: Path) -> list[Sample]:
+    """The samples of one record: one, or one per caption. A caption that cannot be trained on is a sample with a fault."""
+    record = read_record(content)
+    images = image_paths(record.images, image_dir)
+    messages = to_messages(record.turns, len(images))
+    references = tuple(text for text in record.references if isinstance(text, str) and text.strip())
+    if not record.answers:
+        return [Sample(name, images, messages, references, record.kind)]
+    names = [name] if len(record.answers) == 1 else [f"{name}#{i}" for i in range(len(record.answers))]
     return [
-        Sample(name, images, (*question, assistant(caption)), tuple(captions), kind)
-        for name, caption in zip(names, captions, strict=True)
+        Sample(name, (), (), fault=fault)
+        if (fault := answer_fault(answer, len(images)))
+        else Sample(name, images, (*messages, assistant(answer)), references, record.kind)
+        for name, answer in zip(names, record.answers, strict=True)
     ]
 
 
-def record_images(record: dict, image_dir: Path) -> tuple[Path, ...]:
-    """The paths of a record's images, which must be inside `image_dir`."""
-    names = record.get("images", record.get("image")) or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError("`image` must be a file name, `images` a list of them")
+def image_paths(names: list[str], image_dir: Path) -> tuple[Path, ...]:
+    """The paths of images, which must be inside `image_dir`."""
     for name in names:
-        inside = os.path.normpath(image_dir / name)
-        if not Path(inside).is_relative_to(os.path.normpath(image_dir)):
+        if not Path(os.path.abspath(image_dir / name)).is_relative_to(os.path.abspath(image_dir)):
             raise DataError(f"image {name!r} is outside the image directory {image_dir}; set data.image_dir to hold it")
     return tuple(image_dir / name for name in names)
 
 
-def text_list(record: dict, field: str) -> list[str]:
-    """A field that holds a text or a list of texts, as a list."""
-    value = record.get(field)
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not values or not all(isinstance(item, str) for item in values):
-        raise DataError(
-            f"`{field}` must be a text or a list of texts"
-            if field in record
-            else "needs `conversations` (a list of turns), `text`, or `captions` (a list of texts)"
-        )
-    return values
-
-
-def conversation(turns: object, num_images: int) -> tuple[Message, ...]:
-    """The messages of LLaVA's `conversations`; images without a mark come first in the first question."""
-    if not isinstance(turns, list) or not turns:
-        raise DataError("`conversations` must be a list of turns")
+def to_messages(turns: list[tuple[str, str]], num_images: int) -> tuple[Message, ...]:
+    """The messages of a conversation; images without a mark come first in the first question."""
     messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
-            raise DataError(f"conversations[{number}] needs `from` and `value`, both texts")
-        if turn["from"] not in ROLE_OF:
-            raise DataError(f"conversations[{number}].from is {turn['from']!r}; it can be {', '.join(ROLE_OF)}")
-        role = ROLE_OF[turn["from"]]
-        messages.append(Message(role, parse_text(turn["value"]) if role == "user" else (turn["value"],)))
+    for number, (role, text) in enumerate(turns):
+        fault = ""
+        if role == "user" and (mark := OTHER_MARK.search(text)):
+            fault = f"has {mark.group()}; write {MARK} where each image belongs, in their order"
+        elif role == "assistant":
+            fault = answer_fault(text, num_images)
+        elif role == "system" and num_images and MARK in text:
+            fault = f"has {MARK}, but is a system turn; images can only be in user turns"
+        if fault:
+            raise DataError(f"turn {number} {fault}")
+        messages.append(Message(role, parse_text(text) if role == "user" else (text,)))
     marks = sum(message.num_images for message in messages)
     if marks == 0 and num_images:
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
@@ -130,8 +117,19 @@ def conversation(turns: object, num_images: int) -> tuple[Message, ...]:
             raise DataError("has no user turn to put its image into")
         messages[first] = Message("user", (*(IMAGE, "\n") * num_images, *messages[first].parts))
     elif marks != num_images:
-        raise DataError(f"<image> marks: {marks}, images: {num_images}; mark every image, or none")
+        raise DataError(f"{MARK} marks: {marks}, images: {num_images}; mark every image, or none")
     return tuple(messages)
+
+
+def answer_fault(answer: object, num_images: int) -> str:
+    """Why an answer cannot be trained on, as the end of a sentence; "" when it can."""
+    if not isinstance(answer, str):
+        return f"has the answer {shown(answer)}; it must be a text"
+    if not answer.strip():
+        return "has an empty answer"
+    if num_images and (MARK in answer or OTHER_MARK.search(answer)):
+        return f"has an answer with {MARK} in it; images can only be in user turns"
+    return ""
 
 
 def share_images(samples: list[Sample]) -> list[Sample]:

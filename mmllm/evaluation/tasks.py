@@ -9,7 +9,8 @@ from pathlib import Path
 from mmllm.data.batches import prefetch
 from mmllm.data.chat import Message
 from mmllm.data.checks import image_fault
-from mmllm.data.samples import CAPTION_PROMPT, Sample
+from mmllm.data.records import CAPTION_PROMPT
+from mmllm.data.samples import Sample
 from mmllm.errors import DataError, ImageError
 from mmllm.inference.generate import generate
 from mmllm.inference.pipeline import MultimodalInferencePipeline

@@ -133,7 +133,7 @@ def test_bad_samples_may_be_left_out_and_are_listed(one_bad_in_four, processor, 
     assert json.loads(report.read_text()) == {
         "index": 2,
         "file": "2",
-        "reason": "needs `conversations` (a list of turns), `text`, or `captions` (a list of texts)",
+        "reason": "needs `conversations` or `messages` (a list of turns), `text`, `captions` or `answer`",
     }
 
 

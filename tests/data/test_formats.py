@@ -30,7 +30,7 @@ def test_a_conversation_keeps_its_turns_and_the_places_of_its_images(tmp_path):
             {"from": "human", "value": "<image> or <image>?"},
             {"from": "gpt", "value": "The first."},
             {"from": "user", "value": "Why?"},
-            {"from": "assistant", "value": "It has an <image> in it."},
+            {"from": "assistant", "value": "It has a cat in it."},
         ],
     }
     assert load_samples(written(tmp_path, [record]), "images") == [
@@ -42,9 +42,9 @@ def test_a_conversation_keeps_its_turns_and_the_places_of_its_images(tmp_path):
                 Message("user", (IMAGE, " or ", IMAGE, "?")),
                 assistant("The first."),
                 user("Why?"),
-                assistant("It has an <image> in it."),
+                assistant("It has a cat in it."),
             ),
-            references=("It has an <image> in it.",),
+            references=("It has a cat in it.",),
         )
     ]
 
@@ -180,7 +180,7 @@ def test_vqa_questions_find_their_answers_in_the_file_beside_them(tmp_path):
         (
             "v2_OpenEnded_mscoco_train2014_questions.json",
             '{"data_subtype": "train2014", "questions": [{"question_id": 1, "image_id": "x", "question": "?"}]}',
-            "looks like a file of COCO, Karpathy or VQAv2, but is incomplete",
+            r"sample 0: questions\[0\] or its annotation is incomplete: ValueError",
         ),
     ],
 )
@@ -221,15 +221,16 @@ def test_the_real_vqa_files_are_read(shared):
     "record, message",
     [
         ("A cat.", "a JSON object is needed, not str"),
-        ({"image": "a.jpg"}, "needs `conversations` (a list of turns), `text`, or `captions` (a list of texts)"),
-        ({"image": "a.jpg", "text": 4}, "`text` must be a text or a list of texts"),
-        ({"image": "a.jpg", "captions": ["a", None]}, "`captions` must be a text or a list of texts"),
-        ({"image": "a.jpg", "captions": []}, "`captions` must be a text or a list of texts"),
-        ({"image": 4, "text": "a"}, "`image` must be a file name, `images` a list of them"),
+        ({"image": "a.jpg"}, "needs `conversations` or `messages` (a list of turns), `text`, `captions` or `answer`"),
+        ({"image": "a.jpg", "text": 4}, "has the answer 4; it must be a text"),
+        ({"image": 4, "text": "a"}, "an image is 4; it must be a file name"),
         ({"text": "A cat."}, "has neither an `image` nor a `prompt`, so its text answers nothing"),
-        ({"image": "a.jpg", "conversations": []}, "`conversations` must be a list of turns"),
-        ({"conversations": [{"from": "human"}]}, "conversations[0] needs `from` and `value`, both texts"),
-        ({"conversations": [{"from": [], "value": "a"}]}, "conversations[0] needs `from` and `value`, both texts"),
+        ({"image": "a.jpg", "conversations": "a"}, "`conversations` must be a list of turns"),
+        ({"conversations": [{"from": "human"}]}, "conversations[0] needs `from` and `value`, or `role` and `content`"),
+        (
+            {"conversations": [{"from": [], "value": "a"}]},
+            "conversations[0] needs `from` and `value`, or `role` and `content`",
+        ),
         (
             {"conversations": [{"from": "bot", "value": "a"}]},
             "conversations[0].from is 'bot'; it can be human, user, gpt, assistant, system",
@@ -248,7 +249,7 @@ def test_the_real_vqa_files_are_read(shared):
         ),
         (
             {"conversations": [{"from": "human", "value": "a"}], "text": "a"},
-            "has `conversations` and also `text` or `captions`; keep one of them",
+            "has `conversations` and also `text`; keep one of them",
         ),
     ],
 )
@@ -277,12 +278,13 @@ def test_a_whole_path_into_the_image_directory_is_accepted(tmp_path):
         ("[]", "no samples in it"),
         ("\n", "no samples in it"),
         ("<html>", "line 1: Expecting value"),
-        ('{"prompt": "a", "text": "b"}\n{"prompt": ', "line 2: Expecting value"),
+        ('{"prompt": "a", "text": "b"}\n{"prompt": ', "sample 1: line 2: Expecting value"),
         ("[\n{]", "line 2: Expecting property name"),
         ("4", "a list of records is needed, not int"),
         ('{"annotations": []}', "for VQAv2, name the questions file"),
-        ('{"images": [{"id": 1}], "annotations": [{"id": 1}]}', "incomplete: KeyError('image_id')"),
-        ('{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}', "unknown images, first image_id 1"),
+        ('{"images": 4, "annotations": []}', "looks like a file of COCO, Karpathy or VQAv2, but is"),
+        ('{"images": [{"id": 1}], "annotations": [{"id": 1}]}', "annotations[0] is {'id': 1}; it needs `image_id`"),
+        ('{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}', "image_id 1: `images` has no file_name"),
     ],
 )
 def test_a_file_that_is_no_data_is_named(content, message, tmp_path):
