@@ -29,7 +29,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
     parser.add_argument("--out", metavar="DIR", help="(default: evaluation/NAME OF THE DATA FILE of the model's run)")
     parser.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N images or questions")
-    parser.add_argument("--batch-size", type=at_least_one, default=16, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--slots", type=at_least_one, default=16, metavar="N", help="side by side (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=at_least_one, default=60, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the exchange of images (default: %(default)s)")
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         {"model": str(model), "checkpoint": Path(model).resolve().name, "data": str(options.data)}
         | {"split": options.split, "seed": options.seed},
         evaluator=evaluator,
-        slots=options.batch_size,
+        slots=options.slots,
         shuffle_seed=None if options.no_shuffled else options.seed,
         has_constant=options.constant,
     )

@@ -37,7 +37,7 @@ def test_an_evaluation_writes_predictions_and_scores_of_true_and_shuffled_images
     out = folder / "out"
     evaluate.main(
         [f"--model={folder / 'model'}", f"--data={folder / 'data.json'}", f"--out={out}", "--max-new-tokens=16"]
-        + ["--batch-size=3", "--device=cpu", "--constant"]
+        + ["--slots=3", "--device=cpu", "--constant"]
     )
     captions = json.loads((out / "captions.json").read_text())
     assert [sorted(result) for result in captions] == [["caption", "image_id"]] * 3
@@ -66,7 +66,7 @@ def test_the_answers_do_not_depend_on_the_batch_size(folder):
         out = folder / f"batch-{size}"
         evaluate.main(
             [f"--model={folder / 'model'}", f"--data={folder / 'data.json'}", f"--out={out}", "--max-new-tokens=3"]
-            + ["--batch-size", size, "--device=cpu", "--no-shuffled", "--limit=4"]
+            + ["--slots", size, "--device=cpu", "--no-shuffled", "--limit=4"]
         )
         said.append([(out / name).read_text() for name in ("captions.json", "answers.json")])
         assert not (out / "captions_shuffled.json").exists()
