@@ -31,7 +31,7 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 	@touch $@
 	@echo "ready. Next: make demo, or make test"
 
-demo: $(STAMP)  ## draw a small world, train both stages on it, measure and caption (under 6 minutes on 2 cores)
+demo: $(STAMP)  ## draw a small world, train both stages on it, measure and caption (4 minutes on 2 cores)
 	$(PYTHON) -m examples.shapes demo $(ARGS)
 
 test: $(STAMP)  ## run the tests (under 4 minutes on 2 cores; WORKERS=4 on more)
