@@ -8,9 +8,8 @@ from pathlib import Path
 
 from mmllm.errors import UserError
 from mmllm.reporting.curves import COLORS, draw_comparison
-from mmllm.reporting.metrics import read_metrics, smooth, training_rows, validation_rows
+from mmllm.reporting.metrics import read_metrics, read_settings, smooth, training_rows, validation_rows
 from mmllm.runtime.console import duration, short
-from mmllm.runtime.files import read_json
 
 
 def compare(directories: list[Path], figure: Path) -> list[str]:
@@ -33,20 +32,12 @@ def compare(directories: list[Path], figure: Path) -> list[str]:
 
 def differences(directories: list[Path]) -> list[str]:
     """A line for each setting that is not the same in all runs; none where a run did not keep its settings."""
-    files = [directory / "experiment.json" for directory in directories]
-    if not all(file.exists() for file in files):
+    settings = [read_settings(directory) for directory in directories]
+    if not all(settings):
         return []
-    settings = [_flat(read_json(file)) for file in files]
     names = sorted({name for one in settings for name in one} - {"experiment_name", "output_dir"})
     values = {name: [json.dumps(one.get(name)) for one in settings] for name in names}
     return [f"{name}: {' | '.join(found)}" for name, found in values.items() if len(set(found)) > 1]
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    found = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def _table(runs: dict[str, list[dict]]) -> list[str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmllm.runtime.console import duration, print_rank0, short, warned_of_disk
-from mmllm.runtime.files import read_json_lines
+from mmllm.runtime.files import read_json, read_json_lines
 
 
 class RunLog:
@@ -65,6 +65,19 @@ class NullLog:
 def read_metrics(directory: Path) -> list[dict]:
     """The rows of metrics.jsonl, without a last line that a crash cut off; none where there is no file."""
     return read_json_lines(directory / "metrics.jsonl")
+
+
+def read_settings(directory: Path) -> dict[str, object]:
+    """The settings of experiment.json by dotted name; none where there is no such file."""
+    path = directory / "experiment.json"
+    return _flat(read_json(path)) if path.exists() else {}
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    found = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def training_rows(rows: list[dict]) -> list[dict]:

@@ -5,6 +5,7 @@ All of it is made from the files of the run directory, so a run that was resumed
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -15,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from mmllm.reporting.curves import draw_run
-from mmllm.reporting.metrics import read_metrics, training_rows, validation_rows
+from mmllm.reporting.metrics import read_metrics, read_settings, training_rows, validation_rows
 from mmllm.runtime.console import duration, short, stderr
 from mmllm.runtime.files import read_json, write_json
 from mmllm.runtime.machine import commit, program
@@ -50,7 +51,6 @@ def write_report(directory: Path) -> None:
     sections = [
         f"# {directory.name}",
         _curves(rows, directory / "loss.png"),
-        _subject(directory),
         _stages(rows),
         _image_probe(evaluations),
         _captions(evaluations, directory),
@@ -58,7 +58,7 @@ def write_report(directory: Path) -> None:
         "## How it was made",
         f"    {start['command']}",
         f"{start['time']}, {start['device']}, {start['machine']}; commit {start['commit']}; {versions}",
-        markdown_table(("setting", "from"), start["settings_from"].items()),
+        _settings(directory, start["settings_from"]),
         f"## Try it\n\n    python -m mmllm sample --model {directory / 'best_model'} --image x.jpg",
     ]
     (directory / "report.md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
@@ -67,7 +67,8 @@ def write_report(directory: Path) -> None:
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
     """A table in Markdown; with `numbers` every column but the first is aligned right."""
     rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, rule, *rows))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _curves(rows: list[dict], path: Path) -> str:
@@ -79,22 +80,11 @@ def _curves(rows: list[dict], path: Path) -> str:
     return f"![curves]({path.name})"
 
 
-def _subject(directory: Path) -> str:
-    """What was trained on what, from experiment.json."""
-    path = directory / "experiment.json"
-    if not path.exists():
-        return ""
-    settings = read_json(path)
-    model, data, training = settings["model"], settings["data"], settings["training"]
-    source = f"`{model['pretrained']}`" if model["pretrained"] else f"`{model['clip']}` and `{model['qwen']}`"
-    options = {"use_lora": "with adapters", "load_in_8bit": "on int8 weights", "load_in_4bit": "on int4 weights"}
-    how = "".join(f" {text}" for name, text in options.items() if model[name])
-    validation = f"`{data['val_data_path']}`" if data["val_data_path"] else "nothing"
-    first, second = (
-        f"tage {number} trains {', '.join(stage['train'])} for {stage['epochs']} epochs"
-        for number, stage in ((1, training["stage1"]), (2, training["stage2"]))
-    )
-    return f"From {source}{how}, on `{data['train_data_path']}`, validated on {validation}. S{first}; s{second}."
+def _settings(directory: Path, origins: dict[str, str]) -> str:
+    """The settings that are not defaults, with the value that the run ended with."""
+    values = read_settings(directory)
+    rows = [(name, f"`{json.dumps(values.get(name), ensure_ascii=False)}`", origin) for name, origin in origins.items()]
+    return markdown_table(("setting", "value", "from"), rows)
 
 
 def _stages(rows: list[dict]) -> str:
@@ -143,11 +133,10 @@ def _captions(evaluations: list[dict], directory: Path) -> str:
         return ""
     lines = []
     for caption in captions:
-        words = (caption[name] for name in ("id", "prompt", "answer", "reference"))
         image = caption["image"]
         is_there = image and Path(image).exists()  # not where only features were given
         shown = f'<img src="{escape(os.path.relpath(image, directory))}" width="112">' if is_there else ""
-        lines.append([shown, *(text.replace("|", "\\|").replace("\n", " ") for text in words)])
+        lines.append([shown, *(caption[name] for name in ("id", "prompt", "answer", "reference"))])
     return "## What it says\n\n" + markdown_table(("image", "sample", "prompt", "model", "reference"), lines)
 
 
