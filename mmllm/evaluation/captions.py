@@ -5,7 +5,6 @@ the evaluated images they belong to: scores of different sets cannot be compared
 """
 
 import math
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -36,20 +35,17 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
     return {name: float(score) for name, score in scores.items()}
 
 
-def java_fault() -> str:
-    """Why Java cannot be used here; "" if it can."""
-    path = shutil.which("java")
-    return fault_of_java(path) if path else "there is no `java` here"
-
-
 @cache
-def fault_of_java(path: str) -> str:
+def java_fault(java: str | None) -> str:
+    """Why the program `java`, None if there is none, cannot run METEOR; "" if it can."""
+    if java is None:
+        return "there is no `java` here"
     try:
-        found = subprocess.run([path, "-version"], capture_output=True, timeout=JAVA_TIMEOUT_S)
+        found = subprocess.run([java, "-version"], capture_output=True, timeout=JAVA_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"`{path} -version` fails ({type(error).__name__})"
+        return f"`{java} -version` fails ({type(error).__name__})"
     is_java = found.returncode == 0 and b"version" in found.stdout + found.stderr
-    return "" if is_java else f"`{path} -version` does not answer with a version"
+    return "" if is_java else f"`{java} -version` does not answer with a version"
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
