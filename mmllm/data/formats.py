@@ -1,12 +1,12 @@
-"""Data files to records, in every layout that is known.
+"""Data files to records, in every layout that is known, told apart by their content and never by their name.
 
     our own     a JSON list of records, or one record a line
     COCO        captions_train2014.json                                  https://cocodataset.org/#format-data
     Karpathy    dataset_coco.json, dataset_flickr8k.json, ...            https://cs.stanford.edu/people/karpathy/deepimagesent
-    Flickr8k    Flickr8k.token.txt
     VQAv2       v2_OpenEnded_mscoco_train2014_questions.json and the annotations beside it  https://visualqa.org/download.html
 
-A record is a JSON object: {image, text, prompt}, {image, captions} or {image, conversations}; samples.py reads them.
+A record is a JSON object: {image, text, prompt}, {image, captions} or {image, conversations}; records.py reads them.
+tables.py has what is no JSON: tables, and folders of images with a text beside each.
 """
 
 import json
@@ -15,26 +15,68 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from mmllm.config.validation import shown
+from mmllm.data.tables import folder_records, table_records
 from mmllm.errors import DataError
+
+BINARY = {
+    b"PAR1": "parquet",
+    b"PK": "a zip or Excel file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\xff\xd8": "a JPEG image",
+}
+
+
+def data_files(source: str | Path) -> list[Path]:
+    """The files and folders that `source` names, joined by commas."""
+    whole = Path(source).expanduser()
+    names = [source] if whole.exists() else str(source).split(",")
+    return [Path(str(name).strip()).expanduser() for name in names]
+
+
+def content_files(source: str | Path) -> list[Path]:
+    """Every file whose content decides which samples `source` has: with VQAv2's annotations, or the texts of a folder."""
+    found: list[Path] = []
+    for path in data_files(source):
+        path = metadata_in(path) or path
+        found += sorted(path.rglob("*.txt")) if path.is_dir() else filter(None, (path, vqa_annotations(path)))
+    return found
+
+
+def image_folder(path: Path) -> Path:
+    """Where the images of a data file are by default: beside it; those of a folder are in it."""
+    return path if path.is_dir() else path.parent
+
+
+def metadata_in(folder: Path) -> Path | None:
+    """The data file of a Hugging Face image folder."""
+    return next((file for name in ("metadata.jsonl", "metadata.csv") if (file := folder / name).is_file()), None)
 
 
 def read_records(path: Path, split: str | None = None) -> list[dict | DataError]:
-    """The records of a data file. `split` chooses a part of Karpathy's files; other files have no parts.
+    """The records of a data file or folder. `split` chooses a part of Karpathy's files; others have no parts.
 
     What cannot become a record is a DataError in its place. One that concerns the whole file is raised.
     """
+    if path.is_dir() and not metadata_in(path):
+        return folder_records(path)
+    path = metadata_in(path) or path
     text = read_text(path)
-    return flickr_records(text, path) if path.suffix == ".txt" else json_records(text, path, split)
+    return json_records(text, path, split) if text.lstrip()[:1] in ("[", "{", "") else table_records(text, path)
 
 
 def read_text(path: Path) -> str:
     """The file as text; a byte order mark is dropped."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such data file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text; save it so") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        kind = next((kind for start, kind in BINARY.items() if content.startswith(start)), "")
+        mend = f"is {kind}, which is not read; export it as JSONL or CSV" if kind else "save it as UTF-8 text"
+        raise DataError(f"{path}: cannot be read: {mend}") from error
 
 
 def json_records(text: str, path: Path, split: str | None) -> list[dict | DataError]:
@@ -122,18 +164,6 @@ def karpathy_records(content: dict, path: Path, split: str | None) -> list[dict 
 
 def stripped(text: object) -> object:
     return text.strip() if isinstance(text, str) else text
-
-
-def flickr_records(text: str, path: Path) -> list[dict | DataError]:
-    """Flickr8k.token.txt: `name.jpg#0<tab>caption` a line."""
-    captions = defaultdict(list)
-    for number, line in enumerate(text.split("\n"), 1):
-        name, tab, caption = line.partition("\t")
-        if line.strip():
-            if not tab or "#" not in name:
-                raise DataError(f"{path}: line {number}: not `name.jpg#0<tab>caption`; is it Flickr8k.token.txt?")
-            captions[name.rpartition("#")[0]].append(caption.strip())
-    return [{"id": name, "image": name, "captions": texts} for name, texts in captions.items()]
 
 
 def vqa_annotations(questions: str | Path) -> Path | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmllm.config.validation import did_you_mean, shown
 from mmllm.data.chat import IMAGE, MARK, Message, assistant, parse_text
-from mmllm.data.formats import read_records
+from mmllm.data.formats import data_files, image_folder, read_records
 from mmllm.data.records import KNOWN_KEYS, read_record, record_id, unread_keys
 from mmllm.errors import DataError
 from mmllm.runtime.console import stderr_rank0
@@ -36,8 +36,8 @@ class Sample:
 
 
 def load_samples(path: str | Path, image_dir: str | Path | None = None, split: str | None = None) -> list[Sample]:
-    """The samples of a data file in any layout of formats.py and records.py. Image names are relative to `image_dir`
-    (default: the folder of the file).
+    """The samples of a data file, or of several joined by commas, in any layout of formats.py, tables.py and records.py.
+    Image names are relative to `image_dir` (default: the folder of the file).
 
     An image with several captions becomes one sample a caption, each with all of them as references. `split` chooses
     a part of Karpathy's files. Raises DataError naming the file, the record and the field.
@@ -52,19 +52,26 @@ def load_samples(path: str | Path, image_dir: str | Path | None = None, split: s
 
 def read_samples(path: str | Path, image_dir: str | Path | None = None, split: str | None = None) -> list[Sample]:
     """As `load_samples`, but a record that cannot be used becomes a sample with a `fault`."""
-    path = Path(path).expanduser()
-    image_dir = path.parent if image_dir is None else Path(image_dir).expanduser()
+    samples: list[Sample] = []
+    for file in data_files(path):
+        samples += file_samples(file, image_dir, split, first=len(samples))
+    if not samples:
+        raise DataError(f"{path}: no samples in it")
+    return samples
+
+
+def file_samples(path: Path, image_dir: str | Path | None, split: str | None, first: int) -> list[Sample]:
+    """The samples of one file or folder, whose records are numbered from `first`; reports the keys that are not read."""
+    folder = Path(image_dir).expanduser() if image_dir else image_folder(path)
     samples: list[Sample] = []
     unread: Counter[str] = Counter()
-    for number, record in enumerate(read_records(path, split)):
+    for number, record in enumerate(read_records(path, split), first):
         name = record_id(record, str(number))
         try:
-            samples += record_samples(record, name, image_dir)
+            samples += record_samples(record, name, folder)
         except DataError as error:
             samples.append(Sample(name, (), (), fault=str(error)))
         unread.update(unread_keys(record))
-    if not samples:
-        raise DataError(f"{path}: no samples in it")
     if unread:
         keys = (f"`{key}`{did_you_mean(key, KNOWN_KEYS)} of {count}" for key, count in sorted(unread.items()))
         stderr_rank0(f"{path}: not read: {', '.join(keys)} records")

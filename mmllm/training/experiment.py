@@ -21,6 +21,7 @@ from mmllm.data.batches import sample_order
 from mmllm.data.chat import mark_targets
 from mmllm.data.checks import checked_samples
 from mmllm.data.features import FeatureCache, FeatureTable, fingerprint
+from mmllm.data.formats import data_files, image_folder
 from mmllm.data.packing import encode_shared
 from mmllm.data.samples import Sample
 from mmllm.errors import ConfigError
@@ -182,8 +183,8 @@ def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTabl
     data = config.data
     if data.features_path is None:
         return None
-    files = [Path(path) for path in (data.train_data_path, data.val_data_path) if path]
-    folders = [Path(data.image_dir)] if data.image_dir else [file.parent for file in files]
+    files = [file for source in (data.train_data_path, data.val_data_path) if source for file in data_files(source)]
+    folders = [Path(data.image_dir).expanduser()] if data.image_dir else [image_folder(file) for file in files]
     return FeatureTable(data.features_path, folders, model.config.feature_shape)
 
 

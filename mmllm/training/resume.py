@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmllm.config.schema import ExperimentConfig, flat
 from mmllm.config.sources import load
-from mmllm.data.formats import vqa_annotations
+from mmllm.data.formats import content_files
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.runtime.console import print_rank0
 from mmllm.storage import checkpoint as disk
@@ -23,7 +23,7 @@ DATA_FILES = {"train": "data.train_data_path", "val": "data.val_data_path", "fea
 def data_sha256(config: ExperimentConfig) -> dict[str, str]:
     """The checksums of the data files, by "train" and, where they are set, "val" and "features".
 
-    VQAv2's answers, which lie in a file beside the questions, are part of them.
+    VQAv2's annotations beside the questions are part of them, and the texts of a folder.
     """
     paths = {split: config.get(name) for split, name in DATA_FILES.items()}
     if paths["train"] is None:
@@ -32,7 +32,9 @@ def data_sha256(config: ExperimentConfig) -> dict[str, str]:
     for split, path in paths.items():
         if path is not None:
             try:
-                sums[split] = "+".join(sha256_of(part) for part in (path, vqa_annotations(path)) if part)
+                parts = [sha256_of(part) for part in content_files(path)]
+                digest = "+".join(parts)
+                sums[split] = digest if len(parts) <= 8 else hashlib.sha256(digest.encode()).hexdigest()
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror}); it is {DATA_FILES[split]}") from error
     return sums
