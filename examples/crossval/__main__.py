@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=192, metavar="N", help=f"of the language model {shown}")
     parser.add_argument("--layers", type=at_least_one, default=3, metavar="N", help=shown)
     parser.add_argument("--vocab-size", type=at_least_one, default=2000, metavar="N", help=shown)
-    parser.add_argument("--standin-numbers", type=at_least_one, default=128, metavar="N", help=shown)
+    parser.add_argument("--caption-features", type=at_least_one, default=128, metavar="N", help=shown)
     parser.add_argument("--text-epochs", type=at_least_one, default=4, metavar="N", help=shown)
     parser.add_argument("--text-rate", type=float, default=3e-3, metavar="RATE", help=shown)
     return parser.parse_intermixed_args(arguments)  # settings may stand anywhere

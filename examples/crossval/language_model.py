@@ -108,7 +108,7 @@ def make_language_model(out: Path, captions: Captions, config: ExperimentConfig,
 
 def described(captions: Captions, options: argparse.Namespace) -> tuple[dict[str, Tensor], Captions]:
     """Embeddings in place of images, and the caption that is the target of each, by the same names."""
-    space = CaptionSpace(list(captions.values()), options.standin_numbers)
+    space = CaptionSpace(list(captions.values()), options.caption_features)
     features, targets = {}, {}
     for name, texts in captions.items():
         for number, (others, text) in enumerate(each_by_the_others(texts)):

@@ -23,7 +23,7 @@ def caption_pair(thing: str, place: str) -> list[str]:
 
 @pytest.fixture
 def world(tmp_path):
-    """60 pictures whose embeddings tell their thing and place, 60 more with captions alone."""
+    """60 images whose embeddings depend on thing and place, 60 more with captions alone."""
     rng = np.random.default_rng(0)
     axes = rng.normal(size=(6, 24))
     names, embeddings, lines = [], [], []
@@ -40,7 +40,7 @@ def world(tmp_path):
 
 QUICK = ["num_sample_captions=0", "eval_steps=1000", "save_steps=1000", "log_steps=1000", "data.batch_size=8"]
 QUICK += ["stage1.epochs=6", "stage1.learning_rate=1e-2", "stage2.epochs=1", "stage2.learning_rate=2e-3"]
-QUICK += ["--width=64", "--layers=1", "--vocab-size=320", "--standin-numbers=4", "--text-epochs=40"]
+QUICK += ["--width=64", "--layers=1", "--vocab-size=320", "--caption-features=4", "--text-epochs=40"]
 QUICK += ["--max-new-tokens=10"]
 
 
@@ -55,7 +55,7 @@ def run(world, *more: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_what_the_embeddings_tell_is_said_and_other_embeddings_tell_something_else(world, capsys):
+def test_captions_follow_the_embeddings_and_change_with_them(world, capsys):
     cider = run(world)
     assert list(cider) == ["2 beams", "greedy", "other images", "10 neighbors", "nearest", "best constant"]
     assert cider["greedy"] > cider["other images"] + 1
@@ -70,7 +70,7 @@ def test_what_the_embeddings_tell_is_said_and_other_embeddings_tell_something_el
         assert len(seen) == 30
 
 
-def test_a_language_model_of_ones_own_takes_the_place_of_the_small_one(world):
+def test_a_given_language_model_replaces_the_small_one(world):
     write_qwen(world / "qwen")
     run(world, f"--qwen={world / 'qwen'}", "stage1.epochs=1", "stage2.epochs=0", "--max-new-tokens=2")
     assert not (world / "out" / "language").exists()
@@ -83,7 +83,7 @@ def test_without_captions_to_spare_a_language_model_must_be_named(world):
         run(world)
 
 
-def test_too_few_pictures_for_the_folds_are_told(world):
+def test_too_few_images_for_the_folds_are_refused(world):
     with pytest.raises(DataError, match="60 images of .*table.npz have captions in .*captions.jsonl; too few"):
         run(world, "--folds=31")
 
@@ -111,7 +111,7 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path):
         read_features(tmp_path / "y")
 
 
-def test_folds_hold_every_picture_once_and_are_a_function_of_the_seed():
+def test_folds_hold_every_image_once_and_are_a_function_of_the_seed():
     names = [str(n) for n in range(11)]
     folds = deal(names, 3, seed=0)
     assert sorted(name for fold in folds for name in fold) == sorted(names)
@@ -119,7 +119,7 @@ def test_folds_hold_every_picture_once_and_are_a_function_of_the_seed():
     assert folds == deal(names, 3, seed=0) != deal(names, 3, seed=1)
 
 
-def test_the_nearest_pictures_are_those_of_the_highest_cosine():
+def test_the_nearest_images_are_those_of_the_highest_cosine():
     others = {"far": torch.tensor([0.0, 1.0]), "long": torch.tensor([9.0, 1.0]), "same": torch.tensor([0.5, 0.0])}
     assert nearest(torch.tensor([1.0, 0.0]), others, 2) == ["same", "long"]
 
@@ -134,14 +134,14 @@ def test_the_consensus_is_the_caption_with_the_highest_cider_against_all():
     assert consensus(texts, images_with, 10) == texts[likeness.index(max(likeness))] == "a dog runs on grass"
 
 
-def test_standardisation_knows_the_training_pictures_alone():
+def test_standardisation_uses_the_training_images_alone():
     features = {name: torch.tensor([value, 5.0]) for name, value in (("a", 1.0), ("b", 3.0), ("tested", 100.0))}
     known = standardised(features, ["a", "b"])
     assert torch.stack([known["a"], known["b"]]).mean(0).tolist() == [0, 0]
     assert known["tested"][0].item() == pytest.approx(98 / 2**0.5)
 
 
-def test_the_noise_of_a_standin_is_a_function_of_its_number():
+def test_the_noise_is_a_function_of_the_seed():
     first, same, other = (noisy(torch.zeros(4000), seed) for seed in (1, 1, 2))
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert first.std().item() == pytest.approx(0.5, abs=0.02)
@@ -156,7 +156,7 @@ def test_captions_are_the_words_that_scores_count(tmp_path):
     assert read_captions(tmp_path / "x.jsonl") == {"1.jpg": ("two dogs run", "a dog 's ball")}
 
 
-def test_every_caption_is_said_once_and_described_by_the_others():
+def test_every_caption_is_a_target_once_and_described_by_the_others():
     assert each_by_the_others(("a", "b", "c")) == [(["b", "c"], "a"), (["a", "c"], "b"), (["a", "b"], "c")]
     assert each_by_the_others(("a",)) == []
 
@@ -169,7 +169,7 @@ def test_the_embedding_of_captions_is_that_of_a_singular_value_decomposition():
     assert rows.mean(0).abs().max() < 1e-5
     assert rows.square().mean().item() == pytest.approx(1, abs=1e-5)
     covariance = rows.T @ rows / 30
-    assert (covariance - covariance.diag().diag()).abs().max() < 1e-5  # the main axes: nothing is told twice
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-5  # the main axes are uncorrelated
     x = np.stack([space._tf_idf(space._words(texts)) for texts in captions])
     singular = np.linalg.svd(x - x.mean(0), compute_uv=False)[:3]
     assert np.allclose(covariance.diag() / covariance.trace(), singular**2 / (singular**2).sum(), atol=1e-5)
@@ -180,6 +180,6 @@ def test_words_that_are_new_or_absent_leave_the_embedding_finite():
     assert torch.equal(space(["zebra"]), space([""])) and space([""]).isfinite().all()
 
 
-def test_too_few_words_for_an_embedding_are_told():
+def test_too_few_words_for_an_embedding_are_refused():
     with pytest.raises(DataError, match="2 images with 0 words that 5 of them share make no embedding of 4 numbers"):
         CaptionSpace([["a cat"], ["a dog"]], 4)

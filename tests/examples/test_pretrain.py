@@ -28,7 +28,7 @@ COLORS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200), "
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Sixteen plain pictures with two captions each, and their data file."""
+    """Sixteen plain images with two captions each, and their data file."""
     records = []
     for i in range(16):
         name = list(COLORS)[i % 4]
@@ -46,7 +46,7 @@ def tiny_tower() -> CLIPVisionTower:
 
 
 @pytest.mark.parametrize("word_loss", [0.0, 0.1])
-def test_clip_learns_to_match_pictures_and_captions(word_loss):
+def test_clip_learns_to_match_images_and_captions(word_loss):
     pixels = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     captions = [[[i, 8 + i], [i]] for i in range(8)]
     matched = pretrain_clip(
@@ -55,7 +55,7 @@ def test_clip_learns_to_match_pictures_and_captions(word_loss):
     assert matched > 0.9
 
 
-def test_the_words_are_foretold_by_how_many_said_them(monkeypatch):
+def test_the_target_of_a_word_is_the_share_of_captions_that_hold_it(monkeypatch):
     """The target of the second task is the share of the captions that hold a token."""
     targets = []
     real = torch.nn.functional.binary_cross_entropy_with_logits
@@ -89,7 +89,7 @@ def test_qwen_learns_only_what_is_labelled():
     rng = torch.Generator().manual_seed(0)
 
     def copies(step: int):
-        """The noise in front is not learnt; the answer repeats its first token."""
+        """The noise in front has no targets; the answer repeats its first token."""
         ids = torch.randint(0, 16, (16, 4), generator=rng)
         rows = torch.cat([ids, ids[:, :1]], 1)
         labels = torch.full_like(rows, IGNORED)
@@ -115,13 +115,13 @@ def test_the_tokenizer_is_made_like_qwens():
     assert digits == list("2026"), "Qwen2.5 never joins digits"
 
 
-def test_a_picture_is_mirrored_only_where_no_caption_says_left_or_right(photographs):
+def test_an_image_is_mirrored_only_where_no_caption_says_left_or_right(photographs):
     lines = [json.loads(line) for line in photographs.read_text().split("\n")]
     lines[0]["captions"] = ["something on the Left"]
     photographs.write_text("\n".join(map(json.dumps, lines)))
-    pictures = CaptionedImages(load_samples(photographs, None), lambda text: [len(text)], ImageProcessor(16))
-    assert pictures.can_flip == [False] + [True] * 15
-    pixels, captions = pictures.batch(16, random.Random(0))
+    images = CaptionedImages(load_samples(photographs, None), lambda text: [len(text)], ImageProcessor(16))
+    assert images.can_flip == [False] + [True] * 15
+    pixels, captions = images.batch(16, random.Random(0))
     assert pixels.shape == (16, 3, 16, 16) and sorted(map(len, captions)) == [1] + [2] * 15
     assert np.allclose(pixels.std(), 1, atol=0.5)
 
@@ -136,6 +136,6 @@ def test_the_command_writes_two_folders_that_can_be_joined(photographs, tmp_path
     assert Tokenizer.from_file(str(tmp_path / "out" / "qwen" / "tokenizer.json")).get_vocab_size() <= 320
 
 
-def test_too_few_pictures_for_a_batch_are_told(photographs, tmp_path):
+def test_too_few_images_for_a_batch_are_refused(photographs, tmp_path):
     with pytest.raises(UserError, match="fewer images than --clip-batch 64; lower it"):
         command.main(["--data", str(photographs), "--out", str(tmp_path / "out")])

@@ -43,10 +43,10 @@ def test_every_thing_lies_within_one_patch():
 
 def test_the_color_of_a_thing_is_the_color_of_its_middle():
     for scene in scenes(100):
-        picture = world.draw(scene)
+        image = world.draw(scene)
         for thing in scene:
             x, y = world.PLACES[thing.place]
-            assert picture.getpixel((x + thing.dx, y + thing.dy)) == world.COLORS[thing.color]
+            assert image.getpixel((x + thing.dx, y + thing.dy)) == world.COLORS[thing.color]
 
 
 def test_a_large_thing_is_larger_than_a_small_one_of_its_shape():
@@ -114,7 +114,7 @@ def test_each_word_of_the_world_is_one_token(backbones):
         assert len(encode(f" {word}")) == 1, word
 
 
-def test_accuracy_is_weighed_by_the_number_of_questions():
+def test_accuracy_is_weighted_by_the_number_of_questions():
     kinds = {"one: color": {"count": 3, "accuracy": 1.0}, "one: size": {"count": 1, "accuracy": 0.0}}
     answers = {"by_kind": kinds | {"two: size": {"count": 9, "accuracy": 0.0}}}
     assert demo.by_number(answers, "one") == 0.75
