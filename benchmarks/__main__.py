@@ -5,7 +5,7 @@ python -m benchmarks train --case "stage 1" --rounds 5
 python -m benchmarks generate                    # answers, against transformers and llama.cpp where it is installed
 python -m benchmarks memory                      # what --dry-run predicts, and what a step really takes
 python -m benchmarks rehearse configs/small.py training.gradient_accumulation_steps=2
-python -m benchmarks table                       # README's tables, made anew from the JSON lines in benchmarks/
+python -m benchmarks table                       # the tables of docs/benchmarks.md, from the rows in benchmarks/
 
 Every row goes to benchmarks/ as one JSON line with its date, commit, machine and command; the goals are printed beside.
 """
@@ -63,9 +63,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     gpu.add_argument("--out", type=Path, default=Path("outputs/gpu"), metavar="DIR", help="(default: %(default)s)")
     show = commands.add_parser("show", help="print the tables and the goals")
     show.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="where the rows are")
-    table = commands.add_parser("table", help="rewrite the tables in README.md from the rows")
+    table = commands.add_parser("table", help="rewrite the tables in docs/benchmarks.md from the rows")
     table.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="where the rows are")
-    table.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="(default: %(default)s)")
+    table.add_argument("--page", type=Path, default="docs/benchmarks.md", metavar="FILE", help="(default: %(default)s)")
     commands.add_parser("worker", help="one contestant, started by the others").add_argument("spec")
     return parser.parse_args(arguments)
 
@@ -183,9 +183,9 @@ def write_table(options: argparse.Namespace) -> int:
     from benchmarks.table import tables
     from mmllm.runtime.console import print_rank0
 
-    text = options.readme.read_text(encoding="utf-8")
-    options.readme.write_text(rewritten(text, tables(options.out)), encoding="utf-8")
-    print_rank0(f"{options.readme}: its tables are those of {options.out}")
+    text = options.page.read_text(encoding="utf-8")
+    options.page.write_text(rewritten(text, tables(options.out)), encoding="utf-8")
+    print_rank0(f"{options.page}: its tables are those of {options.out}")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Rows of benchmarks on disk, the goals they are held against, and the tables that README shows of them.
+"""Rows of benchmarks on disk, the goals they are held against, and the tables that docs/benchmarks.md shows of them.
 
-The surprising fact: nobody types a figure into README. `python -m benchmarks table` makes its tables from the JSON
+The surprising fact: nobody types a figure into the page. `python -m benchmarks table` makes its tables from the JSON
 lines under benchmarks/, and a test compares the two, so a figure without its machine, commit and command cannot stand.
 
 A row belongs to a kind ("train", "generate", "memory"), a device ("cpu", "cuda"), a case and a contestant; a newer one
@@ -132,5 +132,5 @@ def rewritten(text: str, content: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"README.md has no part between {BEGIN} and {END}; put both lines where the tables belong")
+        raise UserError(f"the page has no part between {BEGIN} and {END}; put both lines where the tables belong")
     return f"{before}{begin}\n{content}\n{end}{after}"

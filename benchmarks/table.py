@@ -1,6 +1,6 @@
-"""README's tables of measurements, made from the rows under benchmarks/.
+"""The tables of docs/benchmarks.md, made from the rows under benchmarks/.
 
-`python -m benchmarks table` puts them between two markers of README.md; a test holds README to the rows.
+`python -m benchmarks table` puts them between two markers of the page; a test holds it to the rows.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ def tables(folder: Path) -> str:
         rows = read_rows(folder, kind)
         for device in sorted({row["device"] for row in rows}):
             mine = [row for row in rows if row["device"] == device]
-            parts.append(f"#### {title}, {'GPU' if device == 'cuda' else 'CPU'}\n\n{make(mine)}\n\n{origin(mine)}.")
+            parts.append(f"### {title}, {'GPU' if device == 'cuda' else 'CPU'}\n\n{make(mine)}\n\n{origin(mine)}.")
             if lines := goal_lines(GOALS, kind, mine, device):
                 parts.append(markdown_table(("goal", "measured", "wanted", "reached"), lines, numbers=True))
     return "\n\n".join(parts) or "Not measured yet."

@@ -228,10 +228,10 @@ def test_an_unknown_case_is_refused_with_those_there_are():
 
 def test_the_table_command_writes_the_rows_between_the_markers(tmp_path):
     save_rows(tmp_path, "train", [ROW, ROW | {"contestant": PEER, "seconds": 4.0, "steps_per_s": 0.25}])
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert bench.main(["table", "--out", str(tmp_path), "--readme", str(readme)]) == 0
-    text = readme.read_text()
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert bench.main(["table", "--out", str(tmp_path), "--page", str(page)]) == 0
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| stage 1, 8 rows | mmllm | 2 | 512 | 0.25 | - | 3.0 GB |" in text
     assert "| stage 1: speed against transformers + peft | 2 | at least 1.8 | yes |" in text
@@ -255,8 +255,8 @@ def test_make_bench_ends_with_the_tables_and_every_goal(capsys):
             assert f"| {goal.text} |" in said
 
 
-def test_the_tables_of_the_readme_are_those_of_the_rows():
-    text = (ROOT / "README.md").read_text()
+def test_the_tables_of_the_page_are_those_of_the_rows():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert rewritten(text, tables(ROOT / "benchmarks")) == text, "run: python -m benchmarks table"
 
 
