@@ -1,9 +1,10 @@
 """Groups of processes as torchrun starts them, but cheap: torch is imported once, and each group is forked from here.
 
-processes.py JOBS.json    a list of jobs, run one after the other; beside it JOB.RANK.txt (what was said) and codes.json
+processes.py JOBS.json    a list of jobs, run one after the other; beside it JOB.RANK.txt (their output) and codes.json
 
 A job: {"name", "processes", "do": "gradients" | "train" | "kill", ...}, see `gradients`, `training` and
-`kill_at_random_moments`, which takes its time from the job before it.
+`kill_at_random_moments`, which takes its time from the job before it. One that is "in background" does not hold up the
+jobs after it.
 """
 
 import copy
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401 - imported once, not in every process that draws its curves
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -39,12 +41,13 @@ from mmllm.training.fsdp import is_sharded, shard_
 from mmllm.training.prepare import checkpoint_blocks_, train_only_
 from mmllm.training.step import accumulate_gradients, step_counts
 
+PARENT = os.getpid()
 FORGOTTEN_S = 300  # a group that is not done by then is killed, and its codes say so
 
 # The gradient of one step ---------------------------------------------------------------------------------------------
 
 PROJECTOR, BOTH = ("multi_modal_projector",), ("multi_modal_projector", "language_model")
-WAYS = {  # of training: the parts that learn
+WAYS = {  # of training: the parts that are trained
     "stage 1": PROJECTOR,
     "full": BOTH,
     "lora": BOTH,
@@ -72,7 +75,7 @@ def model_for(start: MultimodalLLM, way: str) -> MultimodalLLM:
 
 
 def rows_of(folder: Path, model: MultimodalLLM) -> list[Batch]:
-    """Rows of different lengths; the last four of eight learn nothing, and the last two have no picture either."""
+    """Rows of different lengths; the last four of eight have no target, and the last two no image either."""
     samples = load_samples(folder / "train.json", folder / "images")[:NUM_ROWS]
     rows = [make_batch([read_row(sample, model.processor)], model.processor) for sample in samples]
     for i, row in enumerate(rows):
@@ -106,25 +109,23 @@ def step_gradient(model: MultimodalLLM, rows: list[Batch], micro_batches: int, w
 
 
 def gradients(world_folder: str, out: str, micro_batches: list[int]) -> None:
-    """For every way of training, in float32 and float64, whole and sharded: OUT holds "WAY DTYPE KIND MICRO NAME"."""
+    """For every way of training, in float64, replicated and sharded: OUT holds the tensors "WAY|KIND|MICRO|NAME"."""
     folder, found = Path(world_folder), {}
     with World.start("cpu") as world:
         cases = [(way, kind) for way in WAYS for kind in KINDS[way] if world.size > 1 or kind == "replicated"]
         start = MultimodalLLM.from_towers(folder / "clip", folder / "qwen")
         rows = rows_of(folder, start)
-        for dtype in (torch.float32, torch.float64):
-            torch.set_default_dtype(dtype)  # of the weights that `shard_` makes
-            for way, kind in cases:
-                model = model_for(start, way).to(dtype)
-                if kind == "sharded, recomputed":
-                    checkpoint_blocks_(model.language_model.model.layers)
-                if kind != "replicated":
-                    shard_(model, world, reshard_after_forward=kind == "sharded, recomputed")
-                for number in micro_batches:
-                    case = f"{way}|{dtype}|{kind}|{number}"
-                    result = step_gradient(model, rows, number, world)
-                    found |= {f"{case}|{name}": value.clone() for name, value in result.items()}
-                    model.zero_grad()
+        torch.set_default_dtype(torch.float64)  # of the weights that `shard_` makes
+        for way, kind in cases:
+            model = model_for(start, way).double()
+            if kind == "sharded, recomputed":
+                checkpoint_blocks_(model.language_model.model.layers)
+            if kind != "replicated":
+                shard_(model, world, reshard_after_forward=kind == "sharded, recomputed")
+            for number in micro_batches:
+                result = step_gradient(model, rows, number, world)
+                found |= {f"{way}|{kind}|{number}|{name}": value.clone() for name, value in result.items()}
+                model.zero_grad()
         if world.is_first:
             save_file(found, out)
 
@@ -169,16 +170,32 @@ def training(config: str, resume: str | None = None, fault: list | None = None) 
 # The groups -----------------------------------------------------------------------------------------------------------
 
 
+def start_store() -> int:
+    """Fork a process with the store in which a group meets, as torchrun holds one; returns its port.
+
+    Its threads must not be in this process: a fork that happens while one of them holds a lock would hang.
+    """
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        signal.alarm(FORGOTTEN_S)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writer, str(store.port).encode())
+        while os.getppid() == PARENT:  # the store lives as long as the groups may
+            time.sleep(0.1)
+        os._exit(0)
+    return int(os.read(reader, 16))
+
+
 def start_group(processes: int, work: Callable[[], int | None], said: Path) -> list[int]:
-    """Forks the processes of a group; each writes what it says to SAID.RANK.txt. Returns their numbers."""
-    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun holds it, too
+    """Forks the processes of a group; each writes its output to SAID.RANK.txt. Returns their numbers."""
+    port = start_store() if processes > 1 else 0
     started = []
     for rank in range(processes):
         number = os.fork()
         if number == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             output = os.open(f"{said}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -188,17 +205,13 @@ def start_group(processes: int, work: Callable[[], int | None], said: Path) -> l
                 run(work)
             except SystemExit as end:
                 code = end.code
-            finally:  # also after a bug, whose traceback is told: never into the loop of the parent
+            finally:  # also after a bug, whose traceback is printed: never into the loop of the parent
                 if code == 70:
                     traceback.print_exc()
                 sys.stdout.flush()
                 os._exit(code)
         started.append(number)
-    KEPT.append(meeting)
     return started
-
-
-KEPT: list[dist.TCPStore] = []  # meeting places live as long as the groups that met there
 
 
 def codes_of(group: list[int], hanging: int | None = None) -> list[int]:
@@ -237,18 +250,23 @@ def kill_at_random_moments(config: str, times: int, seed: int, whole_s: float, s
 def main() -> None:
     jobs = Path(sys.argv[1])
     torch.set_num_threads(1)
-    codes, took_s = {}, 0.0
+    codes, background, took_s = {}, {}, 0.0
     for job in json.loads(jobs.read_text()):
         name, processes, do = (job.pop(key) for key in ("name", "processes", "do"))
+        in_background = job.pop("in_background", False)
         begin = time.monotonic()
         if do == "kill":
             codes[name] = kill_at_random_moments(**job, whole_s=took_s, said=jobs.parent / name)
             continue
         work = partial({"gradients": gradients, "train": training}[do], **job)
         which, of, _ = job.get("fault") or (None, None, None)
-        group = start_group(processes, work, jobs.parent / name)
-        codes[name] = codes_of(group, hanging=of if which == "hang" else None)
+        group, hanging = start_group(processes, work, jobs.parent / name), of if which == "hang" else None
+        if in_background:
+            background[name] = group, hanging
+        else:
+            codes[name] = codes_of(group, hanging)
         took_s = time.monotonic() - begin
+    codes |= {name: codes_of(*group) for name, group in background.items()}
     (jobs.parent / "codes.json").write_text(json.dumps(codes))
 
 
