@@ -51,7 +51,7 @@ def test_the_int8_kernel_gives_the_bits_of_torchs_integer_product(outputs, input
 @needs_compiler
 @pytest.mark.parametrize("name", ["avx2", "portable"])
 def test_other_processors_get_the_same_products(name):
-    """What runs where there is less than this processor has, in a process of its own; `self_test` holds it to the formulas."""
+    """Builds for less than this processor, each self-tested in a process of its own: an operator is registered once."""
     if name == "avx2" and "avx2" not in processor().split():
         pytest.skip("this processor has no AVX2")
     less = {"avx2": ("-mavx2", "-mfma"), "portable": ()}[name]
@@ -114,8 +114,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
         if kind == "norm":
             return ops.rms_norm(rows, torch.ones(896), 1e-6)
         if kind == "attention":
-            places = list(range(first, last))
-            return ops.attend_token(rows, *turns[:, first:last], keys, values, places, places)
+            slots = starts = list(range(first, last))
+            return ops.attend_token(rows, *turns[:, first:last], keys, values, slots, starts)
         return ops.int8_linear(rows, *ops.int8_pack(weight), bias, 24 if kind == "int8" else 8)
 
     together = product(0, 21)
@@ -125,7 +125,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
 
 
 @needs_compiler
-def test_threads_change_nothing():
+def test_the_number_of_threads_changes_no_bit():
     x, weight, bias = a_case(3, 1152, 896)
     packed = torch.ops.mmllm.int8_pack(weight)
     found = []
@@ -136,14 +136,14 @@ def test_threads_change_nothing():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_spoils_itself_alone(value):
+def test_a_row_that_is_not_finite_makes_only_its_own_result_nan(value):
     x, weight, _ = a_case(4, 32, 64)
     x[1, 5] = value
     q, scale = quantize_int8(weight)
-    spoilt = reference.int8_linear(x, q, scale[:, 0], None, 24).isnan()
-    assert spoilt[1].all() and not spoilt[[0, 2, 3]].any()
+    is_nan = reference.int8_linear(x, q, scale[:, 0], None, 24).isnan()
+    assert is_nan[1].all() and not is_nan[[0, 2, 3]].any()
     if kernels.native():
-        assert torch.equal(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0], None, 24).isnan(), spoilt)
+        assert torch.equal(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0], None, 24).isnan(), is_nan)
 
 
 @needs_compiler
@@ -167,7 +167,7 @@ def test_packing_in_cpp_gives_the_numbers_of_the_formulas(dtype):
 
 
 @needs_compiler
-def test_matrices_side_by_side_give_what_each_gives():
+def test_several_matrices_in_one_call_give_what_each_gives():
     x, first, bias = a_case(9, 37, 64)
     packed = [torch.ops.mmllm.int8_pack(w) for w in (first, first[:20].neg())]
     wanted = torch.cat(
@@ -178,7 +178,7 @@ def test_matrices_side_by_side_give_what_each_gives():
 
 
 @needs_compiler
-def test_the_norm_the_gate_and_the_attention_of_a_step_are_torchs():
+def test_norm_gate_and_attention_of_a_decoding_step_are_torchs():
     x = torch.cat([torch.randn(5, 64) * 5, torch.linspace(-120, 120, 320).view(5, 64)], -1)
     wanted = torch.nn.functional.silu(x[:, :64].double()) * x[:, 64:].double()
     assert (torch.ops.mmllm.swiglu(x) / wanted - 1).abs().max() < 1e-6
@@ -239,4 +239,4 @@ def test_without_a_compiler_or_a_folder_to_write_to_the_reason_is_one_line(monke
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(RunError, match="cannot compile cpu.cpp: error: no such machine"):
         kernels.build()
-    assert not list((tmp_path / "cache").rglob("*.so")), "nothing half made is left"
+    assert not list((tmp_path / "cache").rglob("*.so")), "no half-made file is left"
