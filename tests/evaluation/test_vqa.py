@@ -55,12 +55,12 @@ def test_every_vqa_vector_is_met(shared, evaluator):
     assert scores == pytest.approx({"vqa_accuracy": 0.723188, "vqa_accuracy_normalised": 0.728986}, abs=1e-6)
 
 
-def test_vqa_accuracy_wants_the_answers_of_several_people(evaluator):
+def test_vqa_accuracy_needs_the_answers_of_several_people(evaluator):
     with pytest.raises(UserError, match=r"answers\[0\] holds 1"):
         evaluator.evaluate_vqa(["red"], [["red"]])
 
 
-def test_a_right_answer_is_right_in_any_dress():
+def test_case_punctuation_articles_and_number_words_do_not_matter():
     assert is_answer("The top left.", ["top left"])
     assert is_answer("2", ["two"])
     assert not is_answer("top", ["top left"])

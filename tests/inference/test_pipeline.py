@@ -113,7 +113,7 @@ def test_a_prompt_has_one_placeholder_per_visual_token(pipeline, image_path):
     assert IMAGE in user("Look", images=1).parts
 
 
-def test_a_model_built_for_its_shapes_cannot_answer():
+def test_a_model_without_a_processor_is_refused():
     with torch.device("meta"):
         model = MultimodalLLM(MultimodalConfig())
     with pytest.raises(UserError, match="no processor"):
