@@ -52,7 +52,7 @@ bench: $(STAMP)  ## measure training, answers and memory beside other programs (
 	$(PYTHON) -m benchmarks train --rounds 2 $(ARGS)
 	$(PYTHON) -m benchmarks generate --rounds 2 --compiled $(ARGS)
 	$(PYTHON) -m benchmarks memory --bf16-only $(ARGS)
-	$(PYTHON) -m benchmarks show
+	$(PYTHON) -m benchmarks table
 
 gpu: $(STAMP)  ## prove and measure what needs a CUDA GPU, into outputs/gpu or OUT=... (9 minutes)
 	$(PYTHON) -m benchmarks gpu --out $(OUT)

@@ -1,6 +1,6 @@
-"""Measure what this machine makes of the program, and of its peers beside it.
+"""Measure the program on this machine, and other programs beside it.
 
-python -m benchmarks train                       # one optimiser step, against transformers + peft
+python -m benchmarks train                       # one optimizer step, against transformers + peft
 python -m benchmarks train --case "stage 1" --rounds 5
 python -m benchmarks generate                    # answers, against transformers and llama.cpp where it is installed
 python -m benchmarks memory                      # what --dry-run predicts, and what a step really takes
@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     common.add_argument("--layers", type=int, metavar="N", help="of both towers, at most (default: all of them)")
     common.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each (default: %(default)s)")
     common.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="(default: %(default)s)")
-    train = commands.add_parser("train", parents=[common], help="one optimiser step against transformers + peft")
+    train = commands.add_parser("train", parents=[common], help="one optimizer step against transformers + peft")
     train.add_argument("--case", action="append", metavar="NAME", help="only this one; may be given several times")
     train.add_argument("--rows", type=int, metavar="N", help="of a step (default: 8, on a GPU 64)")
     train.add_argument("--float32", action="store_true", help="in place of bfloat16")
@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("--case", action="append", metavar="NAME", help="only this one; may be given several times")
     memory.add_argument("--rows", type=int, default=4, metavar="N", help="of a step (default: %(default)s)")
     memory.add_argument("--bf16-only", action="store_true", help="half of the cases")
-    rehearse = commands.add_parser("rehearse", parents=[common], help="a whole run on random weights and pictures")
+    rehearse = commands.add_parser("rehearse", parents=[common], help="a whole run on random weights and images")
     rehearse.add_argument("settings", nargs="*", metavar="CONFIG | key=value", help="(default: configs/full.py)")
     rehearse.add_argument("--samples", type=int, default=32, metavar="N", help="(default: %(default)s)")
     for command in (generate, rehearse):
@@ -61,9 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         )
     gpu = commands.add_parser("gpu", help="all that only a GPU can prove, in less than nine minutes")
     gpu.add_argument("--out", type=Path, default=Path("outputs/gpu"), metavar="DIR", help="(default: %(default)s)")
-    show = commands.add_parser("show", help="print the tables and the goals")
-    show.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="where the rows are")
-    table = commands.add_parser("table", help="rewrite the tables in docs/benchmarks.md from the rows")
+    table = commands.add_parser("table", help="write the tables of docs/benchmarks.md")
     table.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="where the rows are")
     table.add_argument("--page", type=Path, default="docs/benchmarks.md", metavar="FILE", help="(default: %(default)s)")
     commands.add_parser("worker", help="one contestant, started by the others").add_argument("spec")
@@ -73,7 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     commands = {"train": train, "generate": generate, "memory": memory, "rehearse": rehearse, "gpu": gpu}
-    commands |= {"show": show, "table": write_table, "worker": worker}
+    commands |= {"table": write_table, "worker": worker}
     return commands[options.command](options)
 
 
@@ -155,16 +153,8 @@ def gpu(options: argparse.Namespace) -> int:
     return bench_gpu.measure_all(options.out)
 
 
-def show(options: argparse.Namespace) -> int:
-    from benchmarks.table import tables
-    from mmllm.runtime.console import print_rank0
-
-    print_rank0(tables(options.out))
-    return 0
-
-
 def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:
-    """Keep the rows and show the goals beside them."""
+    """Save the rows and print the goals beside them."""
     from benchmarks import table as bench_table
     from benchmarks.rows import goal_lines, read_rows, save_rows, stamped
     from mmllm.runtime.console import print_rank0
@@ -185,7 +175,7 @@ def write_table(options: argparse.Namespace) -> int:
 
     text = options.page.read_text(encoding="utf-8")
     options.page.write_text(rewritten(text, tables(options.out)), encoding="utf-8")
-    print_rank0(f"{options.page}: its tables are those of {options.out}")
+    print_rank0(f"the tables in {options.page} are those of the rows in {options.out}")
     return 0
 
 

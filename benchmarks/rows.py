@@ -1,10 +1,10 @@
-"""Rows of benchmarks on disk, the goals they are held against, and the tables that docs/benchmarks.md shows of them.
+"""Rows of benchmarks on disk, the goals they are measured against, and the parts of a table.
 
-The surprising fact: nobody types a figure into the page. `python -m benchmarks table` makes its tables from the JSON
-lines under benchmarks/, and a test compares the two, so a figure without its machine, commit and command cannot stand.
+Nobody types a figure into docs/benchmarks.md. `python -m benchmarks table` makes its tables from the JSON lines under
+benchmarks/, and a test compares the two, so no figure stands without its machine, commit and command.
 
-A row belongs to a kind ("train", "generate", "memory"), a device ("cpu", "cuda"), a case and a contestant; a newer one
-takes the place of an older one. Next: bench.py.
+A row belongs to a kind ("train", "generate", "memory", "rehearse"), a device ("cpu", "cuda"), a case and a contestant; a
+newer row replaces an older one.
 """
 
 import datetime
@@ -21,7 +21,6 @@ from mmllm.errors import UserError
 from mmllm.runtime.files import read_json_lines
 from mmllm.runtime.machine import commit
 
-FOLDER = Path("benchmarks")
 KEY = ("device", "case", "contestant")
 
 

@@ -1,6 +1,6 @@
-"""The tables of docs/benchmarks.md, made from the rows under benchmarks/.
+"""The tables of docs/benchmarks.md, from the rows in benchmarks/.
 
-`python -m benchmarks table` puts them between two markers of the page; a test holds it to the rows.
+`python -m benchmarks table` writes them between two markers of the page, and a test compares the page with the rows.
 """
 
 from pathlib import Path

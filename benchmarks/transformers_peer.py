@@ -35,7 +35,7 @@ def training_step(
     bf16: bool,
     rate: float,
 ) -> Callable[[], float]:
-    """One optimiser step of LlavaForConditionalGeneration, with adapters by peft where `lora` is given.
+    """One optimizer step of LlavaForConditionalGeneration, with adapters by peft where `lora` is given.
 
     Frozen weights are bfloat16, trained ones float32 under autocast, as Trainer with `bf16=True` has them.
     """

@@ -15,7 +15,7 @@ def limit_threads() -> None:
     Call it before torch is imported; what the environment says already stays. Torch follows the affinity mask by itself,
     but not the quota. And its OpenMP threads spin at the end of each operation: beside other programs they spin for one
     that is not running. A training step of a small CLIP, two threads on two CPUs: 78 ms before and 79 after on a quiet
-    machine, 441 ms before and 208 after beside two busy loops.
+    machine, 441 before and 208 after beside two busy loops. int8 decoding: 7 % slower, and 5 times as fast.
     """
     quota = cpu_quota()
     if quota < len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)):
