@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmllm.data.batches import sample_order
+from mmllm.data.order import sample_order
 from mmllm.data.samples import load_samples
 from mmllm.errors import DataError
 from mmllm.evaluation.captions import ngrams, weighted

@@ -85,6 +85,7 @@ class DataConfig(Section):
 
     train_data_path: str | None = None
     val_data_path: str | None = None
+    val_fraction: Fraction = 0.0  # of the training images, set aside for validation where val_data_path is None
     image_dir: str | None = None
     train_split: str = "train"
     val_split: str = "val"
@@ -203,6 +204,8 @@ class ExperimentConfig(Section):
             raise ConfigError("model.load_in_8bit and model.load_in_4bit are both true; choose one")
         if data.cache_features and data.features_path:
             raise ConfigError("data.cache_features and data.features_path are both set; choose one")
+        if data.val_data_path and data.val_fraction:
+            raise ConfigError("data.val_data_path and data.val_fraction are both set; choose one")
         for number, stage in enumerate(self.stages(), 1):
             if (data.cache_features or data.features_path) and "vision_tower" in stage.train and stage.epochs:
                 raise ConfigError(

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmllm.config.schema import DataConfig
 from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Encoded
+from mmllm.data.order import sample_order
 from mmllm.data.packing import PADDING, encode_shared
 from mmllm.data.samples import Sample
 from mmllm.errors import DataError, ImageError
@@ -203,26 +203,6 @@ def rough_length(sample: Sample, processor: ChatProcessor) -> int:
     messages = [message for one in (sample, *sample.shared) for message in one.messages]
     characters = sum(len(part) for message in messages for part in message.parts if part is not IMAGE)
     return characters + 4 * processor.num_image_tokens * len(sample.images)
-
-
-def sample_order(num_samples: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch: a permutation that depends on nothing but its arguments.
-
-    The indices are sorted by random numbers of splitmix64 (https://prng.di.unimi.it/splitmix64.c). numpy's own
-    permutations may change from one version to the next, and a resumed run would see other samples.
-    """
-    start = splitmix64(splitmix64(np.array([seed], np.uint64) * GOLDEN) + np.array([epoch], np.uint64) * GOLDEN)
-    keys = splitmix64(start + np.arange(1, num_samples + 1, dtype=np.uint64) * GOLDEN)
-    return np.argsort(keys, kind="stable").tolist()
-
-
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def splitmix64(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def prefetch(make: Callable[[int], Item], numbers: range, num_workers: int) -> Iterator[Item]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mmllm.config.schema import ExperimentConfig, ModelConfig, StageConfig
+from mmllm.data.order import split_by_image
 from mmllm.data.samples import read_samples, share_images
 from mmllm.errors import ConfigError, DataError
 from mmllm.layers.quantized import count_parameters, count_weights
@@ -166,4 +167,7 @@ def count_samples(config: ExperimentConfig) -> tuple[int, str]:
     except DataError as error:
         return 0, f"steps unknown ({error})"
     samples = samples[: config.data.max_train_samples]
-    return len(share_images(samples) if config.data.share_images else samples), ""
+    samples = share_images(samples) if config.data.share_images else samples
+    if config.data.val_fraction:
+        samples, _ = split_by_image(samples, config.data.val_fraction, config.seed)
+    return len(samples), ""

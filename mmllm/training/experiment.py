@@ -17,11 +17,11 @@ from torch import Tensor
 
 from mmllm.config.schema import ExperimentConfig
 from mmllm.config.sources import explain
-from mmllm.data.batches import sample_order
 from mmllm.data.chat import mark_targets
 from mmllm.data.checks import checked_samples
 from mmllm.data.features import FeatureCache, FeatureTable, fingerprint
 from mmllm.data.formats import data_files, image_folder
+from mmllm.data.order import sample_order, split_by_image
 from mmllm.data.packing import encode_shared
 from mmllm.data.samples import Sample
 from mmllm.errors import ConfigError
@@ -164,8 +164,14 @@ def load_data(
     val = []
     if data.val_data_path:
         val = samples_of("val_", data.val_data_path, data.val_split, data.max_val_samples)
+    elif data.val_fraction:
+        train, val = split_by_image(train, data.val_fraction, config.seed)
+        val = val[: data.max_val_samples]
+        print_rank0(f"data.val_fraction={data.val_fraction}: {count(val)} are set aside, by image, to validate")
     else:
-        print_rank0("data.val_data_path is not set: no validation, best_model will be the last checkpoint")
+        print_rank0(
+            "data.val_data_path and data.val_fraction are not set: no validation, best_model will be the last checkpoint"
+        )
     print_rank0(f"{count(train)} to train on, {count(val)} to validate. The first one, with its targets in [[ ]]:")
     first, *_ = encode_shared(train[0], process, data.max_length)
     print_rank0("  " + mark_targets(first, process, "[[", "]]").strip().replace("\n", "\n  "))

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from mmllm.config.schema import StageConfig
-from mmllm.data.batches import Batch, BatchLoader, allowed_broken, sample_order
+from mmllm.data.batches import Batch, BatchLoader, allowed_broken
+from mmllm.data.order import sample_order
 from mmllm.errors import DataError
 from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.models.multimodal import MultimodalLLM

@@ -1,16 +1,16 @@
-"""The order of samples and the batches they make."""
+"""The batches that samples make."""
 
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mmllm.data.batches import BatchLoader, ordered_batches, sample_order
+from mmllm.data.batches import BatchLoader, ordered_batches
 from mmllm.data.chat import IGNORED, ChatProcessor, assistant, user
 from mmllm.data.image import ImageProcessor
+from mmllm.data.order import sample_order
 from mmllm.data.samples import Sample
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import DataError, ImageError
@@ -37,22 +37,6 @@ def samples(images) -> list[Sample]:
     return [
         Sample(str(i), (path,), (user("what", images=1), assistant("x" * (i + 1)))) for i, path in enumerate(images)
     ]
-
-
-def test_the_order_is_the_same_on_every_machine_and_for_ever():
-    assert sample_order(10, seed=1, epoch=2) == [6, 0, 4, 5, 2, 7, 9, 1, 8, 3]
-
-
-def test_the_order_holds_every_sample_once_and_depends_on_seed_and_epoch():
-    orders = [tuple(sample_order(1000, seed, epoch)) for seed in range(3) for epoch in range(3)]
-    assert all(sorted(order) == list(range(1000)) for order in orders)
-    assert len(set(orders)) == 9
-
-
-def test_the_order_mixes_well():
-    places = np.array([sample_order(100, 0, epoch) for epoch in range(2000)])
-    assert abs(places.mean(0) - 49.5).max() < 2.6  # four standard errors of a uniform place
-    assert abs(np.corrcoef(places[:, 0], places[:, 1])[0, 1]) < 0.1
 
 
 def test_rows_are_padded_on_the_right_and_padding_is_no_target(samples, processor):

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from mmllm.config.schema import LoraConfig
-from mmllm.data.batches import BatchLoader, make_batch, read_row, sample_order
+from mmllm.data.batches import BatchLoader, make_batch, read_row
 from mmllm.data.chat import assistant, user
+from mmllm.data.order import sample_order
 from mmllm.data.samples import Sample, load_samples
 from mmllm.errors import ConfigError
 from mmllm.layers.lora import add_lora_
