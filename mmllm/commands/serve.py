@@ -17,6 +17,7 @@ import sys
 
 from mmllm.commands import add_model_options, make_parser
 from mmllm.errors import RunError, UserError
+from mmllm.runtime.threads import limit_threads
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +33,7 @@ def __getattr__(name: str) -> object:
     """`app` for uvicorn, made when it is asked for: importing this module does nothing."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    limit_threads()  # main() of mmllm has not run
     return make_app(settings_for({}))
 
 

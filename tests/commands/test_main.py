@@ -58,6 +58,11 @@ def test_a_module_shows_itself_as_it_was_typed():
     assert "usage: python -m mmllm train " in result.stdout and "\npython -m mmllm train full " in result.stdout
 
 
+def test_importing_serve_py_does_nothing():
+    result = python("-c", "import sys, serve; print('torch' in sys.modules, hasattr(serve, 'nothing'))")
+    assert (result.stdout, result.stderr) == ("False False\n", "")
+
+
 def test_bad_input_is_one_line_and_exit_code_2_before_torch():
     result = python("-X", "importtime", "-m", "mmllm", "train", "full", "learning_rte=1")
     assert result.returncode == 2 and " torch" not in result.stderr
