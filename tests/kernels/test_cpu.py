@@ -49,6 +49,7 @@ def test_the_int8_kernel_gives_the_bits_of_torchs_integer_product(outputs, input
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["avx2", "portable"])
 def test_other_processors_get_the_same_products(name):
     """Builds for less than this processor, each self-tested in a process of its own: an operator is registered once."""

@@ -226,6 +226,7 @@ def test_a_hub_repository_is_downloaded_once(hub):
     assert again == first and len(bodies) == len(set(bodies)) > 1
 
 
+@pytest.mark.slow
 def test_the_pickled_file_is_downloaded_where_there_is_no_safetensors(hub):
     folder, environment, _ = hub
     write_clip(folder)
@@ -236,6 +237,7 @@ def test_the_pickled_file_is_downloaded_where_there_is_no_safetensors(hub):
     assert (Path(result.stdout.split()[0]) / "pytorch_model.bin").is_file()
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_one_error_that_says_what_to_do(hub):
     _, environment, _ = hub
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
