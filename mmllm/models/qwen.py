@@ -72,11 +72,7 @@ class Qwen2Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        attend_B1TS: Tensor | None,
-        cache: Cache | None,
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend_B1TS: Tensor | None, cache: Cache | None
     ) -> Tensor:
         q_BHTK, k_BGTK, v_BGTK = (
             project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
