@@ -24,12 +24,13 @@ def draw_run(rows: list[dict], path: Path) -> None:
     shuffled = [row for row in validation if row.get(SHUFFLED) is not None]
     steps, losses = _points(train, "loss")
     with _axes(path, f"Loss of {path.resolve().parent.name}") as axes:
-        axes.plot(steps, losses, color=COLORS[0], alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth(losses), color=COLORS[0], label="training")
         if validation:
             axes.plot(*_points(validation, "val_loss"), color=COLORS[1], marker="o", label="validation")
         if shuffled:
             axes.plot(*_points(shuffled, SHUFFLED), color=COLORS[3], marker="s", label="validation, other images")
+        _fit_y(axes)
+        axes.plot(steps, losses, color=COLORS[0], alpha=0.25, linewidth=0.8, zorder=1)  # its noise may leave the frame
         for stage in sorted({row["stage"] for row in rows}):
             first = min(row["step"] for row in rows if row["stage"] == stage)
             axes.axvline(first, color=GREY, linewidth=0.8, linestyle=":")
@@ -44,10 +45,25 @@ def draw_comparison(runs: dict[str, list[dict]], path: Path) -> None:
             axes.plot(steps, smooth(losses), color=color, label=name)
             axes.plot(*_points(validation_rows(rows), "val_loss"), color=color, linestyle="--", marker="o")
         axes.plot([], [], color=GREY, linestyle="--", marker="o", label="validation")
+        _fit_y(axes)
 
 
 def _points(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def _fit_y(axes: "Axes") -> None:
+    """Show what is drawn so far. Over more than a factor of ten in logarithms: the end, where runs differ, is else flat."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axes.dataLim.intervaly
+    if high > 10 * low > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(low / 1.5, high * 1.5)
+    else:
+        axes.set_ylim(0, 1.05 * high if high > 0 else 1)
 
 
 @contextmanager
@@ -55,7 +71,6 @@ def _axes(path: Path, title: str) -> Iterator["Axes"]:
     """Axes to draw into; the figure is 800 pixels wide and goes to `path` at the end."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     style = {"font.size": 11, "lines.linewidth": 1.8, "lines.markersize": 4, "svg.fonttype": "none"}  # text stays text
     with matplotlib.rc_context(style):
@@ -64,12 +79,5 @@ def _axes(path: Path, title: str) -> Iterator["Axes"]:
         axes.grid(color="#d0d7de", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         yield axes
-        low, high = axes.dataLim.intervaly
-        if high > 10 * low > 0:  # else the end of a run, where runs differ, is a flat line at the bottom
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axes.yaxis.set_major_formatter("{x:g}")
-        else:
-            axes.set_ylim(bottom=0)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path)

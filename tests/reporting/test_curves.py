@@ -27,7 +27,7 @@ def test_a_run_without_validation_has_no_such_curve(tmp_path):
     assert "other images" not in words_of(tmp_path / "loss.svg")
 
 
-@pytest.mark.parametrize("losses", [[2.0], [0.0, 0.0], [4.0, float("nan"), 2.0]])
+@pytest.mark.parametrize("losses", [[2.0], [0.0, 0.0], [4.0, float("nan"), 2.0], [float("nan")]])
 def test_short_and_broken_runs_are_drawn_too(tmp_path, losses):
     draw_run([ROW | {"step": step, "loss": loss} for step, loss in enumerate(losses, 1)], tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as image:
