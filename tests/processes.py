@@ -8,6 +8,7 @@ jobs after it.
 """
 
 import copy
+import importlib
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401 - imported once, not in every process that draws its curves
+import matplotlib.backends.backend_agg  # noqa: F401 - once, not in every process that draws its curves
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -251,7 +252,10 @@ def main() -> None:
     jobs = Path(sys.argv[1])
     torch.set_num_threads(1)
     codes, background, took_s = {}, {}, 0.0
-    for job in json.loads(jobs.read_text()):
+    todo = json.loads(jobs.read_text())
+    if any(job["processes"] > 1 for job in todo):
+        importlib.import_module("torch._dynamo")  # FSDP does, for seconds: once, not in every process
+    for job in todo:
         name, processes, do = (job.pop(key) for key in ("name", "processes", "do"))
         in_background = job.pop("in_background", False)
         begin = time.monotonic()

@@ -1,1 +1,6 @@
-"""Two stages of training: experiment.py starts a run, stage.py is the loop."""
+"""Training: from a configuration to checkpoints and a report.
+
+Read step.py (one optimizer step), stage.py (the loop) and run.py (saving and stopping), then experiment.py, which puts
+them together, with prepare.py (the model before training), resume.py (where a run begins) and validation.py. fsdp.py
+shards the model over processes. dry_run.py and step_memory.py predict memory, out_of_memory.py says what to try.
+"""

@@ -1,8 +1,7 @@
-"""What a run will take, before it takes it: parameters, steps, memory. `train.py --dry-run`.
+"""Parameters, steps and peak memory of a run before it begins: `train.py --dry-run`.
 
-The surprising fact: nothing is loaded for it. The model is built from configurations alone, and its step is taken with
-tensors that have no contents, so this answers on a laptop that could never train it.
-Next: simulate.py.
+Nothing is loaded. The model is built from its configuration, and its step runs on tensors without contents
+(step_memory.py), so a laptop answers for a model that it could never train.
 """
 
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ PUBLISHED_QWEN = {"Qwen/Qwen2.5-0.5B": Qwen2Config(), "Qwen/Qwen2.5-0.5B-Instruc
 
 
 def architecture(settings: ModelConfig) -> MultimodalConfig:
-    """The sizes of the model that `settings` ask for, from local folders or from what is known of published ones."""
+    """The sizes of the model that `settings` ask for, from local folders or the published models known here."""
     if settings.pretrained:
         _refuse_missing("model.pretrained", settings.pretrained)
         return read_info(settings.pretrained).config
@@ -50,15 +49,14 @@ def _refuse_missing(name: str, source: str) -> None:
         raise ConfigError(f"{name} is {source!r}: no such folder here, and a dry run downloads nothing")
 
 
-# What a process takes beside its tensors: Python, torch, what they load at the first step, scratch of the kernels. And of
-# a step, the gaps between what is kept of it (device.py).
+# Memory of a process beside its tensors: Python, torch, what they load at the first step, scratch space of the kernels.
 PROCESS_BYTES = {"cpu": 540_000_000, "cuda": 70_000_000, "mps": 0}
-GAPS = {"cpu": 1.1, "cuda": 1.0, "mps": 1.0}
+GAPS = {"cpu": 1.1, "cuda": 1.0, "mps": 1.0}  # of a step: what the allocator wastes, see runtime/memory.py
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a stage: held weights, moments of the optimiser, what a step adds, the process itself."""
+    """Bytes at the peak of a stage: weights as they are held, optimizer moments, what a step adds, the process itself."""
 
     weights: float
     moments: float
@@ -82,9 +80,9 @@ def stage_memory(
     targets: int | None = None,
     device: torch.device | None = None,
 ) -> Memory:
-    """Predicted peak of one process that trains `stage`, on rows of `data.max_length` tokens with a picture each.
+    """Predicted peak of one process that trains `stage`, on rows of `data.max_length` tokens with an image each.
 
-    `targets`: learnt tokens of a micro-batch; None: all that are no picture.
+    `targets`: tokens to predict in a micro-batch; None: all that are not image tokens.
     """
     held = {}
 
@@ -92,7 +90,7 @@ def stage_memory(
         model = MultimodalLLM(shape)
         prepare(model, uncompiled(config))
         train_only_(model, trained_parts(stage))
-        held["whole"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        held["float32"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         if config.training.bf16:
             cast_(halved_weights(model), torch.bfloat16)
         held["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
@@ -110,8 +108,8 @@ def stage_memory(
         micro_batches=min(2, stage.gradient_accumulation_steps),
     )
     kind = (device or choose_device(config.device)).type
-    # for validation and checkpoints, when a step's tensors are gone, all weights are float32 again
-    step = max(GAPS[kind] * step, held["whole"] - held["weights"])
+    # for validation and checkpoints, after a step has freed its tensors, all weights are float32 again
+    step = max(GAPS[kind] * step, held["float32"] - held["weights"])
     return Memory(held["weights"], 2 * held["trained"], step, PROCESS_BYTES[kind])
 
 
@@ -121,7 +119,7 @@ def uncompiled(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def halved_weights(model: MultimodalLLM) -> list[nn.Parameter]:
-    """What the trainer holds in bfloat16 while it is frozen, when the language model's file is in bfloat16, as Qwen's."""
+    """The frozen weights that a run holds in bfloat16 where the language model's file is bfloat16, as Qwen2.5's is."""
     layers = [layer for layer in model.language_model.modules() if isinstance(layer, nn.Linear | nn.Embedding)]
     return list({id(p): p for layer in layers if not (p := layer.weight).requires_grad}.values())
 
@@ -133,14 +131,14 @@ def describe(config: ExperimentConfig) -> list[str]:
         model = MultimodalLLM(shape)
     prepare(model, uncompiled(config))
     stages = config.stages()
-    trainable = []
+    columns = [[count_weights(part) for part in model.children()]]
     for stage in stages:
         train_only_(model, trained_parts(stage))
-        trainable.append({name: count_parameters(part, True) for name, part in model.named_children()})
+        columns.append([count_parameters(part, only_trainable=True) for part in model.children()])
+    names = [*(name for name, _ in model.named_children()), "total"]
+    rows = zip(names, *([*column, sum(column)] for column in columns), strict=True)
     lines = [f"{'':22}{'parameters':>14}{'stage 1 trains':>16}{'stage 2 trains':>16}"]
-    for name, part in model.named_children():
-        lines.append(_row(name, count_weights(part), *(counts[name] for counts in trainable)))
-    lines.append(_row("total", count_weights(model), *(sum(counts.values()) for counts in trainable)))
+    lines += [f"{name:22}{weights:>14,}{first:>16,}{second:>16,}" for name, weights, first, second in rows]
     samples, note = count_samples(config)
     for number, stage in enumerate(stages, 1):
         per_step = stage.batch_size * stage.gradient_accumulation_steps
@@ -153,12 +151,8 @@ def describe(config: ExperimentConfig) -> list[str]:
     return lines
 
 
-def _row(name: str, *numbers: int) -> str:
-    return f"{name:22}" + "".join(f"{number:>{width},}" for number, width in zip(numbers, (14, 16, 16), strict=True))
-
-
 def count_samples(config: ExperimentConfig) -> tuple[int, str]:
-    """How many training samples there are; 0 and a note when the data is not there."""
+    """The number of training samples; 0 and a note where the data cannot be read."""
     path = config.data.train_data_path
     if path is None:
         return 0, "steps unknown (data.train_data_path is not set)"
