@@ -1,13 +1,13 @@
-"""One model spread over the processes (FSDP2): each keeps its own rows of every weight, gradient and moment.
+"""One model sharded over the processes (FSDP2): each keeps its own rows of every weight, gradient and moment.
 
-The surprising fact: the rows of a process are one contiguous piece of a safetensors file. So a model too large for any
-process is never whole anywhere: it is built without memory, each process copies its rows out of the mapped file, and later
-writes them back to where they came from (checkpoint.py).
+The rows of a process are one contiguous piece of a safetensors file. So a model too large for any process is never whole
+anywhere: it is built on the meta device, each process copies its rows from the mapped file, and checkpoints write them
+back in the same way (storage/sharded_file.py).
 
-The weights of a block are gathered when it runs. The embedding and the head, which are one tensor, lie in the outermost
-group with the norm and the projector. A frozen vision tower is small and stays whole. One process alone: none of this.
+The weights of a block are gathered when it runs. The embedding and the head, which may be one tensor, are in the outermost
+group with the norm and the projector. A frozen vision tower is small and stays whole.
 
-Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. Next: trainer.py.
+Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,10 @@ from mmllm.runtime.distributed import World, local, rows_for
 
 
 def is_wanted(config: ExperimentConfig, processes: int) -> bool:
-    """Whether the model is spread. "auto": where the language model's own weights are trained; adapters, or a projector
-    alone, have few gradients and moments, and a whole copy in every process is faster."""
+    """Whether to shard the model. "auto": where the language model's own weights are trained.
+
+    Adapters, or a projector alone, have few gradients and moments: a whole copy in every process is faster.
+    """
     if processes == 1 or config.training.sharding == "none":
         return False
     trains = any("language_model" in stage.train and stage.epochs for stage in config.stages())
@@ -38,14 +40,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def shard_(model: MultimodalLLM, world: World, *, reshard_after_forward: bool = False) -> None:
-    """Spreads `model` over the processes and moves it to their devices, its weights as float32.
+    """Shard `model` over the processes and move it to their devices, in float32.
 
-    It may lie anywhere, also in a mapped file (loaded with `dtype=None`): then a process reads no more than its own rows.
-    `reshard_after_forward`: gather the weights of a block once more for the backward pass, and keep less in between.
+    From a mapped file (loaded with `dtype=None`) a process reads only its own rows.
+    `reshard_after_forward` frees the weights of a block after the forward pass and gathers them again for the backward.
     """
     whole = dict(model.named_parameters()) | dict(model.named_buffers())
-    _forget_(model)
-    model.language_model.model.embed_tokens.sparse = False  # what is exchanged is whole
+    _to_meta_(model)
+    model.language_model.model.embed_tokens.sparse = False  # FSDP exchanges dense gradients
     tower = model.vision_tower
     is_whole = not any(p.requires_grad for p in tower.parameters())
     blocks = [*model.language_model.model.layers, *([] if is_whole else tower.vision_model.encoder.layers)]
@@ -67,8 +69,8 @@ def shard_(model: MultimodalLLM, world: World, *, reshard_after_forward: bool = 
     assert (head is embedding) == model.config.text.tie_word_embeddings, "the head lost its tie to the embedding"
 
 
-def _forget_(model: nn.Module) -> None:
-    """Puts parameters of the same shapes on the meta device in the place of the model's; one in two places stays one."""
+def _to_meta_(model: nn.Module) -> None:
+    """Replace all parameters by ones on the meta device; tied parameters stay tied."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
@@ -78,19 +80,19 @@ def _forget_(model: nn.Module) -> None:
 
 
 def reduce_after_(model: nn.Module, is_last: bool) -> None:
-    """Whether the next backward pass is the last of a step, after which alone the gradients are exchanged."""
+    """Exchange the gradients of a sharded model after the next backward pass if it is the last of the step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, a spread model can be used by its parts too, not only by `forward`; by all processes in step."""
-    spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in spread:
+    """Inside, the parts of a sharded model can be called, not only its `forward`; a collective."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
         module.unshard()
     try:
         yield
     finally:
-        for module in spread:
+        for module in sharded:
             module.reshard()

@@ -1,11 +1,11 @@
-"""How well is it going: validation loss, the image probe, sampled captions.
+"""Validation: the loss, the image probe, and sampled captions.
 
-The surprising fact: a model that ignores the picture has a falling validation loss all the same. The probe gives each
-text the picture of another sample: if that does not raise the loss, nothing is looked at.
-Next: trainer.py.
+The validation loss falls even for a model that ignores the image. The probe gives each text the image of another sample:
+if that does not raise the loss, the model does not look.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -31,18 +31,18 @@ def validation_losses(
     samples: list[Sample],
     config: ExperimentConfig,
     batch_size: int,
-    is_stopped: Callable[[], bool] = bool,
+    sync_stop: Callable[[], bool] = bool,
     read_image: ReadImage | None = None,
     *,
     world: World = ALONE,
 ) -> dict:
-    """Mean loss of a target with the true pictures, and with each picture replaced by another one of its batch.
+    """Mean loss of a target with the true images (`val_loss`), and with each image replaced by another of its batch.
 
-    The second is None where no batch has two pictures. `is_stopped` may end it early; the numbers then mean nothing.
-    The processes share the batches. Each runs the model equally often, as a model that is spread over them demands.
+    The second, `val_loss_shuffled`, is None where no batch has two images. `sync_stop` may end it early, with numbers
+    that mean nothing. The processes share the batches; each runs the model equally often, as a sharded model demands.
     """
     data, bf16 = config.data, config.training.bf16
-    sums = torch.zeros(4, dtype=torch.float64)  # loss and targets, then both with other pictures
+    sums = torch.zeros(4, dtype=torch.float64)  # loss and targets, then both with other images
     own, filler = own_samples(samples, batch_size, world)
     batches = ordered_batches(
         own + filler,
@@ -55,17 +55,15 @@ def validation_losses(
     )
     rounds = -(-len(own) // batch_size)
     for number, batch in enumerate(batches):
-        if is_stopped():
+        if sync_stop():
             break
         batch = batch.to(model.device)
         pixels = batch.pixels_N3SS
-        others = pixels.roll(len(pixels) // 2, 0)
+        others = replace(batch, pixels_N3SS=pixels.roll(len(pixels) // 2, 0))
         with autocast(model.device, bf16):
-            found = torch.stack(model(batch.ids_BT, batch.labels_BT, pixels, batch.segment_ids_BT)).cpu()
+            found = torch.stack(model(*vars(batch).values())).cpu()
             if len(pixels) > 1 or world.size > 1:
-                found_with_others = torch.stack(
-                    model(batch.ids_BT, batch.labels_BT, others, batch.segment_ids_BT)
-                ).cpu()
+                found_with_others = torch.stack(model(*vars(others).values())).cpu()
         if number < rounds:
             sums[:2] += found
             if len(pixels) > 1:
@@ -78,8 +76,7 @@ def validation_losses(
 
 
 def own_samples(samples: list[Sample], batch_size: int, world: World) -> tuple[list[Sample], list[Sample]]:
-    """Those of this process's batches, every `world.size`-th of all; and a batch that does not count, where others
-    have one more."""
+    """The samples of this process's batches, and a batch that does not count where other processes have one more."""
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     own = batches[world.rank :: world.size]
     has_less = len(own) < -(-len(batches) // world.size)
@@ -89,10 +86,10 @@ def own_samples(samples: list[Sample], batch_size: int, world: World) -> tuple[l
 def sample_captions(
     model: MultimodalLLM,
     samples: list[Sample],
-    is_stopped: Callable[[], bool] = bool,
+    sync_stop: Callable[[], bool] = bool,
     read_image: ReadImage | None = None,
 ) -> list[dict]:
-    """What the model says to the last question of each sample, beside its answer."""
+    """The model's answer to the last question of each sample, beside the reference."""
     if not samples:
         return []
     process, prompts, captions = model.processor, [], []
@@ -117,8 +114,6 @@ def sample_captions(
     if room < 1:
         return []
     settings = GenerationConfig(max_new_tokens=min(CAPTION_TOKENS, room))
-    use_static_step = False if is_sharded(model) else None
-    answers = generate(
-        model, prompts, settings, is_exact=False, use_static_step=use_static_step, is_cancelled=is_stopped
-    )
+    static = False if is_sharded(model) else None
+    answers = generate(model, prompts, settings, is_exact=False, use_static_step=static, is_cancelled=sync_stop)
     return [caption | {"answer": answer.text} for caption, answer in zip(captions, answers, strict=True)]
