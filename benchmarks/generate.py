@@ -202,13 +202,13 @@ def own_answers(spec: dict) -> tuple[dict, Work]:
             engines[asked["case"]] = Engine(
                 model, rows, max_length=longest, is_exact=False, is_compiled=spec["compiled"]
             )
-        engine, heard = engines[asked["case"]], []
+        engine, token_times = engines[asked["case"]], []
 
-        def hear(row: int, token: int) -> None:
-            heard.append((row, time.perf_counter()))
+        def on_token(row: int, token: int) -> None:
+            token_times.append((row, time.perf_counter()))
 
         begin = time.perf_counter()
-        handles = [Handle(prompt, config, on_token=partial(hear, row)) for row, prompt in enumerate(prompts)]
+        handles = [Handle(prompt, config, on_token=partial(on_token, row)) for row, prompt in enumerate(prompts)]
         engine.run([engine.submit(handle) for handle in handles])
         total = time.perf_counter() - begin
         answers = [handle.result() for handle in handles]
@@ -217,7 +217,7 @@ def own_answers(spec: dict) -> tuple[dict, Work]:
                 f"an answer ended before its {asked['new_tokens']} tokens; measure with other random weights"
             )
         peak = peaks.setdefault(asked["case"], peak_memory(model.device))  # batches grow, and so does the peak
-        return speeds(heard, begin, total, asked["rows"]) | {"peak_bytes": peak}
+        return speeds(token_times, begin, total, asked["rows"]) | {"peak_bytes": peak}
 
     return {"load_s": load_s, "weight_bytes": weight_bytes(model.language_model)}, turn
 

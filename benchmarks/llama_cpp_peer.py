@@ -46,16 +46,16 @@ def answers(spec: dict) -> tuple[dict, Work]:
 
     def turn(asked: dict) -> dict:
         ids = [token % (vocab - 20) for token in prompt_ids(spec, 0)]
-        heard: list[tuple[int, float]] = []
+        token_times: list[tuple[int, float]] = []
         model.reset()
         begin = time.perf_counter()
         model.eval(ids)
         for _ in range(asked["new_tokens"]):
             token = best()
-            heard.append((0, time.perf_counter()))
+            token_times.append((0, time.perf_counter()))
             model.eval([token])
         total = time.perf_counter() - begin
-        return speeds(heard, begin, total, 1) | {"peak_bytes": peak_memory(torch.device("cpu"))}
+        return speeds(token_times, begin, total, 1) | {"peak_bytes": peak_memory(torch.device("cpu"))}
 
     return {"load_s": load_s, "weight_bytes": file.stat().st_size}, turn
 

@@ -73,7 +73,7 @@ class Contestant:
 
 
 def serve_turns(spec: dict, build: Build) -> None:
-    """What runs in the process: build, tell what loading cost, then a turn for every line that comes in."""
+    """The process of a contestant: build, report the cost of loading, then take a turn for each line of input."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the errors, not among the answers
     loaded, work = build(spec)
@@ -136,12 +136,12 @@ def summary(turns: list[dict]) -> dict:
     return row | {"turns": len(turns)}
 
 
-def speeds(heard: list[tuple[int, float]], begin: float, total: float, rows: int) -> dict:
-    """The delay of the first of the tokens in `heard` (row, time), and their rate while all rows were active."""
-    first = dict(reversed(heard))
-    last = dict(heard)
+def speeds(token_times: list[tuple[int, float]], begin: float, total: float, rows: int) -> dict:
+    """The delay of the first of the tokens in `token_times` (row, time), and their rate while all rows were active."""
+    first = dict(reversed(token_times))
+    last = dict(token_times)
     start, end = max(first.values()), min(last.values())
-    count = sum(start < at <= end for _, at in heard)
+    count = sum(start < at <= end for _, at in token_times)
     rate = count / (end - start)
     return {
         "first_token_s": min(first.values()) - begin,

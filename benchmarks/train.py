@@ -55,7 +55,7 @@ class Case:
     is_large: bool = False  # two processes of it are too much for a small machine's memory
 
 
-FIVE, CACHED = "stage 1, five captions a picture", "stage 1, features from the cache"
+FIVE, CACHED = "stage 1, five captions per image", "stage 1, features from the cache"
 LENGTHS = f"stage 1, rows of {SHORTEST} to {LONGEST} tokens by length"
 FULL = {PEER: (), COMPILED: ("training.compile=true",), LOOPED: ()}
 CASES = (

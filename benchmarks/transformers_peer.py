@@ -140,8 +140,8 @@ def answers(spec: dict) -> tuple[dict, Work]:
             **settings,
         )
         total = time.perf_counter() - begin
-        heard = [(row, at) for at in clock.times[1:] for row in rows]  # the first one is the prompt
-        return speeds(heard, begin, total, asked["rows"]) | {"peak_bytes": peak_memory(device)}
+        token_times = [(row, at) for at in clock.times[1:] for row in rows]  # the first one is the prompt
+        return speeds(token_times, begin, total, asked["rows"]) | {"peak_bytes": peak_memory(device)}
 
     language_bytes = sum(p.nbytes for p in model.model.language_model.parameters())
     return {"load_s": load_s, "weight_bytes": language_bytes}, turn

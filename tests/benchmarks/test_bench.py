@@ -125,8 +125,8 @@ def test_both_sides_answer_with_as_many_tokens_as_were_asked_for(answering):
 
 
 def test_the_rate_of_a_batch_is_that_of_the_time_when_all_its_rows_are_under_way():
-    heard = [(0, 1.0), (0, 2.0), (1, 3.0), (0, 4.0), (1, 4.0), (0, 5.0), (1, 5.0), (1, 6.0)]
-    row = speeds(heard, begin=0.5, total=6.0, rows=2)
+    token_times = [(0, 1.0), (0, 2.0), (1, 3.0), (0, 4.0), (1, 4.0), (0, 5.0), (1, 5.0), (1, 6.0)]
+    row = speeds(token_times, begin=0.5, total=6.0, rows=2)
     assert row == {"first_token_s": 0.5, "tokens_per_s": 2.0, "steps_per_s": 1.0, "total_s": 6.0, "rows": 2}
 
 
