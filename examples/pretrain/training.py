@@ -147,7 +147,8 @@ def pretrain_clip(
             loss, is_matched_B = model(pixels_B3SS.to(device), captions)
         return loss, is_matched_B.float().mean().item()
 
-    return optimise(model, step_loss, steps, learning_rate, weight_decay, "clip", "matched")
+    named = sorted(model.named_parameters(), key=lambda pair: pair[0] == "scale")  # last: the demo's bits depend on it
+    return optimise(named, step_loss, steps, learning_rate, weight_decay, "clip", "matched")
 
 
 def pretrain_qwen(
@@ -173,11 +174,11 @@ def pretrain_qwen(
             loss = F.cross_entropy(lm.logits(x_BTD[:, :-1][is_target]), labels_BT[:, 1:][is_target])
         return loss, loss.item()
 
-    return optimise(lm, step_loss, steps, learning_rate, weight_decay, "text", "loss")
+    return optimise(list(lm.named_parameters()), step_loss, steps, learning_rate, weight_decay, "text", "loss")
 
 
 def optimise(
-    model: nn.Module,
+    named: list[tuple[str, nn.Parameter]],
     step_loss: Callable[[int], tuple[Tensor, float]],
     steps: int,
     learning_rate: float,
@@ -187,8 +188,8 @@ def optimise(
 ) -> float:
     """AdamW with clipping and the usual schedule (5 % warm-up, cosine). `step_loss(step)` gives the loss and the number
     to report; returns the mean of that number over the last tenth of the steps."""
-    optimizer = adamw(parameter_groups(model.named_parameters(), {"": learning_rate}, weight_decay), *BETAS)
-    parameters, found, start = list(model.parameters()), [], time.perf_counter()
+    optimizer = adamw(parameter_groups(named, {"": learning_rate}, weight_decay), *BETAS)
+    parameters, found, start = [parameter for _, parameter in named], [], time.perf_counter()
     for step in range(steps):
         loss, value = step_loss(step)
         set_learning_rates_(optimizer, step, max(1, steps // 20), steps)
