@@ -152,6 +152,7 @@ def test_the_tensors_of_a_gguf_file_have_its_names():
     assert gguf_name("language_model.model.norm.weight") == "output_norm.weight"
 
 
+@pytest.mark.slow
 def test_a_bench_is_one_command_from_random_weights_to_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_generate.peers, "has_transformers", lambda: False)  # 5 s to import
     monkeypatch.setattr(bench_generate.llama, "is_installed", lambda: False)
@@ -164,6 +165,7 @@ def test_a_bench_is_one_command_from_random_weights_to_rows(tmp_path, monkeypatc
     assert "mmllm float32" in tables(tmp_path / "rows")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_configuration_is_rehearsed_on_random_weights(tmp_path):
     """configs/small.py whole: 2 + 1 epochs, adapters, int8 base, accumulation."""
     command = ["rehearse", "configs/small.py", "training.gradient_accumulation_steps=2", "--samples", "16"]

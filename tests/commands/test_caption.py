@@ -124,6 +124,7 @@ def test_a_list_keeps_its_order_and_names_a_missing_image(model, photos, tmp_pat
     assert "gone.png" in rows[2]["error"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images_and_leave_one_file(model, photos, tmp_path):
     out, alone = tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
     command = [
@@ -147,6 +148,7 @@ def test_two_processes_share_the_images_and_leave_one_file(model, photos, tmp_pa
     assert list(tmp_path.glob("*.part*")) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_loses_only_what_was_in_the_slots(model, photos, tmp_path):
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "mmllm", "caption", str(photos), "--out", str(out), "--slots", "1"]
