@@ -15,6 +15,7 @@ from mmllm.data.chat import IMAGE, ChatProcessor
 from mmllm.data.image import decode, open_checked
 from mmllm.data.samples import Sample, read_samples, share_images
 from mmllm.errors import DataError, ImageError
+from mmllm.runtime.console import progress
 from mmllm.runtime.threads import worker_pool
 
 HEAD_BYTES = 1 << 16
@@ -62,10 +63,10 @@ def check_samples(
     """Every sample that cannot be trained on, in order, and why. Reads 64 kB of each image."""
     with worker_pool(max(1, num_workers), "check") as pool:
         files = sorted({path for sample in samples for path in sample.images})
-        faults = pool.map(fault or image_fault, files)
+        faults = progress(pool.map(fault or image_fault, files), len(files), "checking images")
         reason_of = {path: reason for path, reason in zip(files, faults, strict=True) if reason}
     bad = []
-    for index, sample in enumerate(samples):
+    for index, sample in enumerate(progress(samples, len(samples), "checking samples")):
         broken = next((path for path in sample.images if path in reason_of), None)
         reason = reason_of[broken] if broken else sample.fault or text_fault(sample, processor, max_length)
         if reason:

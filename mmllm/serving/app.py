@@ -11,7 +11,6 @@ import re
 import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from uuid import uuid4
@@ -29,6 +28,7 @@ from mmllm.data.image import decode, decode_base64
 from mmllm.errors import GenerationError, ImageError, RunError
 from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import Generated, Prompt
+from mmllm.runtime.threads import worker_pool
 from mmllm.serving.conversations import Conversation, Conversations
 from mmllm.serving.events import EventStream, TextStream
 from mmllm.serving.http import (
@@ -74,7 +74,7 @@ class Service:
         self.worker = Worker(load, settings.slots, settings.max_context)
         self.conversations = Conversations(settings.conversations, settings.conversation_ttl_s)
         self.bodies = BodyReader(settings)
-        self.threads = ThreadPoolExecutor(2, "images")
+        self.threads = worker_pool(2, "images")
         self.admitted = 0
         self.mean_service_s = 1.0  # from getting a slot to the answer
         self.started_at = time.monotonic()
