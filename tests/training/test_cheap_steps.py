@@ -232,13 +232,13 @@ def test_few_rows_added_to_a_tied_gradient_make_the_whole_one(world, model):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
-@pytest.mark.timeout(900)  # ten seconds where nothing else runs
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_compiled_blocks_give_the_gradient_of_plain_ones_at_any_length(world, model):
     train_only_(model, ["multi_modal_projector", "language_model"])
     batches = [*batches_of(world, model, (2, 3)), *batches_of(world, model, (4,))]
     loss, plain = gradients(model, batches)
-    compile_blocks_(model.language_model.model.layers)
+    compile_blocks_(model.language_model.model.layers[:1])
     compiled_loss, found = gradients(model, batches)
     assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
     worst = max(((found[name] - plain[name]).norm() / plain[name].norm()).item() for name in plain)

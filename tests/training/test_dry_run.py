@@ -84,9 +84,9 @@ def full_gradients():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", bench_memory.CASES)
+@pytest.mark.parametrize("case", ["stage 1", "stage 2, LoRA on int8"])  # the others: python -m benchmarks memory
 def test_the_predicted_peak_is_within_15_percent_of_a_real_process(case):
-    spec = {"device": "cpu", "size": "full", "layers": 6, "rows": 4}
+    spec = {"device": "cpu", "size": "full", "layers": 2, "rows": 2}
     for row in bench_memory.measure([case], spec, variants=((True, False),)):
         assert abs(row["error"]) < 0.15, row
 
