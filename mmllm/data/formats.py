@@ -11,11 +11,12 @@ tables.py has what is no JSON: tables, and folders of images with a text beside 
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-from mmllm.config.validation import shown
-from mmllm.data.tables import folder_records, table_records
+from mmllm.data.tables import folder_records, grouped, table_records
 from mmllm.errors import DataError
 
 BINARY = {
@@ -45,6 +46,14 @@ def content_files(source: str | Path) -> list[Path]:
 def image_folder(path: Path) -> Path:
     """Where the images of a data file are by default: beside it; those of a folder are in it."""
     return path if path.is_dir() else path.parent
+
+
+def coco_folder(folder: Path, records: list[dict | DataError]) -> Path:
+    """The folder of COCO's images, which are named after it: `folder`, or train2014 or val2014 in it or beside it."""
+    name = next((row["image"] for row in records if isinstance(row, dict) and isinstance(row.get("image"), str)), "")
+    part = re.fullmatch(r"COCO_([a-z]+\d+)_\d+\.jpg", name)
+    places = [folder / part[1], folder.absolute().parent / part[1]] if part and not (folder / name).exists() else []
+    return next((place for place in places if (place / name).exists()), folder)
 
 
 def metadata_in(folder: Path) -> Path | None:
@@ -124,42 +133,50 @@ def dataset_records(content: dict, path: Path, split: str | None) -> list[dict |
         raise DataError(
             f"{path}: annotations without questions or images; for VQAv2, name the questions file beside it"
         )
-    if isinstance(content.get("images"), list) and all(isinstance(image, dict) for image in content["images"]):
+    images = content.get("images")
+    if isinstance(images, list) and any(isinstance(image, dict) and "sentences" in image for image in images):
         return karpathy_records(content, path, split)
     return [content]
 
 
+def each(rows: list, name: str, needs: str, read: Callable[[dict], dict]) -> list[dict | DataError]:
+    """`read` of each row; a DataError for one that lacks something it `needs`."""
+    records: list[dict | DataError] = []
+    for number, row in enumerate(rows):
+        try:
+            records.append(read(row))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            records.append(DataError(f"{name}[{number}] needs {needs}: {error!r}"))
+    return records
+
+
 def coco_records(content: dict) -> list[dict | DataError]:
     """COCO's captions_*.json: a record an image, with all its captions."""
-    captions, bad = defaultdict(list), []
-    for number, annotation in enumerate(content["annotations"]):
-        try:
-            captions[annotation["image_id"]].append(stripped(annotation.get("caption")))
-        except (AttributeError, KeyError, TypeError):
-            bad.append(DataError(f"annotations[{number}] is {shown(annotation)}; it needs `image_id` and `caption`"))
-    files = {image.get("id"): image.get("file_name") for image in content["images"] if isinstance(image, dict)}
-    return [
-        {"id": number, "image": files[number], "captions": texts}
-        if files.get(number)
-        else DataError(f"image_id {number}: `images` has no file_name of it")
-        for number, texts in captions.items()
-    ] + bad
+    images = [image for image in content["images"] if isinstance(image, dict)]
+    files = {image["id"]: image["file_name"] for image in images if {"id", "file_name"} <= image.keys()}
+    captions = each(
+        content["annotations"],
+        "annotations",
+        "a `caption` and the `image_id` of one of `images`",
+        lambda row: {"id": row["image_id"], "image": files[row["image_id"]], "text": stripped(row.get("caption"))},
+    )
+    return grouped(captions)
 
 
 def karpathy_records(content: dict, path: Path, split: str | None) -> list[dict | DataError]:
     """Karpathy's dataset_*.json; its "restval" counts as "train", as in the papers that use these splits."""
     parts = defaultdict(list)
-    for number, image in enumerate(content["images"]):
-        part = "train" if image.get("split") == "restval" else image.get("split")
-        try:
-            file = os.path.join(image.get("filepath") or "", image["filename"])
-            captions = [stripped(sentence["raw"]) for sentence in image["sentences"]]
-            parts[part].append({"id": image.get("cocoid", image.get("imgid")), "image": file, "captions": captions})
-        except (AttributeError, KeyError, TypeError) as error:
-            parts[part].append(DataError(f"images[{number}] needs `filename` and `sentences` with `raw`: {error!r}"))
+    for image in content["images"]:
+        parts["train" if image.get("split") == "restval" else image.get("split")].append(image)
     if split not in parts:
         raise DataError(f"{path}: has the splits {', '.join(map(str, parts))}, not {split!r}; choose one of them")
-    return parts[split]
+
+    def read(image: dict) -> dict:
+        file = os.path.join(image.get("filepath") or "", image["filename"])
+        captions = [stripped(sentence["raw"]) for sentence in image["sentences"]]
+        return {"id": image.get("cocoid", image.get("imgid")), "image": file, "captions": captions}
+
+    return each(parts[split], f"{split} images", "`filename`, and `sentences` with `raw`", read)
 
 
 def stripped(text: object) -> object:
@@ -167,39 +184,38 @@ def stripped(text: object) -> object:
 
 
 def vqa_annotations(questions: str | Path) -> Path | None:
-    """The annotations file beside a file of VQAv2's questions, if there is one."""
+    """The annotations file of a file of VQAv2's questions: beside it, or in `Annotations` beside its folder."""
     path = Path(questions)
-    beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
-    return beside if beside != path and beside.exists() else None
+    name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    places = (path.parent / name, path.absolute().parent.parent / "Annotations" / name)
+    return next((place for place in places if place.exists() and name != path.name), None)
 
 
 def vqa_records(content: dict, path: Path) -> list[dict | DataError]:
-    """VQAv2's questions with their annotations; without an annotations file beside it they have no answers."""
-    beside = vqa_annotations(path)
+    """VQAv2's questions with their annotations; without an annotations file they have no answers."""
+    file = vqa_annotations(path)
     try:
-        annotations = json.loads(read_text(beside))["annotations"] if beside else []
+        annotations = json.loads(read_text(file))["annotations"] if file else []
     except json.JSONDecodeError as error:
-        raise DataError(f"{beside}: line {error.lineno}: {error.msg}; is the file complete?") from error
+        raise DataError(f"{file}: line {error.lineno}: {error.msg}; is the file complete?") from error
     annotation_of = {annotation["question_id"]: annotation for annotation in annotations}
     subtype = content["data_subtype"].replace("test-dev", "test")  # the questions of test-dev are about images of test
-    records: list[dict | DataError] = []
-    for number, question in enumerate(content["questions"]):
-        try:
-            annotation = annotation_of.get(question["question_id"], {})
-            answers = [answer["answer"] for answer in annotation.get("answers", [])]
-            turns = [{"from": "human", "value": question["question"]}]
-            if answers:
-                best = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
-                turns.append({"from": "assistant", "value": best})
-            records.append(
-                {
-                    "id": question["question_id"],
-                    "image": f"COCO_{subtype}_{question['image_id']:012d}.jpg",
-                    "conversations": turns,
-                    "references": answers,
-                    "kind": annotation.get("answer_type", ""),
-                }
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            records.append(DataError(f"questions[{number}] or its annotation is incomplete: {error!r}"))
-    return records
+
+    def read(question: dict) -> dict:
+        annotation = annotation_of.get(question["question_id"], {})
+        answers = [answer["answer"] for answer in annotation.get("answers", [])]
+        turns = [{"from": "human", "value": question["question"]}]
+        if answers:
+            best = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
+            turns.append({"from": "assistant", "value": best})
+        image = f"COCO_{subtype}_{question['image_id']:012d}.jpg"
+        kind = annotation.get("answer_type", "")
+        return {
+            "id": question["question_id"],
+            "image": image,
+            "conversations": turns,
+            "references": answers,
+            "kind": kind,
+        }
+
+    return each(content["questions"], "questions", "`question_id`, `question` and the number of its image", read)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmllm.config.validation import did_you_mean, shown
 from mmllm.data.chat import IMAGE, MARK, Message, assistant, parse_text
-from mmllm.data.formats import data_files, image_folder, read_records
+from mmllm.data.formats import coco_folder, data_files, image_folder, read_records
 from mmllm.data.records import KNOWN_KEYS, read_record, record_id, unread_keys
 from mmllm.errors import DataError
 from mmllm.runtime.console import stderr_rank0
@@ -62,10 +62,11 @@ def read_samples(path: str | Path, image_dir: str | Path | None = None, split: s
 
 def file_samples(path: Path, image_dir: str | Path | None, split: str | None, first: int) -> list[Sample]:
     """The samples of one file or folder, whose records are numbered from `first`; reports the keys that are not read."""
-    folder = Path(image_dir).expanduser() if image_dir else image_folder(path)
+    records = read_records(path, split)
+    folder = coco_folder(Path(image_dir).expanduser() if image_dir else image_folder(path), records)
     samples: list[Sample] = []
     unread: Counter[str] = Counter()
-    for number, record in enumerate(read_records(path, split), first):
+    for number, record in enumerate(records, first):
         name = record_id(record, str(number))
         try:
             samples += record_samples(record, name, folder)

@@ -72,20 +72,21 @@ def name_in(cell: str) -> str:
 
 
 def grouped(rows: list[dict | DataError]) -> list[dict | DataError]:
-    """The rows with those that caption the same image in one, in the place of the first."""
+    """The rows with those that caption the same image, under the same id if any, in one, in the place of the first."""
     records: list[dict | DataError] = []
-    place: dict[str, int] = {}
+    place: dict[tuple[object, object], int] = {}
     for row in rows:
-        image, text_key = (
-            (first_of(row, IMAGE_KEYS)[1], first_of(row, TEXT_KEYS)[0]) if isinstance(row, dict) else ("", "")
-        )
-        if not image or not text_key or first_of(row, QUESTION_KEYS + ID_KEYS)[0]:
+        key = first_of(row, TEXT_KEYS)[0] if isinstance(row, dict) else ""
+        if not key or first_of(row, QUESTION_KEYS)[0]:
             records.append(row)
-        elif image in place:
-            records[place[image]][text_key].append(row[text_key])
+            continue
+        image = first_of(row, IMAGE_KEYS)[1]
+        name = first_of(row, ID_KEYS)[1] if first_of(row, ID_KEYS)[0] else image
+        if (image, name) in place:
+            records[place[image, name]][key].append(row[key])
         else:
-            place[image] = len(records)
-            records.append({"id": image} | row | {text_key: [row[text_key]]})
+            place[image, name] = len(records)
+            records.append({"id": name} | row | {key: [row[key]]})
     return records
 
 

@@ -180,7 +180,7 @@ def test_vqa_questions_find_their_answers_in_the_file_beside_them(tmp_path):
         (
             "v2_OpenEnded_mscoco_train2014_questions.json",
             '{"data_subtype": "train2014", "questions": [{"question_id": 1, "image_id": "x", "question": "?"}]}',
-            r"sample 0: questions\[0\] or its annotation is incomplete: ValueError",
+            r"sample 0: questions\[0\] needs `question_id`, .*: ValueError",
         ),
     ],
 )
@@ -212,6 +212,26 @@ def test_the_real_vqa_files_are_read(shared):
     assert first.messages[1] == assistant("net")
     assert len(first.references) == 10
     assert first.images[0].exists()
+
+
+@pytest.mark.parametrize("image_dir", [None, "", "train2014"])
+def test_images_and_annotations_of_coco_are_found_in_the_folders_of_the_official_layout(image_dir, tmp_path):
+    for folder in ("annotations", "Questions", "Annotations", "train2014", "val2014"):
+        (tmp_path / folder).mkdir()
+    for part in ("train2014", "val2014"):
+        name = f"COCO_{part}_000000000009.jpg"
+        (tmp_path / part / name).touch()
+        captions = {"images": [{"id": 9, "file_name": name}], "annotations": [{"image_id": 9, "caption": "A bus."}]}
+        (sample,) = load_samples(
+            written(tmp_path / "annotations", captions), tmp_path / image_dir if image_dir is not None else None
+        )
+        assert sample.images == (tmp_path / part / name,)
+    questions = {"data_subtype": "train2014", "questions": [{"image_id": 9, "question": "What?", "question_id": 90}]}
+    answers = {"annotations": [{"question_id": 90, "answers": [{"answer": "bus"}]}]}
+    written(tmp_path / "Annotations", answers, "v2_mscoco_train2014_annotations.json")
+    path = written(tmp_path / "Questions", questions, "v2_OpenEnded_mscoco_train2014_questions.json")
+    (sample,) = load_samples(path, tmp_path / image_dir if image_dir is not None else None)
+    assert (sample.images[0].parent, sample.references) == (tmp_path / "train2014", ("bus",))
 
 
 # what is refused
@@ -282,8 +302,14 @@ def test_a_whole_path_into_the_image_directory_is_accepted(tmp_path):
         ("4", "neither JSON nor a table: it begins with '4'"),
         ('{"annotations": []}', "for VQAv2, name the questions file"),
         ('{"images": 4, "annotations": []}', "looks like a file of COCO, Karpathy or VQAv2, but is"),
-        ('{"images": [{"id": 1}], "annotations": [{"id": 1}]}', "annotations[0] is {'id': 1}; it needs `image_id`"),
-        ('{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}', "image_id 1: `images` has no file_name"),
+        (
+            '{"images": [{"id": 1}], "annotations": [{"id": 1}]}',
+            "annotations[0] needs a `caption` and the `image_id`",
+        ),
+        (
+            '{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}',
+            "annotations[0] needs a `caption` and the `image_id`",
+        ),
     ],
 )
 def test_a_file_that_is_no_data_is_named(content, message, tmp_path):
