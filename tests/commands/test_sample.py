@@ -140,6 +140,7 @@ def test_ctrl_c_ends_the_line_and_leaves_with_130(call, folder, monkeypatch):
     assert (code, out, err) == (130, "\n", "")
 
 
+@pytest.mark.slow
 def test_from_the_command_to_the_answer_nothing_is_imported_that_is_not_needed(folder, image):
     """torch's compiler alone takes as long to import as all the rest."""
     command = [sys.executable, "-X", "importtime", "sample.py", "--model", folder, "--image", image]

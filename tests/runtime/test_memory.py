@@ -38,10 +38,12 @@ def output_of(*arguments: str) -> str:
     return subprocess.run([sys.executable, "-c", *arguments], check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_a_process_does_not_count_the_peak_of_the_one_that_started_it():
     assert 20e6 < int(output_of(PARENT, PEAK)) < 700e6
 
 
+@pytest.mark.slow
 def test_weights_that_change_precision_leave_no_gaps():
     """50 Mi numbers: 100 MiB as bfloat16, 200 MiB as float32, and nothing in between stays."""
     assert 95 < float(output_of(WEIGHTS)) < 125

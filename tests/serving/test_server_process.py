@@ -12,6 +12,8 @@ import pytest
 from official import write_model
 from server_process import FOREVER, RealServer, encode, read_response, request_head, start_server, wait_until
 
+pytestmark = pytest.mark.slow  # 12 s in all: a server is started four times, and silence is waited for
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
