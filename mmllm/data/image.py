@@ -11,24 +11,37 @@ to `size` by bicubic on uint8, centre crop with offsets rounded down, then (u8 /
 import base64
 import binascii
 import re
-import struct
-import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from mmllm.errors import CheckpointError, ImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # never EPS: Pillow would start Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # never EPS: Pillow would start Ghostscript
 MAX_MEGAPIXELS = 50
+MAX_MEGAPIXELS_OF = {"progressive JPEG": 32, "WEBP": 16, "AVIF": 20}  # their decoders take several times the image
 MAX_ASPECT = 200
 CROP_FIRST_ASPECT = 16  # beyond it, crop before resizing: bounds memory, pixels may differ slightly from CLIP's
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+LARGE_MEGAPIXELS = 16  # beyond it, shrink while decoding: bounds memory, pixels may differ slightly from CLIP's
+LARGE_SIDE = 896  # pixels that a shrunk side keeps, where it has them
+BAND = 32  # rows of a large image that are converted together
+MAX_SCANS = 100  # of a progressive JPEG, which usually has 10; each costs a pass over all pixels
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
+UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 ImageLike = str | Path | bytes | Image.Image  # a path or data URI, a path, encoded bytes, a PIL image
 
@@ -106,7 +119,7 @@ def decode(source: ImageLike, name: str = "image") -> Image.Image:
     """
     if isinstance(source, Image.Image):
         check_size(source, name)
-        return to_rgb(ImageOps.exif_transpose(source), name)
+        return upright(to_rgb(source, name), source)
     if isinstance(source, str) and source[:5].lower() == "data:":
         source = decode_base64(source)
     elif isinstance(source, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", source):
@@ -115,13 +128,45 @@ def decode(source: ImageLike, name: str = "image") -> Image.Image:
         name, source = str(source), read_bytes(Path(source))
     if not source:
         raise ImageError(f"{name}: empty; there is no image in it", "empty_image")
-    image = open_checked(source, name)
     try:
+        image = open_checked(source, name)
+        factor = shrink_factor(image)
+        if factor > 1:
+            image.draft(None, (image.width // factor, image.height // factor))  # JPEG decodes to a smaller size itself
+            factor = shrink_factor(image)
         image.load()
-        upright = ImageOps.exif_transpose(image)
-    except BROKEN as error:
+        return upright(to_rgb(image, name) if factor == 1 else shrunk_rgb(image, name, factor), image)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
         raise ImageError(f"{name}: broken or cut off; save or send it again", "corrupt_image") from error
-    return to_rgb(upright, name)
+
+
+def shrink_factor(image: Image.Image) -> int:
+    """1, or for a large image the factor by which both sides may shrink."""
+    if image.width * image.height <= LARGE_MEGAPIXELS * 1_000_000:
+        return 1
+    return max(2, min(image.size) // LARGE_SIDE)
+
+
+def shrunk_rgb(image: Image.Image, name: str, factor: int) -> Image.Image:
+    """`to_rgb(image).reduce(factor)`, made band by band: converting a whole image takes several copies of it."""
+    rows = BAND * factor
+    peak = image.getextrema()[1] if image.mode == "I" else None
+    result = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        result.paste(to_rgb(band, name, peak).reduce(factor), (0, top // factor))
+    return result
+
+
+def upright(image: Image.Image, original: Image.Image) -> Image.Image:
+    """`image` turned as the EXIF data of `original` says; EXIF data that cannot be read does not matter."""
+    try:
+        orientation = original.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as above
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def read_bytes(path: Path) -> bytes:
@@ -137,10 +182,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def open_checked(data: bytes, name: str) -> Image.Image:
-    """Opens the header and checks the size before a single pixel is decoded."""
+    """Opens the header and checks what decoding would cost before a single pixel is decoded."""
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
+        if data.startswith(SIGNATURES):
+            raise ImageError(f"{name}: broken or cut off; save or send it again", "corrupt_image") from error
         raise ImageError(
             f"{name}: not an image of a supported format; use {', '.join(FORMATS)} (convert HEIC and SVG first)",
             "unsupported_image",
@@ -149,32 +196,47 @@ def open_checked(data: bytes, name: str) -> Image.Image:
         raise ImageError(
             f"{name}: more than {MAX_MEGAPIXELS} megapixels; resize it first", "image_too_large"
         ) from error
-    except BROKEN as error:
-        raise ImageError(f"{name}: broken or cut off; save or send it again", "corrupt_image") from error
     check_size(image, name)
+    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    if scans > MAX_SCANS:
+        message = f"{name}: a progressive JPEG of {scans} scans, at most {MAX_SCANS}; save it again"
+        raise ImageError(message, "image_too_complex")
+    if image.format == "TIFF":
+        width, height = image.tag_v2.get(TILE_WIDTH, 0), image.tag_v2.get(TILE_LENGTH, 0)
+        if width * height > LARGE_MEGAPIXELS * 1_000_000:
+            raise ImageError(f"{name}: a TIFF with tiles of {width} x {height}; save it again", "image_too_complex")
     return image
 
 
 def check_size(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width * height > MAX_MEGAPIXELS * 1_000_000:
-        raise ImageError(
-            f"{name}: {width} x {height} is {width * height / 1e6:.0f} megapixels, at most {MAX_MEGAPIXELS}; resize it first",
-            "image_too_large",
-        )
+    (width, height), kind = image.size, image.format
+    if image.info.get("progressive"):
+        kind = "progressive JPEG"
+    most = MAX_MEGAPIXELS_OF.get(kind, MAX_MEGAPIXELS)
+    if width * height > most * 1_000_000:
+        size = f"{width} x {height} is {width * height / 1e6:.0f} megapixels"
+        limit = f"at most {most} as {kind}" if most < MAX_MEGAPIXELS else f"at most {most}"
+        raise ImageError(f"{name}: {size}, {limit}; resize it first", "image_too_large")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(
             f"{name}: {width} x {height} is longer than {MAX_ASPECT}:1; cut it into pieces first", "image_aspect"
         )
 
 
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """RGB from any mode. 16 bits become 8 by division (Pillow would clip them to white); float images have no scale."""
+def to_rgb(image: Image.Image, name: str, peak: int | None = None) -> Image.Image:
+    """RGB from any mode. 16 bits become 8 by division (Pillow would clip them to white); float images have no scale.
+
+    32 bits count as 16 if the largest value, `peak` if it is known, does not fit 8.
+    """
     if image.mode == "F":
         raise ImageError(f"{name}: float pixels have no agreed range; save it with 8 or 16 bits", "unsupported_image")
     if image.mode.startswith("I"):
         grey = np.array(image).astype(np.int64)
-        image = Image.fromarray((grey // 257 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+        is_16_bit = image.mode != "I" or (grey.max() if peak is None else peak) > 255
+        grey8 = (grey // 257 if is_16_bit else grey).clip(0, 255)
+        if isinstance(image.info.get("transparency"), int):
+            grey8[grey == image.info["transparency"]] = 255  # over white
+        image = Image.fromarray(grey8.astype(np.uint8))
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:

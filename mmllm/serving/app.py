@@ -74,7 +74,8 @@ class Service:
         self.worker = Worker(load, settings.slots, settings.max_context)
         self.conversations = Conversations(settings.conversations, settings.conversation_ttl_s)
         self.bodies = BodyReader(settings)
-        self.threads = worker_pool(2, "images")
+        self.image_threads = worker_pool(2, "images")
+        self.text_threads = worker_pool(1, "text")  # of its own: text never waits behind images
         self.admitted = 0
         self.mean_service_s = 1.0  # from getting a slot to the answer
         self.started_at = time.monotonic()
@@ -87,7 +88,8 @@ class Service:
         self.worker.stop()
         if not self.worker.is_loading:  # a load cannot be interrupted
             await asyncio.to_thread(self.worker.thread.shutdown)
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.image_threads.shutdown(wait=False, cancel_futures=True)
+        self.text_threads.shutdown(wait=False, cancel_futures=True)
 
     async def caption(self, request: Request) -> Response:
         fields = await self.read(request, CaptionFields)
@@ -218,7 +220,7 @@ class Service:
             return self.worker.pipeline.processor.image_processor.crop(decode(data, param))
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+            return await asyncio.get_running_loop().run_in_executor(self.image_threads, work)
         except ImageError as error:
             raise HttpError(IMAGE_STATUS.get(error.code, 400), error.code, str(error), param=param) from error
 
@@ -241,7 +243,7 @@ class Service:
                     raise HttpError(400, "context_length_exceeded", message)
                 rest = rest.without_oldest_turn()
 
-        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self.text_threads, work)
 
     async def generate(
         self, request: Request, prompt: Prompt, fields: GenerationFields, on_text: OnText | None

@@ -98,6 +98,46 @@ def test_float_pixels_are_refused():
         decode(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
 
 
+def test_grey_is_read_by_the_bit_depth_of_the_file():
+    dark = np.full((4, 4), 255, dtype=np.uint16)
+    assert decode(encoded(Image.fromarray(dark))).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_transparent_16_bit_grey_lies_over_white():
+    grey = np.full((4, 4), 1000, dtype=np.uint16)
+    grey[0] = 0
+    rgb = decode(encoded(Image.fromarray(grey), transparency=0))
+    assert rgb.getpixel((0, 0)) == (255, 255, 255) and rgb.getpixel((0, 1)) == (3, 3, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "I;16"])
+def test_a_large_image_shrinks_in_bands_as_it_would_whole(mode, monkeypatch):
+    image = noise(301, 203, "RGBA" if mode == "RGBA" else "RGB")
+    image = image.quantize(17) if mode == "P" else image.convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    data = encoded(image)
+    whole = decode(data)
+    monkeypatch.setattr(module, "LARGE_MEGAPIXELS", 0.01)
+    monkeypatch.setattr(module, "LARGE_SIDE", 60)
+    shrunk = decode(data)
+    assert shrunk.size == (101, 68)
+    assert np.array_equal(np.asarray(shrunk), np.asarray(whole.reduce(3)))
+
+
+def test_a_large_jpeg_is_decoded_at_a_smaller_size(monkeypatch):
+    monkeypatch.setattr(module, "LARGE_MEGAPIXELS", 0.01)
+    monkeypatch.setattr(module, "LARGE_SIDE", 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.linear_gradient("L").resize((400, 240))
+    assert decode(encoded(image, "JPEG", exif=exif)).size == (60, 100)
+
+
+def test_avif_is_read():
+    assert decode(encoded(Image.new("RGB", (8, 8), "red"), "AVIF")).size == (8, 8)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_photograph_stands_upright(orientation):
     """A camera stores the sensor's rows and how to turn them: undo each of the eight ways."""
@@ -165,6 +205,24 @@ def with_large_profile() -> bytes:
     return encoded(Image.new("RGB", (4, 4)), icc_profile=bytes(70_000_000))
 
 
+def tiled_tiff(side: int, tile: int) -> bytes:
+    """A grey TIFF of `side` x `side` pixels in one compressed tile of `tile` x `tile`."""
+    tags = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 8, 325: 16}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 24) + bytes(16) + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def palette_png(transparency: int) -> bytes:
+    """A PNG whose tRNS chunk is longer than its palette, with only its last entry transparent."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    data = encoded(noise(8, 8).quantize(4))
+    at = data.index(b"IDAT") - 4
+    return data[:at] + chunk(b"tRNS", b"\xff" * transparency + b"\0") + data[at:]
+
+
 BAD = {
     "empty": (b"", "empty_image"),
     "text": (b"hello, I am not an image", "unsupported_image"),
@@ -182,6 +240,11 @@ BAD = {
     "one pixel wide": (pointless_png(1, 40_000), "image_aspect"),
     "70 MB of comment": (with_long_text(), "corrupt_image"),
     "70 MB of profile": (with_large_profile(), "corrupt_image"),
+    "palette index out of range": (palette_png(transparency=300), "corrupt_image"),
+    "damaged PNG chunk": (encoded(noise(60, 60)).replace(b"IHDR", b"IHDX"), "corrupt_image"),
+    "progressive JPEG of 101 scans": (encoded(noise(8, 8), "JPEG") + b"\xff\xda" * 100, "image_too_complex"),
+    "TIFF with a huge tile": (tiled_tiff(16, 10_000), "image_too_complex"),
+    "WebP of 17 megapixels": (encoded(Image.new("L", (4200, 4200)), "WEBP"), "image_too_large"),
 }
 
 

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from mmllm.commands import serve
 from mmllm.data.chat import user
+from mmllm.data.image import decode
 from mmllm.errors import CheckpointError, UserError, run
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import GenerationConfig
@@ -533,6 +534,24 @@ def test_logits_that_are_not_finite_fail_one_request_and_not_the_server(client, 
     norm.data.copy_(healthy)
     assert error_of(response)[:2] == (500, "generation_failed")
     assert post_image(client).status_code == 200
+
+
+def test_text_does_not_wait_behind_images(pipeline, monkeypatch):
+    decoding, may_go_on = threading.Semaphore(0), threading.Event()
+
+    def slow_decode(data, name):
+        decoding.release()
+        may_go_on.wait()
+        return decode(data, name)
+
+    monkeypatch.setattr("mmllm.serving.app.decode", slow_decode)
+    with serving(pipeline) as server, ThreadPoolExecutor(2) as others:
+        waiting = [others.submit(server.chat, image_base64=BASE64) for _ in range(2)]
+        for _ in waiting:
+            decoding.acquire()
+        assert server.chat()[0] == 200
+        may_go_on.set()
+        assert [request.result()[0] for request in waiting] == [200, 200]
 
 
 def test_an_answer_beyond_the_deadline_is_cancelled(pipeline):
