@@ -9,6 +9,7 @@ from mmllm.errors import UserError, run
 from mmllm.runtime.threads import limit_threads
 
 COMMANDS = {
+    "prepare": "check a data set, split it and write it in our own format",
     "train": "train a model in two stages on images with text",
     "sample": "ask a model about images",
     "caption": "caption a folder of images, or ask questions about each",

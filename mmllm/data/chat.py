@@ -17,6 +17,7 @@ from mmllm.errors import DataError
 
 IGNORED = -100  # the label of a token that is not a target
 MARK = "<image>"  # the place of an image in the text of a data file
+NO_ANSWER = "no assistant turn, so there is nothing to train on"
 ROLES = ("system", "user", "assistant")
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -39,6 +40,11 @@ class Message:
     @property
     def num_images(self) -> int:
         return self.parts.count(IMAGE)
+
+    @property
+    def text(self) -> str:
+        """As a data file has it, with MARK for each image."""
+        return "".join(MARK if part is IMAGE else part for part in self.parts)
 
 
 def user(text: str, images: int = 0) -> Message:
@@ -101,7 +107,7 @@ class ChatProcessor:
         """
         messages = self._with_system(messages)
         if not any(message.role == "assistant" for message in messages):
-            raise DataError("no assistant turn, so there is nothing to train on")
+            raise DataError(NO_ANSWER)
         turns = [self._turn(message) for message in messages]
         length = sum(len(ids) for ids, _ in turns)
         oldest = 1

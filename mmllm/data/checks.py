@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmllm.config.schema import DataConfig
-from mmllm.data.chat import IMAGE, ChatProcessor
+from mmllm.data.chat import IMAGE, NO_ANSWER, ChatProcessor
 from mmllm.data.image import decode, open_checked
 from mmllm.data.samples import Sample, read_samples, share_images
 from mmllm.errors import DataError, ImageError
@@ -54,13 +54,16 @@ def checked_samples(
 
 def check_samples(
     samples: list[Sample],
-    processor: ChatProcessor,
+    processor: ChatProcessor | None,
     max_length: int,
     *,
     num_workers: int = 2,
     fault: Callable[[Path], str] | None = None,
 ) -> list[BadSample]:
-    """Every sample that cannot be trained on, in order, and why. Reads 64 kB of each image."""
+    """Every sample that cannot be trained on, in order, and why. Reads 64 kB of each image.
+
+    Without a `processor` the lengths in tokens are not checked.
+    """
     with worker_pool(max(1, num_workers), "check") as pool:
         files = sorted({path for sample in samples for path in sample.images})
         faults = progress(pool.map(fault or image_fault, files), len(files), "checking images")
@@ -98,9 +101,13 @@ def looks_complete(path: Path) -> bool:
     return kind in END_OF and tail.endswith(END_OF[kind])
 
 
-def text_fault(sample: Sample, processor: ChatProcessor, max_length: int) -> str:
+def text_fault(sample: Sample, processor: ChatProcessor | None, max_length: int) -> str:
     """What is wrong with the texts of a sample; "" when nothing is."""
     try:
+        if processor is None:
+            for message in sample.messages:
+                message.text.encode()
+            return "" if any(message.role == "assistant" for message in sample.messages) else NO_ANSWER
         if not fits_by_bytes(sample, processor, max_length):
             processor.encode(list(sample.messages), max_length)
     except UnicodeEncodeError:

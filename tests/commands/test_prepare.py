@@ -1,0 +1,110 @@
+"""`mmllm prepare`: what it writes is read back as the samples that were given."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmllm.commands import prepare
+from mmllm.data.image import ImageProcessor
+from mmllm.data.samples import load_samples
+from mmllm.errors import DataError, UserError
+from official import write_model
+from tiny_run import break_picture
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Ten images, of which 9.jpg has the bytes of 0.jpg, 3.jpg is damaged, and a table of captions."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(10):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
+    shutil.copyfile(folder / "0.jpg", folder / "9.jpg")
+    Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / "3.png")
+    break_picture(folder / "3.png")
+    lines = [f"{number}.jpg,the number {number}" for number in range(10)] + ["3.png,broken", "2.jpg,"]
+    (tmp_path / "captions.csv").write_text("image,caption\n" + "\n".join(lines) + "\n")
+    return tmp_path
+
+
+def run(photos, *arguments):
+    return prepare.main([str(photos / "captions.csv"), "--image-dir", str(photos / "photos"), *map(str, arguments)])
+
+
+def test_a_table_becomes_two_splits_with_their_images(photos, capsys):
+    out = photos / "out"
+    assert run(photos, "--out", out, "--val-fraction", 0.3) == 0
+    train, val = (load_samples(out / f"{split}.jsonl", out / "images") for split in ("train", "val"))
+    images = [{path.name for sample in part for path in sample.images} for part in (train, val)]
+    assert len(images[1]) == 3 and not images[0] & images[1] and len(images[0] | images[1]) >= 9
+    assert all(path.is_file() for part in (train, val) for sample in part for path in sample.images)
+    assert [sample.messages[-1].text for sample in train] == [f"the number {s.images[0].stem}" for s in train]
+    bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in bad] == [3, 11]  # the captions of an image stand together
+    assert "empty" in bad[0]["reason"] and "3.png" in bad[1]["file"]
+    printed = capsys.readouterr().out
+    assert "2 of 12 samples are bad" in printed and f"data.train_data_path={out / 'train.jsonl'}" in printed
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.width > 1000
+
+
+def test_an_image_of_the_validation_is_not_trained_on_under_another_name(photos, capsys):
+    (photos / "val.csv").write_text("image,caption\n0.jpg,zero\n")
+    run(photos, "--out", photos / "out", "--val", photos / "val.csv")
+    names = {
+        sample.images[0].name for sample in load_samples(photos / "out" / "train.jsonl", photos / "out" / "images")
+    }
+    assert names == {f"{number}.jpg" for number in range(1, 9)}
+    assert "2 training samples left out" in capsys.readouterr().out
+
+
+def test_cropped_images_have_the_pixels_of_the_originals(photos):
+    run(photos, "--out", photos / "out", "--images", "crop")
+    process = ImageProcessor()
+    for sample in load_samples(photos / "out" / "train.jsonl", photos / "out" / "images"):
+        (path,) = sample.images
+        with Image.open(path) as image:
+            assert path.suffix == ".png" and image.size == (224, 224)
+        assert process(path).equal(process(photos / "photos" / path.name.removesuffix(".png")))
+
+
+def test_conversations_come_back_as_they_were(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (30, 30)).save(tmp_path / name)
+    records = [
+        {"image": "a.png", "captions": ["one", "two\nlines"]},
+        {"images": ["b.png", "a.png"], "conversations": [
+            {"from": "system", "value": "Be short."},
+            {"from": "human", "value": "In <image> and\n<image>: the same?"}, {"from": "gpt", "value": "No."},
+            {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]},
+        {"image": "b.png", "question": "What?", "answers": ["a", "b", "a"], "kind": "what"},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi \u2028 there"}]},
+    ]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    prepare.main([str(tmp_path / "data.json"), "--out", str(tmp_path / "out"), "--images", "link"])
+    before = load_samples(tmp_path / "data.json")
+    after = load_samples(tmp_path / "out" / "train.jsonl", tmp_path / "out" / "images")
+    for one, other in zip(before, after, strict=True):
+        assert [turn.text for turn in one.messages] == [turn.text for turn in other.messages]
+        assert (one.id, one.references, one.kind) == (other.id, other.references, other.kind)
+        assert [path.name for path in one.images] == [path.name for path in other.images]
+
+
+def test_a_model_counts_the_tokens(photos, capsys):
+    write_model(photos / "model")
+    run(photos, "--out", photos / "out", "--model", photos / "model")
+    printed = capsys.readouterr().out
+    assert "tokens of a sample: median " in printed and "are trained on" in printed
+
+
+def test_a_folder_that_holds_a_data_set_and_data_without_a_sample_are_refused(photos):
+    run(photos, "--out", photos / "out")
+    with pytest.raises(UserError, match="holds a data set already"):
+        run(photos, "--out", photos / "out")
+    (photos / "captions.csv").write_text("image,caption\nnone.jpg,nothing\n")
+    with pytest.raises(DataError, match="no sample is left"):
+        run(photos, "--out", photos / "other")
