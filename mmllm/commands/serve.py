@@ -6,11 +6,13 @@
 
     curl -X POST "http://localhost:8000/caption" -F "image=@image.jpg" -F "prompt=Describe this image"
 
-Every limit has an environment variable: see mmllm/serving/settings.py.
+On a CPU the weights are int8 unless --dtype says otherwise. Every limit has an environment variable: see
+mmllm/serving/settings.py.
 """
 
 import argparse
 import errno
+import logging
 import os
 import socket
 import sys
@@ -48,9 +50,21 @@ def settings_for(flags: dict[str, object]):
 
 def make_app(settings):
     from mmllm.inference.pipeline import load_pipeline
+    from mmllm.kernels import cpu as kernels
+    from mmllm.runtime.device import choose_device
     from mmllm.serving.app import create_app
 
-    return create_app(lambda: load_pipeline(settings.model, device=settings.device, dtype=settings.dtype), settings)
+    def load():
+        # on a CPU float32 gains nothing from answering side by side; our int8 products do
+        is_cpu = choose_device(settings.device).type == "cpu"
+        dtype = settings.dtype or ("int8" if is_cpu and kernels.native() else None)
+        pipeline = load_pipeline(settings.model, device=settings.device, dtype=dtype)
+        if dtype != settings.dtype:
+            log = logging.getLogger("mmllm.serving")
+            log.info("weights in int8, the server's default on a CPU (--dtype float32 for full precision)")
+        return pipeline
+
+    return create_app(load, settings)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -69,8 +83,6 @@ def main(arguments: list[str] | None = None) -> int:
     # torch takes two seconds to import: only now that the command line is known to be right
     settings = settings_for(flags)
     listener = listen(settings.host, settings.port)
-    import logging
-
     from mmllm.serving.server import Server
 
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)

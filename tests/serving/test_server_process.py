@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from mmllm.kernels import cpu as kernels
 from official import write_model
 from server_process import FOREVER, RealServer, encode, read_response, request_head, start_server, wait_until
 
@@ -47,6 +48,10 @@ def test_the_four_curl_commands_work_as_typed(server, tmp_path):
         command = line.replace("localhost:8000", f"localhost:{server.port}")
         result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, check=True)
         assert isinstance(json.loads(result.stdout)[name], str)
+
+
+def test_weights_are_int8_on_a_cpu_where_the_kernels_can_be_built(server):
+    assert kernels.native() == ("weights in int8" in server.log.read_text())
 
 
 def test_a_declared_body_above_the_limit_is_refused_before_it_is_read(server):
@@ -191,5 +196,7 @@ def test_a_second_signal_ends_the_server_at_once_without_a_traceback(folder, tmp
 def test_a_model_that_cannot_be_loaded_exits_with_2(tmp_path):
     process, _ = start_server(tmp_path, tmp_path / "log")
     assert process.wait(60) == 2
-    first, *rest = (tmp_path / "log").read_text().splitlines()
-    assert "http://127.0.0.1" in first and len(rest) == 1 and rest[0].startswith("error: ") and str(tmp_path) in rest[0]
+    log = (tmp_path / "log").read_text()
+    first, *_, last = log.splitlines()
+    assert "http://127.0.0.1" in first and last.startswith("error: ") and str(tmp_path) in last
+    assert "Traceback" not in log
