@@ -213,6 +213,12 @@ def test_readme_is_short():
     assert len(TEXT["README.md"].encode()) <= 9000
 
 
+def test_the_model_can_be_read_in_an_evening():
+    files = re.findall(r"^\d\. \[.*\]\(\.\./(mmllm/\S+)\)", TEXT["docs/reading.md"], re.M)
+    assert len(files) == 8
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in files) <= 1500
+
+
 def test_readme_names_every_package():
     tree = TEXT["README.md"].partition("```\nmmllm/\n")[2].partition("```")[0]
     named = set(re.findall(r"^  (\w+)/", tree, re.M))
