@@ -109,7 +109,7 @@ def test_fewer_samples_than_a_global_batch_are_refused(samples, processor):
         BatchLoader(samples, processor, 4, world_size=4)
 
 
-def test_a_image_that_breaks_under_way_is_replaced_by_the_next_sample(samples, processor, tmp_path):
+def test_an_image_that_breaks_under_way_is_replaced_by_the_next_sample(samples, processor, tmp_path):
     whole = [samples[i] for i in (0, 1, 2, 4, 4, 5)]
     samples[3] = Sample("3", (tmp_path / "gone.jpg",), samples[3].messages)
     loader = BatchLoader(samples[:6], processor, 2, max_broken=1)

@@ -93,7 +93,7 @@ def test_many_may_fill_one_folder_at_the_same_time(world, model, tmp_path):
     assert torch.equal(shares[0](images_of(world)[1]), shares[1](images_of(world)[1]))
 
 
-def test_a_image_that_cannot_be_read_is_an_error_of_that_image(world, model, tmp_path):
+def test_an_image_that_cannot_be_read_is_an_error_of_that_image(world, model, tmp_path):
     (tmp_path / "cut.png").write_bytes(images_of(world)[0].read_bytes()[:-40])
     cache = feature_cache(model, tmp_path / "kept", bf16=False)
     cache.fill([tmp_path / "cut.png", tmp_path / "gone.png", *images_of(world)[:1]])

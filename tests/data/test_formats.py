@@ -49,7 +49,7 @@ def test_a_conversation_keeps_its_turns_and_the_places_of_its_images(tmp_path):
     ]
 
 
-def test_a_image_without_a_mark_comes_first(tmp_path):
+def test_an_image_without_a_mark_comes_first(tmp_path):
     turns = [{"from": "human", "value": "What is this?"}, {"from": "assistant", "value": "A cat."}]
     (sample,) = load_samples(written(tmp_path, [{"image": "cat.jpg", "conversations": turns}]))
     assert sample.messages[0] == user("What is this?", images=1)
@@ -281,7 +281,7 @@ def test_a_record_that_makes_no_sample_is_named(record, message, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "a/../../secret.jpg", "/etc/secret.jpg"])
-def test_a_image_outside_the_image_directory_is_refused(name, tmp_path):
+def test_an_image_outside_the_image_directory_is_refused(name, tmp_path):
     with pytest.raises(DataError, match="is outside the image directory"):
         load_samples(written(tmp_path, [{"image": name, "text": "a"}]), tmp_path / "images")
 
