@@ -1,6 +1,6 @@
-"""A training run that takes a second: random towers, 20 noise pictures to train on, 6 to validate.
+"""A training run that takes a second: random towers, 20 noise images to train on, 6 to validate.
 
-world = write_world(folder)     towers, pictures and data files
+world = write_world(folder)     towers, images and data files
 config = world.config(out)      ten steps: five of stage 1, five of stage 2
 """
 
@@ -40,7 +40,7 @@ class World:
         return config
 
 
-def break_picture(path: Path) -> None:
+def break_image(path: Path) -> None:
     """Its head and its end stay whole: only decoding shows it."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255

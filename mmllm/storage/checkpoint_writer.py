@@ -9,7 +9,7 @@ Where a copy of this process's rows does not fit into memory, they are written a
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import nn
 from mmllm.errors import RunError
 from mmllm.runtime.distributed import World
 from mmllm.runtime.memory import free_memory
+from mmllm.runtime.threads import worker_pool
 from mmllm.storage import checkpoint as disk
 from mmllm.storage.atomic import reported
 from mmllm.storage.sharded_file import Piece, layout, own_pieces, write_pieces
@@ -46,7 +47,7 @@ class CheckpointWriter:
 
     def __init__(self, world: World, last_saved: str | None = None):
         self.world, self.last_saved = world, last_saved
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self.pool = worker_pool(1, "save")
         self.save: Save | None = None
         self.failures = 0
 

@@ -18,7 +18,7 @@ from mmllm.commands import caption
 from mmllm.inference.captioner import Row, RowFile
 from mmllm.inference.pipeline import load_pipeline
 from official import write_model
-from tiny_run import break_picture
+from tiny_run import break_image
 
 SHORT = ["--max-new-tokens", "6", "--device", "cpu", "--dtype", "int8"]
 
@@ -38,7 +38,7 @@ def photos(tmp_path):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
-    break_picture(tmp_path / "photos" / "b.png")
+    break_image(tmp_path / "photos" / "b.png")
     (tmp_path / "photos" / "c.txt").write_text("not an image")
     return tmp_path / "photos"
 

@@ -12,7 +12,7 @@ from mmllm.data.image import ImageProcessor
 from mmllm.data.samples import load_samples
 from mmllm.errors import DataError, UserError
 from official import write_model
-from tiny_run import break_picture
+from tiny_run import break_image
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def photos(tmp_path):
         Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
     shutil.copyfile(folder / "0.jpg", folder / "9.jpg")
     Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / "3.png")
-    break_picture(folder / "3.png")
+    break_image(folder / "3.png")
     lines = [f"{number}.jpg,the number {number}" for number in range(10)] + ["3.png,broken", "2.jpg,"]
     (tmp_path / "captions.csv").write_text("image,caption\n" + "\n".join(lines) + "\n")
     return tmp_path

@@ -67,7 +67,7 @@ def test_where_a_copy_does_not_fit_into_memory_the_checkpoint_is_written_at_once
 
 
 @pytest.mark.parametrize("free", [0, 10**12], ids=["at once", "in the background"])
-def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tmp_path, monkeypatch, free):
+def test_a_disk_that_fills_up_is_reported_and_leaves_nothing(tmp_path, monkeypatch, free):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr("mmllm.storage.checkpoint_writer.free_memory", lambda: free)
     model = Model()

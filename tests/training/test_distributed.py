@@ -335,7 +335,7 @@ def faults(world, tmp_path_factory):
 
 
 def broken_world(folder: Path):
-    """A world in which one picture is asked about with a word whose embedding is not a number."""
+    """A world in which one image is asked about with a word whose embedding is not a number."""
     (folder / "broken world").mkdir()
     world = write_world(folder / "broken world", tie_word_embeddings=False)
     file = world.folder / "qwen" / "model.safetensors"

@@ -45,19 +45,19 @@ def test_bytes_count_while_somebody_holds_them_and_views_count_once():
 
 def test_a_step_without_contents_takes_what_the_real_one_takes():
     """The same counter on real tensors, by the model's own forward pass."""
-    shape, rows, length, learnt = sizes("tiny"), 2, 40, 8
+    shape, rows, length, answered = sizes("tiny"), 2, 40, 8
     model = random_model(shape)
     ids_BT = torch.ones(rows, length, dtype=torch.long)
     ids_BT[:, 4 : 4 + shape.num_image_tokens] = shape.image_token_id
     labels_BT = torch.full_like(ids_BT, -100)
-    labels_BT[:, -learnt:] = 1
+    labels_BT[:, -answered:] = 1
     pixels = torch.zeros(rows, 3, 32, 32)
     with LiveBytes([*model.parameters(), ids_BT, labels_BT, pixels]) as live:
         loss, _ = model(ids_BT, labels_BT, pixels)
         loss.backward()
         del loss
     peak = step_peak(
-        lambda: MultimodalLLM(shape), rows=rows, length=length, targets=rows * learnt, images=rows, bf16=False
+        lambda: MultimodalLLM(shape), rows=rows, length=length, targets=rows * answered, images=rows, bf16=False
     )
     assert peak == pytest.approx(live.peak, rel=0.03)
 

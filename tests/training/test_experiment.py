@@ -100,9 +100,9 @@ def test_the_loss_is_the_mean_over_labelled_tokens_only(world):
     loss, _ = gradients(model, batches)
     logits = model.logits(batches[0].ids_BT, batches[0].pixels_N3SS)[:, :-1].log_softmax(-1)
     labels = batches[0].labels_BT[:, 1:]
-    learnt = [-logits[b, t, labels[b, t]] for b, t in (labels != -100).nonzero().tolist()]
-    assert len(learnt) == count_targets(batches)
-    assert loss == pytest.approx(torch.stack(learnt).mean().item(), rel=1e-5)
+    losses = [-logits[b, t, labels[b, t]] for b, t in (labels != -100).nonzero().tolist()]
+    assert len(losses) == count_targets(batches)
+    assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
 def test_a_step_without_a_target_moves_nothing_and_is_not_nan(world):
@@ -207,7 +207,7 @@ def test_more_and_smaller_micro_batches_resume_the_same_run(world, whole_run, tm
     assert "changed: data.batch_size: 2 at the checkpoint, 1 now" in capsys.readouterr().out
 
 
-def test_another_learning_rate_is_told_and_holds_from_there_on(world, whole_run, tmp_path, capsys):
+def test_another_learning_rate_is_printed_and_holds_from_there_on(world, whole_run, tmp_path, capsys):
     config = world.config(tmp_path)
     config.training.stage2.learning_rate = 7e-4
     assert train(config, resume=str(directory_of(whole_run) / "checkpoint-epoch-1-step-5")) == 0
@@ -395,7 +395,7 @@ def test_validation_is_the_mean_loss_of_all_samples_whatever_the_batch_size(worl
     scores = [validation_losses(model, samples, config, size) for size in (1, 4, 6)]
     for score in scores:
         assert score["val_loss"] == pytest.approx((loss_sum / targets).item(), abs=1e-5)
-    assert scores[0]["val_loss_shuffled"] is None  # no second picture to exchange
+    assert scores[0]["val_loss_shuffled"] is None  # no second image to exchange
     assert abs(scores[2]["val_loss_shuffled"] - scores[2]["val_loss"]) > 1e-3
 
 

@@ -17,7 +17,7 @@ from mmllm.reporting.metrics import read_metrics
 from mmllm.storage import checkpoint as disk
 from mmllm.training import stage
 from mmllm.training.experiment import train
-from tiny_run import break_picture, directory_of, weights, write_world
+from tiny_run import break_image, directory_of, weights, write_world
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(poisoned, tmp
     assert all(torch.tensor(row["loss"]).isfinite() for row in read_metrics(directory_of(config)) if "loss" in row)
 
 
-def test_a_bad_step_may_be_left_out_when_the_settings_say_so(poisoned, tmp_path, capsys):
+def test_a_bad_step_may_be_skipped_when_the_settings_say_so(poisoned, tmp_path, capsys):
     config = poisoned.config(tmp_path, max_skipped_steps=1)
     config.data.val_data_path = None
     config.training.stage2.epochs = 0
@@ -86,7 +86,7 @@ def test_a_second_signal_ends_a_run_at_once():
     assert "stopping after this step, then saving; once more stops at once" in done.stderr
 
 
-def test_one_failed_save_is_forgiven_and_the_next_one_ends_the_run(world, tmp_path, monkeypatch, capsys):
+def test_one_failed_save_is_tolerated_and_the_next_one_ends_the_run(world, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     free = iter([10, usage.free, 10, 10])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
@@ -130,22 +130,22 @@ def test_a_run_that_would_train_nothing_is_refused(world, tmp_path, name, value,
         train(config)
 
 
-def test_a_picture_that_proves_broken_in_the_middle_of_a_run_is_replaced_and_told(tmp_path, capsys):
+def test_an_image_that_cannot_be_decoded_in_the_middle_of_a_run_is_replaced_and_listed(tmp_path, capsys):
     world = write_world(tmp_path)
     config = world.config(tmp_path / "out")
     config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.1
-    break_picture(world.folder / "images" / "3.png")
+    break_image(world.folder / "images" / "3.png")
     assert train(config) == 0
     rows = [json.loads(line) for line in (directory_of(config) / "bad_samples.jsonl").read_text().splitlines()]
     assert [(row["index"], row["file"]) for row in rows] == [(3, "s3")]
     assert "warning: sample 3 (s3) is replaced by the next one" in capsys.readouterr().err
 
 
-def test_a_broken_picture_of_the_validation_is_replaced_and_told(tmp_path, capsys):
+def test_a_broken_image_of_the_validation_is_replaced_and_reported(tmp_path, capsys):
     world = write_world(tmp_path)
     config = world.config(tmp_path / "out")
     config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.2
-    break_picture(world.folder / "images" / "22.png")
+    break_image(world.folder / "images" / "22.png")
     assert train(config) == 0
     assert len([row for row in read_metrics(directory_of(config)) if "val_loss" in row]) == 2
     said = capsys.readouterr().err
