@@ -41,6 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--slots", type=at_least_one, metavar="N", help="images side by side (default: 8, on a GPU 64)")
     parser.add_argument("--num-workers", type=at_least_one, default=2, metavar="N", help="threads that decode images")
+    parser.add_argument("--logprobs", action="store_true", help="add each answer's confidence, from 0 to 1")
     add_generation_options(parser)
     options = parser.parse_args(arguments)
     if options.out == BESIDE and options.questions:

@@ -32,6 +32,7 @@ class Row:
     question: str
     answer: str = ""
     error: str = ""
+    confidence: float | None = None  # of the answer, see Generated
 
 
 def answer_images(
@@ -72,7 +73,7 @@ def answer_images(
     for answer in generate(pipeline.model, prompts(), config, slots=slots):
         while pending[0].error:
             yield pending.popleft()
-        yield replace(pending.popleft(), answer=answer.text.strip())
+        yield replace(pending.popleft(), answer=answer.text.strip(), confidence=answer.confidence)
     yield from pending
 
 
@@ -89,7 +90,7 @@ class RowFile:
     def __init__(self, path: Path, has_questions: bool):
         self.path, self.is_csv, self.has_questions = path, path.suffix == ".csv", has_questions
         self.end = b"\r\n" if self.is_csv else b"\n"  # of a row; a newline inside a CSV field is "\n" alone
-        self.columns = ["image", "question", "answer", "error"] if has_questions else ["image", "caption", "error"]
+        self.columns = ["image", *(("question", "answer") if has_questions else ("caption",)), "confidence", "error"]
         self.file: io.BufferedWriter | None = None
 
     def read(self) -> list[Row]:
@@ -112,10 +113,10 @@ class RowFile:
             ) from error
 
     def _row(self, values: dict) -> Row:
-        error = values.get("error") or ""
-        if self.has_questions:
-            return Row(values["image"], values["question"], values["answer"] if not error else "", error)
-        return Row(values["image"], "", values["caption"] if not error else "", error)
+        error, confidence = values.get("error") or "", values.get("confidence")
+        answer = "" if error else values["answer" if self.has_questions else "caption"]
+        question = values["question"] if self.has_questions else ""
+        return Row(values["image"], question, answer, error, float(confidence) if confidence else None)
 
     def write(self, row: Row) -> None:
         """Appends a row, which is in the file when this returns."""
@@ -127,11 +128,13 @@ class RowFile:
         self.file.flush()
 
     def encode(self, row: Row) -> bytes:
+        confidence = None if row.confidence is None else round(row.confidence, 4)
+        answers = (row.question, row.answer) if self.has_questions else (row.answer,)
+        values = dict(zip(self.columns, (row.image, *answers, confidence, row.error), strict=True))
         if self.is_csv:
-            questions = [row.question] if self.has_questions else []
-            return self._csv([row.image, *questions, row.answer, row.error])
-        values = {"image": row.image} | ({"question": row.question} if self.has_questions else {})
-        values |= {"error": row.error} if row.error else {"answer" if self.has_questions else "caption": row.answer}
+            return self._csv(["" if value is None else str(value) for value in values.values()])
+        empty = {"answer", "caption"} if row.error else {"error"}
+        values = {name: value for name, value in values.items() if value is not None and name not in empty}
         return json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogateescape") + self.end
 
     def _csv(self, cells: list[str]) -> bytes:

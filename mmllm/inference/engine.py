@@ -23,7 +23,7 @@ from mmllm.errors import GenerationError, RunError, UserError
 from mmllm.inference.beam_search import BeamSearch
 from mmllm.inference.model_runner import ModelRunner
 from mmllm.inference.request import Generated, Handle
-from mmllm.inference.sampling import NOT_FINITE, SamplerState, choose, non_finite_error
+from mmllm.inference.sampling import NOT_FINITE, SamplerState, choose, non_finite_error, token_logprobs
 from mmllm.inference.static_step import BUCKET
 from mmllm.inference.text_stream import AnswerText
 from mmllm.models.multimodal import MultimodalLLM
@@ -42,6 +42,7 @@ class ActiveRequest:
     sampler: SamplerState | None = None
     search: BeamSearch | None = None
     ids: list[int] = field(default_factory=list)  # the answer so far
+    logprobs: list[float] = field(default_factory=list)  # of each chosen token, where they are wanted
     tokens: list[int] = field(default_factory=list)  # chosen but not yet in the cache, one per slot
 
 
@@ -142,6 +143,9 @@ class Engine:
         if sampled:
             samplers = [request.sampler for request in sampled]
             tokens = choose(logits_BV[: len(sampled)], samplers, list(self.tokenizer.stop_ids))
+            if any(request.handle.config.logprobs for request in sampled):
+                for request, value in zip(sampled, token_logprobs(logits_BV[: len(sampled)], tokens), strict=True):
+                    request.logprobs.append(value)
             for request, token in zip(sampled, tokens, strict=True):
                 self._accept_token(request, token)
         row = len(sampled)
@@ -217,7 +221,8 @@ class Engine:
             for token in request.ids if handle.on_token else ():
                 handle.on_token(token)
         self._emit_text(handle, request.text.close(request.ids))
-        answer = Generated(tuple(request.ids), request.text.text, reason, len(handle.prompt.ids), hypotheses)
+        logprobs = tuple(request.logprobs) if handle.config.logprobs else ()
+        answer = Generated(tuple(request.ids), request.text.text, reason, len(handle.prompt.ids), hypotheses, logprobs)
         self._release(request, answer)
 
     def _emit_text(self, handle: Handle, piece: str) -> None:

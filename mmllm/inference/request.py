@@ -38,6 +38,7 @@ class GenerationConfig:
     early_stopping: bool | str = False
     num_return_sequences: int = 1
     stop: tuple[str, ...] = ()
+    logprobs: bool = False  # return that of each token
 
     def __post_init__(self):
         is_stop_list = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
@@ -61,6 +62,8 @@ class GenerationConfig:
         beams = f"num_beams {self.num_beams} with"
         if self.num_beams > 1 and not self.is_greedy:
             raise UserError(f"{beams} temperature {self.temperature}: beam search does not sample")
+        if self.num_beams > 1 and self.logprobs:
+            raise UserError(f"num_beams {self.num_beams} with logprobs: beam search returns hypotheses with theirs")
         if self.num_beams > 1 and self.stop:
             raise UserError(f"{beams} stop strings: beam search ends at the end token only")
 
@@ -117,6 +120,7 @@ class Generated:
     """An answer. `ids` exclude the end token; `finish_reason` is "stop", "length" or "cancelled".
 
     Beam search also returns the best `num_return_sequences` as `hypotheses`, of which the first is the answer.
+    `logprobs`, where asked for, are those of the model for each token and the end token, natural logarithms.
     """
 
     ids: tuple[int, ...]
@@ -124,6 +128,12 @@ class Generated:
     finish_reason: str
     prompt_tokens: int
     hypotheses: tuple[Hypothesis, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+    @property
+    def confidence(self) -> float | None:
+        """The geometric mean of the tokens' probabilities, from 0 to 1; None where no logprobs were asked for."""
+        return math.exp(sum(self.logprobs) / len(self.logprobs)) if self.logprobs else None
 
 
 @dataclass(eq=False)

@@ -71,6 +71,12 @@ def choose_by_options(logits_BV: Tensor, states: list[SamplerState], stop_ids: l
     return tokens_B
 
 
+def token_logprobs(logits_BV: Tensor, tokens: list[int]) -> list[float]:
+    """The logarithm of each token's probability by the model alone: before temperature, penalty and filters."""
+    tokens_B1 = torch.tensor(tokens, device=logits_BV.device).clamp(min=0)[:, None]
+    return logits_BV.float().log_softmax(-1).gather(1, tokens_B1)[:, 0].tolist()
+
+
 def penalised(logits_BV: Tensor, states: list[SamplerState], stop_ids: list[int]) -> Tensor:
     """Logits after the options that greedy rows may have too: repetition penalty and `min_new_tokens`."""
     scores_BV = logits_BV

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from PIL import Image
 
 from conftest import ROOT
 from mmllm.commands import caption
+from mmllm.data.chat import user
 from mmllm.inference.captioner import Row, RowFile
 from mmllm.inference.pipeline import load_pipeline
+from mmllm.inference.request import GenerationConfig
 from official import write_model
 from tiny_run import break_image
 
@@ -84,6 +87,16 @@ def test_several_questions_are_answered_as_one_by_one(model, photos, tmp_path):
     for row in [rows[0], rows[1], rows[-1]]:
         assert row["answer"] == pipeline.answer_question(photos / row["image"], row["question"], config).strip()
     assert rows[2]["error"] and rows[3]["error"] and not rows[2]["answer"]
+
+
+def test_a_confidence_is_the_mean_probability_of_the_tokens(model, photos, tmp_path):
+    run(model, photos, "--out", tmp_path / "out.jsonl", "--logprobs")
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert [row["image"] for row in rows if "confidence" not in row] == ["b.png"]
+    pipeline = load_pipeline(model, device="cpu", dtype="int8")
+    config = GenerationConfig(max_new_tokens=6, logprobs=True)
+    answer = pipeline.generate(pipeline.prompt([user("Describe this image.", images=1)], [photos / "a.png"]), config)
+    assert rows[0]["confidence"] == round(math.exp(sum(answer.logprobs) / len(answer.logprobs)), 4)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
@@ -165,7 +178,11 @@ def test_a_run_that_is_killed_loses_only_what_was_in_the_slots(model, photos, tm
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_rows_come_back_as_they_were_written(tmp_path, suffix):
-    rows = [Row("a\udce9.png", "", 'a "cat",\nand\u2028more'), Row("b.png", "", "", "b.png: broken, \n2")]
+    rows = [
+        Row("a\udce9.png", "", 'a "cat",\nand\u2028more'),
+        Row("b.png", "", "", "b.png: broken, \n2"),
+        Row("c.png", "", "c", "", 0.5),
+    ]
     file = RowFile(tmp_path / f"out{suffix}", has_questions=False)
     for row in rows:
         file.write(row)
@@ -178,7 +195,7 @@ def test_rows_come_back_as_they_were_written(tmp_path, suffix):
     [
         (["nowhere", "--out", "x.jsonl"], "nowhere: cannot be read as text"),
         (["{empty}", "--out", "x.jsonl"], "no image files in this folder"),
-        (["{photos}", "--out", "{photos}/c.jsonl"], "holds no rows of image, caption, error"),
+        (["{photos}", "--out", "{photos}/c.jsonl"], "holds no rows of image, caption, confidence, error"),
     ],
 )
 def test_what_cannot_be_captioned_is_one_line_with_the_mend(photos, tmp_path, arguments, says):

@@ -321,3 +321,18 @@ def test_cuda_graphs_give_the_answers_of_one_by_one(folder, is_compiled):
     together = run(engine, *[submit(engine, *request) for request in requests])
     single = Engine(model, 16, max_length=512, is_compiled=is_compiled)
     assert together == [run(single, submit(single, *request))[0] for request in requests]
+
+
+def test_logprobs_are_those_of_the_whole_text_read_at_once(model):
+    config = GenerationConfig(max_new_tokens=8, logprobs=True)
+    requests = [(image_prompt(model, 0, 5, 6), config), (text_prompt(7, 8), SHORT), (text_prompt(9, 10, 11), config)]
+    requests[2] = (requests[2][0], GenerationConfig(max_new_tokens=8, logprobs=True, temperature=0.7, top_k=5))
+    engine = Engine(model, 3)
+    answers = run(engine, *(submit(engine, prompt, one) for prompt, one in requests))
+    assert answers[1].logprobs == () and answers[1].confidence is None
+    for (prompt, _), answer in zip(requests[::2], answers[::2], strict=True):
+        ids = torch.tensor([[*prompt.ids, *answer.ids]])
+        log_p_TV = model.logits(ids, prompt.pixels)[0].log_softmax(-1)
+        wanted = [log_p_TV[len(prompt.ids) - 1 + i, token].item() for i, token in enumerate(answer.ids)]
+        assert answer.logprobs[: len(wanted)] == pytest.approx(wanted, abs=1e-4)
+        assert len(answer.logprobs) == len(answer.ids) + (answer.finish_reason == "stop")
