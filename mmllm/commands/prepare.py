@@ -8,7 +8,6 @@ Reads every format that `mmllm train` reads, with the same checks. Bad samples a
 """
 
 import random
-from functools import partial
 from pathlib import Path
 
 from mmllm.commands import at_least_one, make_parser
@@ -91,11 +90,11 @@ def load_processor_of(model: str):
 
 def good_samples(source: str, image_dir: str | None, split: str, options, processor) -> list:
     """The samples of `source` that can be trained on; the others are listed in a file."""
-    from mmllm.data.checks import check_samples, image_fault, keep_good
+    from mmllm.data.checks import check_samples, decode_fault, keep_good
     from mmllm.data.samples import read_samples
 
     samples = read_samples(source, image_dir, split)
-    bad = check_samples(samples, processor, options.max_length, fault=partial(image_fault, decode_all=True))
+    bad = check_samples(samples, processor, options.max_length, fault=decode_fault)
     report = options.out / ("bad_samples.jsonl" if split == "train" else f"bad_{split}_samples.jsonl")
     good = keep_good(samples, bad, "skip", 1.0, report=report, source=source)
     if bad:

@@ -79,8 +79,11 @@ def check_samples(
 
 def image_fault(path: Path) -> str:
     """What is wrong with an image file; "" when nothing is, as far as its two ends show."""
-    if looks_complete(path):
-        return ""
+    return "" if looks_complete(path) else decode_fault(path)
+
+
+def decode_fault(path: Path) -> str:
+    """The same, of the whole image."""
     try:
         decode(path)
     except ImageError as error:
