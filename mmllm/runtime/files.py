@@ -1,9 +1,19 @@
-"""Small JSON files: one way to read them and one to write them."""
+"""Small JSON files, one way to read them and one to write them, and the lock on a folder."""
 
 import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from mmllm.errors import CheckpointError
+from mmllm.errors import CheckpointError, UserError
+from mmllm.runtime.console import stderr
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def read_json(
@@ -42,3 +52,28 @@ def write_json(path: Path, content: object) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, which ends with the process however it ends; UserError where another one holds it.
+
+    The file stays: if it were removed, two processes could hold the locks of two files of that name.
+    """
+    with (folder / "lock").open("a+") as file:
+        try:
+            if fcntl is None:
+                raise OSError("this system has no such locks")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"{folder}: another run is writing there ({file.read().strip()}); wait for its end, or choose another "
+                "experiment_name"
+            ) from error
+        except OSError as error:  # some network drives
+            stderr(f"warning: {folder}: cannot be locked ({error.strerror or error}); start no second run in it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,9 +63,9 @@ def train(
 
     `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
     """
-    with World.start(config.device, config.training.timeout_s) as world:
+    with World.start(config.device, config.training.timeout_s) as world, ExitStack() as at_end:
         sha256 = data_sha256(config)
-        directory = world.on_rank0(lambda: open_directory(config))
+        directory = world.on_rank0(lambda: open_directory(config, at_end))
         checkpoint = world.on_rank0(lambda: find_checkpoint(directory, resume, overwrite))
         state = disk.read_state(checkpoint) if checkpoint else {}
         if state:

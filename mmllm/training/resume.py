@@ -5,7 +5,7 @@ and every setting that has changed since the checkpoint is refused or printed.
 """
 
 import hashlib
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from mmllm.config.schema import ExperimentConfig, flat
@@ -13,6 +13,7 @@ from mmllm.config.sources import load
 from mmllm.data.formats import content_files
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.runtime.console import print_rank0
+from mmllm.runtime.files import locked
 from mmllm.storage import checkpoint as disk
 from mmllm.training.run import Position
 from mmllm.training.stage import steps_per_epoch
@@ -45,13 +46,12 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_directory(config: ExperimentConfig) -> Path:
-    """The directory of the run, created if it does not exist; UserError where nothing can be written there."""
+def open_directory(config: ExperimentConfig, at_end: ExitStack) -> Path:
+    """The directory of the run, locked until `at_end`; UserError where another run holds it or nothing can be written."""
     directory = Path(config.output_dir) / config.experiment_name
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        at_end.enter_context(locked(directory))
     except OSError as error:
         raise UserError(f"{directory}: cannot be written to ({error.strerror}); choose another output_dir") from error
     disk.clean(directory)

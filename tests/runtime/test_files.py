@@ -1,9 +1,13 @@
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
-from mmllm.errors import CheckpointError
-from mmllm.runtime.files import read_json, read_json_lines, write_json
+from conftest import ROOT
+from mmllm.errors import CheckpointError, UserError
+from mmllm.runtime.files import locked, read_json, read_json_lines, write_json
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -41,3 +45,33 @@ def test_json_lines_end_at_newlines_only_and_a_cut_off_line_is_dropped(tmp_path)
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines, '{"text": "cut']), encoding="utf-8")
     assert read_json_lines(tmp_path / "rows.jsonl") == [{"text": text} for text in texts]
     assert read_json_lines(tmp_path / "none.jsonl") == []
+
+
+def test_a_lock_on_a_folder_ends_with_its_process_even_if_that_is_killed(tmp_path):
+    program = (
+        f"from pathlib import Path; from mmllm.runtime.files import locked\nwith locked(Path({str(tmp_path)!r})):\n"
+    )
+    program += "    print('locked', flush=True)\n    input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with (
+            pytest.raises(UserError, match=f"another run is writing there .process {holder.pid} on "),
+            locked(tmp_path),
+        ):
+            pass
+        holder.kill()
+    with locked(tmp_path):
+        pass
+
+
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("mmllm.runtime.files.fcntl.flock", refuse)
+    with locked(tmp_path):
+        pass
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: cannot be locked (No locks available); start no second run in it\n"
+    )

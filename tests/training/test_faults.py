@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT
 from mmllm.errors import ConfigError, DataError, RunError, UserError
 from mmllm.reporting.metrics import read_metrics
+from mmllm.runtime.files import locked
 from mmllm.storage import checkpoint as disk
 from mmllm.training import stage
 from mmllm.training.experiment import train
@@ -176,3 +177,16 @@ def test_an_output_directory_that_cannot_be_made_is_named(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to .*; choose another output_dir"):
         train(world.config(tmp_path / "file"))
+
+
+def test_a_second_run_of_the_same_name_is_refused_and_removes_nothing_of_the_first(world, tmp_path):
+    config = world.config(tmp_path)
+    half_written = directory_of(config) / ".checkpoint-epoch-1-step-5.tmp-7"
+    half_written.mkdir(parents=True)
+    with locked(directory_of(config)):
+        for options in ({}, {"resume": "auto"}, {"overwrite": True}):
+            with pytest.raises(
+                UserError, match=r"another run is writing there \(process \d+ on .*choose another exper"
+            ):
+                train(config, **options)
+    assert half_written.is_dir()
