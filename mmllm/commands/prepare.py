@@ -94,13 +94,15 @@ def good_samples(source: str, image_dir: str | None, split: str, options, proces
     from mmllm.data.samples import read_samples
 
     samples = read_samples(source, image_dir, split)
-    bad = check_samples(samples, processor, options.max_length, fault=decode_fault)
+    bad, left_out = check_samples(samples, processor, options.max_length, fault=decode_fault)
     report = options.out / ("bad_samples.jsonl" if split == "train" else f"bad_{split}_samples.jsonl")
     good = keep_good(samples, bad, "skip", 1.0, report=report, source=source)
     if bad:
         print_rank0(
             f"{source}: {len(bad)} of {len(samples)} samples are bad, listed in {report}; the first: {bad[0].reason}"
         )
+    if note := left_out.describe(source, options.max_length):
+        print_rank0(note)
     return good
 
 

@@ -69,12 +69,15 @@ class Encoded:
     """A row of tokens; `labels[t]` is `ids[t]` where that is a target, else IGNORED.
 
     `segment_ids` number the conversations of a row that holds several, see packing.py; [] for a single one.
+    `left_out_exchanges`, of `left_out_tokens` in all, did not fit.
     """
 
     ids: list[int]
     labels: list[int]
     num_images: int
     segment_ids: list[int] = field(default_factory=list)
+    left_out_exchanges: int = 0
+    left_out_tokens: int = 0
 
 
 class ChatProcessor:
@@ -109,8 +112,8 @@ class ChatProcessor:
         if not any(message.role == "assistant" for message in messages):
             raise DataError(NO_ANSWER)
         turns = [self._turn(message) for message in messages]
-        length = sum(len(ids) for ids, _ in turns)
-        oldest = 1
+        length = whole_length = sum(len(ids) for ids, _ in turns)
+        oldest, num_turns = 1, len(turns)
         while max_length is not None and length > max_length:
             oldest = next((i for i in range(oldest, len(turns) - 2) if _is_text_exchange(messages[i : i + 2])), 0)
             if not oldest:
@@ -124,6 +127,8 @@ class ChatProcessor:
             [token for ids, _ in turns for token in ids],
             [label for _, labels in turns for label in labels],
             sum(message.num_images for message in messages),
+            left_out_exchanges=(num_turns - len(turns)) // 2,
+            left_out_tokens=whole_length - length,
         )
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmllm.config.schema import DataConfig
-from mmllm.data.chat import IMAGE, NO_ANSWER, ChatProcessor
+from mmllm.data.chat import IMAGE, NO_ANSWER, ChatProcessor, Encoded
 from mmllm.data.image import decode, open_checked
 from mmllm.data.samples import Sample, read_samples, share_images
 from mmllm.errors import DataError, ImageError
@@ -31,6 +31,29 @@ class BadSample:
     reason: str
 
 
+@dataclass
+class LeftOut:
+    """The exchanges that data.max_length leaves out of samples that are trained on, the oldest of each."""
+
+    samples: int = 0
+    exchanges: int = 0
+    tokens: int = 0
+
+    def add(self, encoded: Encoded) -> None:
+        self.samples += encoded.left_out_exchanges > 0
+        self.exchanges += encoded.left_out_exchanges
+        self.tokens += encoded.left_out_tokens
+
+    def describe(self, source: str, max_length: int) -> str:
+        """One line; "" when nothing is left out."""
+        if not self.samples:
+            return ""
+        return (
+            f"{source}: {self.exchanges} exchanges ({self.tokens} tokens) of {self.samples} samples are left out, "
+            f"because these are longer than data.max_length={max_length}"
+        )
+
+
 def checked_samples(
     path: str | Path,
     settings: DataConfig,
@@ -40,16 +63,17 @@ def checked_samples(
     split: str,
     limit: int | None = None,
     fault: Callable[[Path], str] | None = None,
-) -> list[Sample]:
-    """The first `limit` samples of `path` for a run, without the bad ones where `settings` allow some.
+) -> tuple[list[Sample], str]:
+    """The first `limit` samples of `path` for a run, without the bad ones where `settings` allow some; and a line about
+    what `max_length` leaves out of them, "" for nothing.
 
     `fault(path)` says what is wrong with an image, "" when nothing is; default: `image_fault`.
     """
     samples = read_samples(path, settings.image_dir, split)[:limit]
     workers = settings.num_workers
-    bad = check_samples(samples, processor, settings.max_length, num_workers=workers, fault=fault)
+    bad, left_out = check_samples(samples, processor, settings.max_length, num_workers=workers, fault=fault)
     good = keep_good(samples, bad, settings.bad_samples, settings.max_bad_fraction, report=report, source=str(path))
-    return share_images(good) if settings.share_images else good
+    return share_images(good) if settings.share_images else good, left_out.describe(str(path), settings.max_length)
 
 
 def check_samples(
@@ -59,8 +83,9 @@ def check_samples(
     *,
     num_workers: int = 2,
     fault: Callable[[Path], str] | None = None,
-) -> list[BadSample]:
-    """Every sample that cannot be trained on, in order, and why. Reads 64 kB of each image.
+) -> tuple[list[BadSample], LeftOut]:
+    """Every sample that cannot be trained on, in order, and why; and what is left out of the others. Reads 64 kB of
+    each image.
 
     Without a `processor` the lengths in tokens are not checked.
     """
@@ -68,13 +93,13 @@ def check_samples(
         files = sorted({path for sample in samples for path in sample.images})
         faults = progress(pool.map(fault or image_fault, files), len(files), "checking images")
         reason_of = {path: reason for path, reason in zip(files, faults, strict=True) if reason}
-    bad = []
+    bad, left_out = [], LeftOut()
     for index, sample in enumerate(progress(samples, len(samples), "checking samples")):
         broken = next((path for path in sample.images if path in reason_of), None)
-        reason = reason_of[broken] if broken else sample.fault or text_fault(sample, processor, max_length)
+        reason = reason_of[broken] if broken else sample.fault or text_fault(sample, processor, max_length, left_out)
         if reason:
             bad.append(BadSample(index, str(broken or sample.id), reason))
-    return bad
+    return bad, left_out
 
 
 def image_fault(path: Path) -> str:
@@ -104,15 +129,15 @@ def looks_complete(path: Path) -> bool:
     return kind in END_OF and tail.endswith(END_OF[kind])
 
 
-def text_fault(sample: Sample, processor: ChatProcessor | None, max_length: int) -> str:
-    """What is wrong with the texts of a sample; "" when nothing is."""
+def text_fault(sample: Sample, processor: ChatProcessor | None, max_length: int, left_out: LeftOut) -> str:
+    """What is wrong with the texts of a sample; "" when nothing is. Adds to `left_out` what does not fit."""
     try:
         if processor is None:
             for message in sample.messages:
                 message.text.encode()
             return "" if any(message.role == "assistant" for message in sample.messages) else NO_ANSWER
         if not fits_by_bytes(sample, processor, max_length):
-            processor.encode(list(sample.messages), max_length)
+            left_out.add(processor.encode(list(sample.messages), max_length))
     except UnicodeEncodeError:
         return "a text holds half of a character (a lone surrogate); write the whole character"
     except DataError as error:

@@ -24,8 +24,11 @@ from mmllm.runtime.machine import commit, program
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
 
 
-def record_start(directory: Path, *, device: str, origins: dict[str, str], resumed_from: str | None) -> None:
-    """Add this start to run.json: its command, where each setting came from (`origins`), versions and commit."""
+def record_start(
+    directory: Path, *, device: str, origins: dict[str, str], resumed_from: str | None, data: Sequence[str]
+) -> None:
+    """Add this start to run.json: its command, where each setting came from (`origins`), versions, commit, and lines
+    about its `data`."""
     path = directory / "run.json"
     starts = read_json(path)["starts"] if resumed_from and path.exists() else []
     start = {
@@ -33,6 +36,7 @@ def record_start(directory: Path, *, device: str, origins: dict[str, str], resum
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "resumed_from": resumed_from,
         "settings_from": origins,
+        "data": list(data),
         "device": device,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": commit(),
@@ -57,6 +61,7 @@ def write_report(directory: Path) -> None:
         _scores(directory),
         "## How it was made",
         f"    {start['command']}",
+        "\n".join(f"- {line}" for line in start.get("data", [])),
         f"{start['time']}, {start['device']}, {start['machine']}; commit {start['commit']}; {versions}",
         _settings(directory, start["settings_from"]),
         f"## Try it\n\n    python -m mmllm sample --model {directory / 'best_model'} --image x.jpg",

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,7 @@ def train(
             data = replace(data, read_image=fill_cache(config, model, data, world))
         with (
             StopSignal() as stop,
-            closing(begin(config, origins or {}, directory, checkpoint, state, world)) as log,
+            closing(begin(config, origins or {}, directory, checkpoint, state, data.notes, world)) as log,
             CheckpointWriter(world, checkpoint and checkpoint.name) as writer,
         ):
             best, tokens = best_of(directory, state, sha256), state.get("tokens", 0)
@@ -155,10 +156,14 @@ def load_data(
     """
     data, process, table = config.data, model.processor, feature_table(config, model)
 
+    notes = []
+
     def samples_of(split: str, path: str, part: str, limit: int | None) -> list[Sample]:
         report = directory / f"bad_{split}samples.jsonl" if world.is_first else Path(os.devnull)
         fault = table and table.fault
-        return checked_samples(path, data, process, report, split=part, limit=limit, fault=fault)
+        samples, note = checked_samples(path, data, process, report, split=part, limit=limit, fault=fault)
+        notes.extend(filter(None, [note]))
+        return samples
 
     train = samples_of("", data.train_data_path, data.train_split, data.max_train_samples)
     val = []
@@ -167,15 +172,16 @@ def load_data(
     elif data.val_fraction:
         train, val = split_by_image(train, data.val_fraction, config.seed)
         val = val[: data.max_val_samples]
-        print_rank0(f"data.val_fraction={data.val_fraction}: {count(val)} are set aside, by image, to validate")
+        notes.append(f"data.val_fraction={data.val_fraction}: {count(val)} are set aside, by image, to validate")
     else:
-        print_rank0(
+        notes.append(
             "data.val_data_path and data.val_fraction are not set: no validation, best_model will be the last checkpoint"
         )
-    print_rank0(f"{count(train)} to train on, {count(val)} to validate. The first one, with its targets in [[ ]]:")
+    notes.append(f"{count(train)} to train on, {count(val)} to validate.")
+    print_rank0("\n".join(notes) + " The first one, with its targets in [[ ]]:")
     first, *_ = encode_shared(train[0], process, data.max_length)
     print_rank0("  " + mark_targets(first, process, "[[", "]]").strip().replace("\n", "\n  "))
-    return TrainingData(train, [val[index] for index in sample_order(len(val), 0, 0)], sha256, table)
+    return TrainingData(train, [val[index] for index in sample_order(len(val), 0, 0)], sha256, table, notes)
 
 
 def count(samples: list[Sample]) -> str:
@@ -230,6 +236,7 @@ def begin(
     directory: Path,
     checkpoint: Path | None,
     state: dict,
+    notes: Sequence[str],
     world: World,
 ) -> RunLog | NullLog:
     """Clear the directory, record the start and open the log: nothing is refused any more."""
@@ -248,7 +255,8 @@ def begin(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     wandb_run = start_wandb("mmllm", config.experiment_name, config.to_dict()) if config.use_wandb else None
     with reported(directory):
-        record_start(directory, device=name, origins=origins, resumed_from=checkpoint and str(checkpoint))
+        resumed_from = checkpoint and str(checkpoint)
+        record_start(directory, device=name, origins=origins, resumed_from=resumed_from, data=notes)
         config.save(directory / "experiment.json")
         return RunLog(directory, state.get("step", 0), wandb_run)
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ class TrainingData:
     val: list[Sample]
     sha256: dict[str, str]
     read_image: ReadImage | None = None  # None: the pixels of the image file
+    notes: Sequence[str] = ()  # how many samples there are and what is left out, for the report
 
 
 @dataclass(frozen=True)

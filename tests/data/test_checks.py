@@ -58,7 +58,8 @@ def test_every_bad_sample_is_named_with_its_file_and_reason(samples, processor, 
     samples[8] = Sample("long", samples[8].images, (user("what", images=1), assistant("x" * 500)))
     samples[10] = Sample("half", samples[8].images, (user("what", images=1), assistant("\ud83d")))
     samples[9] = Sample("odd", (), (), fault="`image` must be a file name")
-    assert check_samples(samples, processor, max_length=100) == [
+    bad, _ = check_samples(samples, processor, max_length=100)
+    assert bad == [
         BadSample(1, f"{tmp_path}/cut.jpg", f"{tmp_path}/cut.jpg: broken or cut off; save or send it again"),
         BadSample(
             3,
@@ -83,7 +84,8 @@ def test_every_bad_sample_is_named_with_its_file_and_reason(samples, processor, 
 def test_a_sample_fits_to_the_token(text, samples, processor):
     sample = Sample("0", samples[0].images, (user("what", images=1), assistant(text)))
     length = len(processor.encode(list(sample.messages)).ids)
-    assert [bool(check_samples([sample], processor, length - less)) for less in (-1000, 0, 1)] == [False, False, True]
+    found = [check_samples([sample], processor, length - less) for less in (-1000, 0, 1)]
+    assert [bool(bad) for bad, _ in found] == [False, False, True]
 
 
 def test_an_image_that_is_broken_in_the_middle_shows_it_only_when_it_is_decoded(tmp_path):
@@ -129,7 +131,7 @@ def test_bad_samples_end_the_run_before_it_begins(one_bad_in_four, processor, im
 def test_bad_samples_may_be_left_out_and_are_listed(one_bad_in_four, processor, images, tmp_path):
     report = tmp_path / "run" / "bad_samples.jsonl"
     settings = settings_for(images, "skip", 0.25)
-    good = checked_samples(one_bad_in_four, settings, processor, report, split="train")
+    good, _ = checked_samples(one_bad_in_four, settings, processor, report, split="train")
     assert [sample.id for sample in good] == ["0", "1", "3"]
     assert json.loads(report.read_text()) == {
         "index": 2,
@@ -146,6 +148,24 @@ def test_too_many_bad_samples_are_not_left_out(one_bad_in_four, processor, image
 
 def test_a_limit_takes_the_first_samples_and_checks_no_other(one_bad_in_four, processor, images, tmp_path):
     settings = settings_for(images, "error", 0.0)
-    good = checked_samples(one_bad_in_four, settings, processor, tmp_path / "bad.jsonl", split="train", limit=2)
+    good, _ = checked_samples(one_bad_in_four, settings, processor, tmp_path / "bad.jsonl", split="train", limit=2)
     assert [sample.id for sample in good] == ["0", "1"]
     assert len(read_samples(one_bad_in_four)) == 4
+
+
+def test_the_exchanges_that_do_not_fit_are_counted(processor, images, tmp_path):
+    talk = [("human", "<image>\nWhat?"), ("gpt", "A cat."), *[("human", "Is it old?"), ("gpt", "No.")] * 6]
+    turns = [{"from": role, "value": text} for role, text in talk]
+    records = [{"image": images[0].name, "conversations": turns[:end]} for end in (14, 14, 2)]
+    path, settings = written(tmp_path, records), settings_for(images, "error", 0.0)
+    whole = processor.encode(list(read_samples(path)[0].messages))
+    exchange = (len(whole.ids) - len(processor.encode(list(read_samples(path)[2].messages)).ids)) // 6
+    settings.max_length = len(whole.ids) - exchange - 1  # two of seven exchanges have to go
+    samples, note = checked_samples(path, settings, processor, tmp_path / "bad.jsonl", split="train")
+    assert note == (
+        f"{path}: 4 exchanges ({4 * exchange} tokens) of 2 samples are left out, because these are longer than "
+        f"data.max_length={settings.max_length}"
+    )
+    assert len(processor.encode(list(samples[0].messages), settings.max_length).ids) == len(whole.ids) - 2 * exchange
+    settings.max_length = len(whole.ids)
+    assert checked_samples(path, settings, processor, tmp_path / "bad.jsonl", split="train")[1] == ""

@@ -10,7 +10,7 @@ from run_rows import CAPTION, EVALUATION, ROW, write_rows
 
 
 def start(directory, origins=None, resumed_from=None):
-    record_start(directory, device="cpu", origins=origins or {}, resumed_from=resumed_from)
+    record_start(directory, device="cpu", origins=origins or {}, resumed_from=resumed_from, data=["9 samples"])
 
 
 def report_of(directory) -> str:
@@ -40,7 +40,7 @@ def test_the_report_sums_up_the_rows_of_the_run(tmp_path):
     assert "| 2 | 8 | 2.0000 | 2.0000 | 2.2500 | 3s | 32.1k | 252 | 11.2 GB |" in report
     assert "2.2500 with the true images, 3.0000 with those of other samples: the model looks at the image" in report
     assert "|  | 7 | What is it? | a \\| cat | A cat. |" in report
-    assert "python -m mmllm sample --model" in report
+    assert "\n- 9 samples\n" in report and "python -m mmllm sample --model" in report
 
 
 def test_the_report_shows_settings_with_their_values_and_the_images_that_exist(tmp_path):

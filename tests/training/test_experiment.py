@@ -171,6 +171,7 @@ def test_a_run_leaves_every_step_once_and_a_best_model_that_loads(whole_run):
     assert [row["stage"] for row in rows if "loss" in row] == [1] * 5 + [2] * 5
     assert [row["step"] for row in rows if "val_loss" in row] == [5, 10]
     assert all((directory / name).is_file() for name in ("run.json", "experiment.json", "loss.png", "report.md"))
+    assert "- 20 samples to train on, 6 samples to validate." in (directory / "report.md").read_text()
     best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
     assert disk.step_of((directory / "best_model").resolve()) == best["step"]
     assert MultimodalLLM.from_pretrained(directory / "best_model").processor is not None
