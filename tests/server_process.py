@@ -89,9 +89,11 @@ def serving(pipeline, **settings):
         server = Server(create_app(lambda: pipeline, settings), settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield RealServer(listener.getsockname()[1], None).wait_until_loaded()
-        server.should_exit = True
-        thread.join()
+        try:
+            yield RealServer(listener.getsockname()[1], None).wait_until_loaded()
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 class RealServer:

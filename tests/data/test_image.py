@@ -183,11 +183,12 @@ def test_of_ten_thousand_frames_one_is_read(monkeypatch):
     assert decode(data).size == (8, 8)
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def pointless_png(width: int, height: int) -> bytes:
     """A PNG whose header promises far more than it holds."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
@@ -214,9 +215,6 @@ def tiled_tiff(side: int, tile: int) -> bytes:
 
 def palette_png(transparency: int) -> bytes:
     """A PNG whose tRNS chunk is longer than its palette, with only its last entry transparent."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     data = encoded(noise(8, 8).quantize(4))
     at = data.index(b"IDAT") - 4
