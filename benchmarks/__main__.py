@@ -3,6 +3,7 @@
 python -m benchmarks train                       # one optimizer step, against transformers + peft
 python -m benchmarks train --case "stage 1" --rounds 5
 python -m benchmarks generate                    # answers, against transformers and llama.cpp where it is installed
+python -m benchmarks caption                     # images a minute, against one image at a time
 python -m benchmarks memory                      # what --dry-run predicts, and what a step really takes
 python -m benchmarks rehearse configs/small.py training.gradient_accumulation_steps=2
 python -m benchmarks table                       # the tables of docs/benchmarks.md, from the rows in benchmarks/
@@ -51,7 +52,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     rehearse = commands.add_parser("rehearse", parents=[common], help="a whole run on random weights and images")
     rehearse.add_argument("settings", nargs="*", metavar="CONFIG | key=value", help="(default: configs/full.py)")
     rehearse.add_argument("--samples", type=int, default=32, metavar="N", help="(default: %(default)s)")
-    for command in (generate, rehearse):
+    caption = commands.add_parser("caption", parents=[common], help="images a minute, against one image at a time")
+    caption.add_argument("--precision", action="append", metavar="NAME", help="only this one; may be given again")
+    caption.add_argument("--images", type=int, default=24, metavar="N", help="(default: %(default)s)")
+    caption.add_argument("--new-tokens", type=int, default=20, metavar="N", help="a caption (default: %(default)s)")
+    caption.add_argument("--slots", type=int, default=8, metavar="N", help="images at once (default: %(default)s)")
+    for command in (generate, rehearse, caption):
         command.add_argument(
             "--models",
             type=Path,
@@ -71,6 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     commands = {"train": train, "generate": generate, "memory": memory, "rehearse": rehearse, "gpu": gpu}
+    commands |= {"caption": caption}
     commands |= {"table": write_table, "worker": worker}
     return commands[options.command](options)
 
@@ -145,6 +152,18 @@ def rehearse(options: argparse.Namespace) -> int:
     spec = {"device": choose_device(options.device).type, "size": options.size, "layers": options.layers}
     rows = bench_rehearse.measure(spec, files[0], options.samples, settings, options.models)
     return finish("rehearse", rows, options)
+
+
+def caption(options: argparse.Namespace) -> int:
+    from benchmarks import caption as bench_caption
+    from mmllm.runtime.device import choose_device
+
+    spec = {"device": choose_device(options.device).type, "size": options.size, "layers": options.layers}
+    precisions = options.precision or ["int8", "int8-dynamic"]
+    rows = bench_caption.measure(
+        spec, precisions, options.images, options.new_tokens, options.slots, options.rounds, options.models
+    )
+    return finish("caption", rows, options)
 
 
 def gpu(options: argparse.Namespace) -> int:

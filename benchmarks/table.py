@@ -5,12 +5,13 @@
 
 from pathlib import Path
 
+from benchmarks import caption as bench_caption
 from benchmarks import generate as bench_generate
 from benchmarks import train as bench_train
 from benchmarks.rows import amount, goal_lines, origin, read_rows
 from mmllm.reporting.report import markdown_table
 
-GOALS = bench_train.GOALS + bench_generate.GOALS
+GOALS = bench_train.GOALS + bench_generate.GOALS + bench_caption.GOALS
 
 
 def tables(folder: Path) -> str:
@@ -103,9 +104,25 @@ def rehearse_table(rows: list[dict]) -> str:
     return markdown_table(head, lines, numbers=True)
 
 
+def caption_table(rows: list[dict]) -> str:
+    head = ("precision", "by", "images", "tokens an image", "images/minute")
+    lines = [
+        (
+            row["case"],
+            f"{row['contestant']}, {row['rows']} at once" if row["rows"] > 1 else row["contestant"],
+            str(row["images"]),
+            str(row["new_tokens"]),
+            amount(row["images_per_minute"], ".0f"),
+        )
+        for row in rows
+    ]
+    return markdown_table(head, lines, numbers=True)
+
+
 KINDS = (
     ("train", "One training step", train_table),
     ("generate", "Answers", generate_table),
+    ("caption", "Captions for a folder", caption_table),
     ("memory", "Memory, as --dry-run predicts it", memory_table),
     ("rehearse", "Whole runs on random weights", rehearse_table),
 )

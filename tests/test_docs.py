@@ -31,6 +31,8 @@ NOT_RUN = {  # the beginning of a command line: why it is not run here
     "source": "changes the shell; the lines after it run in the environment of the tests",
     "torchrun": "needs several processes; tests/training/test_distributed.py starts it",
     "python -m benchmarks": "minutes at full size; tests/benchmarks runs it on tiny models",
+    "pip install": "needs the network",
+    "python -m examples.caption_with_ray": "needs Ray; tests/examples runs it where Ray is installed",
     "python -m examples.crossval": "needs a table of embeddings; tests/examples runs it on a small one",
 }
 SCRIPTS = {
@@ -94,6 +96,8 @@ def write_layout(folder: Path) -> None:
     image.save(folder / "outputs" / "toy" / "data" / "images" / "held_out000.png")
     (folder / "train.json").write_text(json.dumps(records))
     (folder / "val.json").write_text(json.dumps(records[:6]))
+    (folder / "list.txt").write_text("3.jpg\n1.jpg\n")
+    (folder / "questions.txt").write_text("What is it?\nWhere is it?\n")
 
 
 class Shell:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
+from benchmarks import caption as bench_caption
 from benchmarks import generate as bench_generate
 from benchmarks import gpu as bench_gpu
 from benchmarks import train as bench_train
@@ -242,6 +243,29 @@ def test_the_table_command_writes_the_rows_between_the_markers(tmp_path):
         rewritten("no markers", "new")
 
 
+def test_captions_for_a_folder_are_measured_beside_one_at_a_time(tmp_path):
+    options = [
+        "--size",
+        "tiny",
+        "--images",
+        "3",
+        "--new-tokens",
+        "3",
+        "--slots",
+        "2",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    folders = ["--models", str(tmp_path / "models"), "--out", str(tmp_path)]
+    assert bench.main(["caption", *options, "--precision", "int8", *folders]) == 0
+    one, together = read_rows(tmp_path, "caption")
+    assert (one["contestant"], together["contestant"]) == ("one at a time", "mmllm caption")
+    assert together["images_per_minute"] == pytest.approx(60 * 3 / together["seconds"][0])
+    assert "| int8 | mmllm caption, 2 at once | 3 | 3 |" in tables(tmp_path)
+
+
 def test_make_bench_ends_with_the_tables():
     recipe = (ROOT / "Makefile").read_text().partition("\nbench:")[2].partition("\n\n")[0]
     commands = [part.split()[0] for part in recipe.split("benchmarks ")[1:]]
@@ -250,7 +274,7 @@ def test_make_bench_ends_with_the_tables():
 
 def test_the_tables_hold_every_goal():
     shown = tables(ROOT / "benchmarks")
-    for goal in (*bench_train.GOALS, *bench_generate.GOALS):
+    for goal in (*bench_train.GOALS, *bench_generate.GOALS, *bench_caption.GOALS):
         if goal.device == "cpu":
             assert f"| {goal.text} |" in shown
 
