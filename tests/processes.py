@@ -225,6 +225,15 @@ def codes_of(group: list[int], hanging: int | None = None) -> list[int]:
     return [codes[rank] for rank in range(len(group))]
 
 
+def end_the_others(group: list[int], victim: int) -> None:
+    """Ask the others to end when process `victim` has died, as torchrun does; late enough for them to have noticed."""
+    os.waitid(os.P_PID, group[victim], os.WEXITED | os.WNOWAIT)
+    time.sleep(1)
+    for rank, number in enumerate(group):
+        if rank != victim:
+            os.kill(number, signal.SIGTERM)
+
+
 def kill_at_random_moments(config: str, times: int, seed: int, whole_s: float, said: Path) -> list[int]:
     """Starts a run, kills it, goes on with it, until it was killed so many times; each time it comes to its end what it
     left is put aside as NAME-1, NAME-2, ..., and it begins anew. Returns the codes of those ends.
@@ -265,6 +274,8 @@ def main() -> None:
         work = partial({"gradients": gradients, "train": training}[do], **job)
         which, of, _ = job.get("fault") or (None, None, None)
         group, hanging = start_group(processes, work, jobs.parent / name), of if which == "hang" else None
+        if which == "die":
+            end_the_others(group, of)
         if in_background:
             background[name] = group, hanging
         else:

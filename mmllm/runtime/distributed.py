@@ -11,6 +11,7 @@ others can name the one that is lost. With one process every method returns at o
 
 import datetime
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class World:
             dist.barrier()
             dist.destroy_process_group()
         elif is_lost_contact(error):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once, before `lost` has an answer
             raise RunError(self.lost()) from error
         else:
             self.store.set(f"error {self.rank}", str(error))
