@@ -186,7 +186,7 @@ def captions_batch(spec: dict, share_images: bool) -> Batch:
         words = torch.randint(1, shape.image_token_id - 12, (PREFIX + CAPTIONS * CAPTION,), generator=rng).tolist()
         start = [*words[:4], *[shape.image_token_id] * positions, *words[4 : PREFIX - positions]]
         captions = [words[PREFIX + i * CAPTION :][:CAPTION] for i in range(CAPTIONS)]
-        texts = [Encoded(start + caption, [IGNORED] * len(start) + caption, 1) for caption in captions]
+        texts = [Encoded(start + caption, [IGNORED] * len(start) + caption, [0]) for caption in captions]
         mine = pack(texts, shape.image_token_id) if share_images else texts
         rows += mine
         pixels += [image] * len(mine)
@@ -249,7 +249,7 @@ def steps_of(spec: dict, config: ExperimentConfig, model: MultimodalLLM, stage: 
 
 
 def loss_of_all_logits(
-    model: MultimodalLLM, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, segment_ids_BT: None
+    model: MultimodalLLM, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, *_: None
 ) -> tuple[Tensor, Tensor]:
     """What `MultimodalLLM.forward` returns, by the textbook: from logits of every token, few of which are targets."""
     logits_MV, labels_M = model.logits(ids_BT, pixels_N3SS)[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()

@@ -7,7 +7,8 @@ B rows, T tokens, N images of all rows, S pixels a side; Q visual tokens of F fe
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mmllm.config.schema import DataConfig
-from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Encoded
+from mmllm.data.chat import IGNORED, ChatProcessor, Encoded
 from mmllm.data.order import sample_order
-from mmllm.data.packing import PADDING, encode_shared
+from mmllm.data.packing import PADDING, encode_shared, rough_length
 from mmllm.data.samples import Sample
 from mmllm.errors import DataError, ImageError
 from mmllm.runtime.console import stderr
@@ -28,9 +29,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right, and the pixels of all their images in order; N may be 0.
+    """Rows padded on the right, and the pixels of their images; N may be 0.
 
-    `segment_ids_BT` is None where each row is one conversation, see packing.py. With cached features, `pixels_N3SS`
+    `segment_ids_BT` is None where each row is one conversation, see packing.py. `image_index_P` says which image each of
+    P places in the rows shows, in their order; None where each shows the next one. With cached features, `pixels_N3SS`
     holds these, (N, Q, F).
     """
 
@@ -38,6 +40,7 @@ class Batch:
     labels_BT: Tensor
     pixels_N3SS: Tensor
     segment_ids_BT: Tensor | None = None
+    image_index_P: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
@@ -77,9 +80,12 @@ def read_rows(
 
 
 def make_batch(rows: list[EncodedRow], processor: ChatProcessor) -> Batch:
-    """`collate` with the padding token and the image size of `processor`."""
-    pixels = [image for _, images in rows for image in images]
-    return collate([row for row, _ in rows], pixels, processor.tokenizer.pad_id, processor.image_processor.size)
+    """`collate` with the padding token and the image size of `processor`; an image in several places is in it once."""
+    pixels = list({id(image): image for _, images in rows for image in images}.values())
+    number = {id(image): i for i, image in enumerate(pixels)}
+    index = [number[id(images[i])] for row, images in rows for i in row.images]
+    batch = collate([row for row, _ in rows], pixels, processor.tokenizer.pad_id, processor.image_processor.size)
+    return batch if index == list(range(len(pixels))) else replace(batch, image_index_P=torch.tensor(index))
 
 
 class BatchMaker:
@@ -97,17 +103,18 @@ class BatchMaker:
         max_broken: int,
     ):
         self.samples, self.processor, self.max_length = samples, processor, max_length
-        self.read_image, self.max_broken = read_image, min(max_broken, len(samples) - 1)
+        self.read_image, self.max_broken = read_image or processor.image_processor, min(max_broken, len(samples) - 1)
         self.broken: dict[int, str] = {}
 
     def __call__(self, indices: Iterable[int]) -> Batch:
-        return make_batch([row for index in indices for row in self._rows(index)], self.processor)
+        read_image = cache(self.read_image)
+        return make_batch([row for index in indices for row in self._rows(index, read_image)], self.processor)
 
-    def _rows(self, index: int) -> list[EncodedRow]:
+    def _rows(self, index: int, read_image: ReadImage) -> list[EncodedRow]:
         while True:
             sample = self.samples[index]
             try:
-                return read_rows(sample, self.processor, self.max_length, self.read_image)
+                return read_rows(sample, self.processor, self.max_length, read_image)
             except ImageError as error:
                 is_new = index not in self.broken
                 self.broken[index] = str(error)
@@ -196,13 +203,6 @@ def ordered_batches(
 def allowed_broken(settings: DataConfig, samples: list[Sample]) -> int:
     """How many samples may turn out to be broken when they are used."""
     return int(settings.max_bad_fraction * len(samples)) if settings.bad_samples == "skip" else 0
-
-
-def rough_length(sample: Sample, processor: ChatProcessor) -> int:
-    """About the length of the sample's row in characters, found without tokenizing; a visual token counts as four."""
-    messages = [message for one in (sample, *sample.shared) for message in one.messages]
-    characters = sum(len(part) for message in messages for part in message.parts if part is not IMAGE)
-    return characters + 4 * processor.num_image_tokens * len(sample.images)
 
 
 def prefetch(make: Callable[[int], Item], numbers: range, num_workers: int) -> Iterator[Item]:

@@ -68,13 +68,14 @@ def parse_text(text: str) -> tuple[str | _Image, ...]:
 class Encoded:
     """A row of tokens; `labels[t]` is `ids[t]` where that is a target, else IGNORED.
 
-    `segment_ids` number the conversations of a row that holds several, see packing.py; [] for a single one.
-    `left_out_exchanges`, of `left_out_tokens` in all, did not fit.
+    `images` says which of the sample's images each place for an image shows. `segment_ids` number the conversations of a
+    row that holds several, see packing.py; [] for a single one. `left_out_exchanges`, of `left_out_tokens` in all, did
+    not fit.
     """
 
     ids: list[int]
     labels: list[int]
-    num_images: int
+    images: list[int]
     segment_ids: list[int] = field(default_factory=list)
     left_out_exchanges: int = 0
     left_out_tokens: int = 0
@@ -126,7 +127,7 @@ class ChatProcessor:
         return Encoded(
             [token for ids, _ in turns for token in ids],
             [label for _, labels in turns for label in labels],
-            sum(message.num_images for message in messages),
+            list(range(sum(message.num_images for message in messages))),
             left_out_exchanges=(num_turns - len(turns)) // 2,
             left_out_tokens=whole_length - length,
         )

@@ -2,12 +2,17 @@
 
 row          system, image, prompt | A cat.<|im_end|> | A cat sits.<|im_end|> | padding
 segment_ids  0 0 0 0 0 0 0 0 0 0 0 | 1 1 1  1         | 2 2 2   2  2          | -1 -1
+
+Where the prompts differ before the image, each text has places of its own for it, and the image is still encoded once.
 """
 
-from mmllm.data.chat import IGNORED, ChatProcessor, Encoded
+from heapq import nlargest
+
+from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Encoded
 from mmllm.data.samples import Sample
 
 PADDING = -1  # the segment of padding
+ENCODED_TO_COUNT = 200  # samples
 
 
 def encode_shared(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> list[Encoded]:
@@ -19,14 +24,11 @@ def encode_shared(sample: Sample, processor: ChatProcessor, max_length: int | No
 def pack(rows: list[Encoded], image_id: int, max_length: int | None = None) -> list[Encoded]:
     """Conversations about the same images in few rows of at most `max_length` tokens, in their order.
 
-    They share what all of them begin with and none is trained on. Where that does not include every image (a token
-    `image_id` comes later), the rows stay as they are.
+    They share what all of them begin with and none is trained on.
     """
     if len(rows) == 1:
         return rows
     prefix = common_prefix(rows)
-    if any(image_id in row.ids[prefix:] for row in rows):
-        return rows
     groups: list[list[Encoded]] = []
     length = 0
     for row in rows:
@@ -37,7 +39,9 @@ def pack(rows: list[Encoded], image_id: int, max_length: int | None = None) -> l
         else:
             groups.append([row])
             length = prefix + rest
-    return [pack_group(group, prefix) for group in groups]
+    places = rows[0].ids.count(image_id)
+    shared_images = rows[0].ids[:prefix].count(image_id) * len(rows[0].images) // max(1, places)
+    return [pack_group(group, prefix, shared_images) for group in groups]
 
 
 def common_prefix(rows: list[Encoded]) -> int:
@@ -46,14 +50,32 @@ def common_prefix(rows: list[Encoded]) -> int:
     return next((t for t in range(end) if any(row.ids[t] != rows[0].ids[t] for row in rows)), end)
 
 
-def pack_group(rows: list[Encoded], prefix: int) -> Encoded:
-    """One row: the first `prefix` tokens, which `rows` share, followed by the rest of each."""
+def pack_group(rows: list[Encoded], prefix: int, shared_images: int) -> Encoded:
+    """One row: the first `prefix` tokens with `shared_images`, which `rows` share, followed by the rest of each."""
     first = rows[0]
     if len(rows) == 1:
         return first
     ids, labels, segment_ids = first.ids[:prefix], first.labels[:prefix], [0] * prefix
+    images = first.images[:shared_images]
     for segment, row in enumerate(rows, 1):
         ids += row.ids[prefix:]
         labels += row.labels[prefix:]
         segment_ids += [segment] * (len(row.ids) - prefix)
-    return Encoded(ids, labels, first.num_images, segment_ids)
+        images += row.images[shared_images:]
+    return Encoded(ids, labels, images, segment_ids)
+
+
+def most_texts_and_rows(samples: list[Sample], processor: ChatProcessor, max_length: int) -> tuple[int, int]:
+    """The most texts of a sample, and the most rows. Only the longest samples are encoded to find the latter."""
+    longest = nlargest(ENCODED_TO_COUNT, samples, key=lambda sample: rough_length(sample, processor))
+    return (
+        max(1 + len(sample.shared) for sample in samples),
+        max(len(encode_shared(sample, processor, max_length)) for sample in longest),
+    )
+
+
+def rough_length(sample: Sample, processor: ChatProcessor) -> int:
+    """About the length of the sample's row in characters, found without tokenizing; a visual token counts as four."""
+    messages = [message for one in (sample, *sample.shared) for message in one.messages]
+    characters = sum(len(part) for message in messages for part in message.parts if part is not IMAGE)
+    return characters + 4 * processor.num_image_tokens * len(sample.images)

@@ -6,7 +6,7 @@ Nothing is added to the vocabulary. Qwen2.5 already has `<|image_pad|>`: it stan
 Paper: LLaVA, https://arxiv.org/abs/2304.08485; code: https://github.com/haotian-liu/LLaVA.
 
 B rows, T tokens, N images in the whole batch, S their side, Q visual tokens per image, F features of each before the
-projector, D hidden size, V vocabulary, M target positions.
+projector, D hidden size, V vocabulary, M target positions, P places for an image where an image may have several.
 """
 
 import torch
@@ -63,10 +63,15 @@ class MultimodalLLM(nn.Module):
         features_NQF = pixels_N3SS.to(self.device, self.dtype) if is_cached else self.vision_features(pixels_N3SS)
         return self.multi_modal_projector(features_NQF)
 
-    def embed(self, ids_BT: Tensor, pixels_N3SS: Tensor) -> Tensor:
-        """Token embeddings (B, T, D), in which the visual tokens replace those of `image_token_id`, in order."""
+    def embed(self, ids_BT: Tensor, pixels_N3SS: Tensor, image_index_P: Tensor | None = None) -> Tensor:
+        """Token embeddings (B, T, D), in which the visual tokens replace those of `image_token_id`, in order.
+
+        `image_index_P`: the image of each place; None: the next one.
+        """
         x_BTD = self.language_model.embed(ids_BT).to(self.dtype)  # a frozen embedding may be held in bfloat16
         image_NQD = self.encode_images(pixels_N3SS)
+        if image_index_P is not None:
+            image_NQD = image_NQD[image_index_P]
         is_image_BT = ids_BT == self.config.image_token_id
         places, features = int(is_image_BT.sum()), image_NQD.shape[0] * image_NQD.shape[1]
         if places != features:  # masked_scatter accepts too many features
@@ -76,7 +81,12 @@ class MultimodalLLM(nn.Module):
         return x_BTD.masked_scatter(is_image_BT[:, :, None], image_NQD.to(x_BTD.dtype))
 
     def forward(
-        self, ids_BT: Tensor, labels_BT: Tensor, pixels_N3SS: Tensor, segment_ids_BT: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor,
+        pixels_N3SS: Tensor,
+        segment_ids_BT: Tensor | None = None,
+        image_index_P: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy (float32) of the target positions, and their number.
 
@@ -84,7 +94,7 @@ class MultimodalLLM(nn.Module):
         `segment_ids_BT` a row holds several conversations about one image, see shared_prefix.py.
         The caller divides: only it knows the number of targets in the whole optimizer step.
         """
-        x_BTD = self.embed(ids_BT, pixels_N3SS)
+        x_BTD = self.embed(ids_BT, pixels_N3SS, image_index_P)
         rows_M, columns_M = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)
         targets_M = labels_BT[rows_M, columns_M + 1]
         positions_BT = attend_BTS = None

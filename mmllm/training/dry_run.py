@@ -142,7 +142,7 @@ def describe(config: ExperimentConfig) -> list[str]:
     samples, note = count_samples(config)
     for number, stage in enumerate(stages, 1):
         per_step = stage.batch_size * stage.gradient_accumulation_steps
-        steps = f"{stage.epochs} epochs, {stage.epochs * (samples // per_step)} steps" if samples else note
+        steps = f"{stage.epochs} epochs, {stage.epochs * (samples // per_step)} steps{note}" if samples else note
         memory = stage_memory(shape, config, stage)
         lines.append(
             f"stage {number}: {steps} of {per_step} samples ({stage.batch_size} x {stage.gradient_accumulation_steps}); "
@@ -152,7 +152,7 @@ def describe(config: ExperimentConfig) -> list[str]:
 
 
 def count_samples(config: ExperimentConfig) -> tuple[int, str]:
-    """The number of training samples; 0 and a note where the data cannot be read."""
+    """The number of training samples, and a note where they hold several texts; 0 and a note where they cannot be read."""
     path = config.data.train_data_path
     if path is None:
         return 0, "steps unknown (data.train_data_path is not set)"
@@ -164,4 +164,6 @@ def count_samples(config: ExperimentConfig) -> tuple[int, str]:
     samples = share_images(samples) if config.data.share_images else samples
     if config.data.val_fraction:
         samples, _ = split_by_image(samples, config.data.val_fraction, config.seed)
-    return len(samples), ""
+    texts = max((1 + len(sample.shared) for sample in samples), default=1)
+    several = f"up to {texts} texts of an image, in several rows where they do not fit data.max_length together"
+    return len(samples), f" (a sample is {several})" if texts > 1 else ""

@@ -23,7 +23,7 @@ from mmllm.data.checks import checked_samples
 from mmllm.data.features import FeatureCache, FeatureTable, fingerprint
 from mmllm.data.formats import data_files, image_folder
 from mmllm.data.order import sample_order, split_by_image
-from mmllm.data.packing import encode_shared
+from mmllm.data.packing import encode_shared, most_texts_and_rows
 from mmllm.data.samples import Sample
 from mmllm.errors import ConfigError
 from mmllm.models.multimodal import MultimodalLLM
@@ -177,6 +177,13 @@ def load_data(
         notes.append(
             "data.val_data_path and data.val_fraction are not set: no validation, best_model will be the last checkpoint"
         )
+    texts, rows = most_texts_and_rows(train, process, data.max_length)
+    if texts > 1:
+        most = max(stage.batch_size for stage in config.stages())
+        notes.append(
+            f"up to {texts} texts of an image are one sample, in up to {rows} rows of data.max_length={data.max_length}: "
+            f"a batch of {most} samples has up to {most * texts} texts in {most * rows} rows"
+        )
     notes.append(f"{count(train)} to train on, {count(val)} to validate.")
     print_rank0("\n".join(notes) + " The first one, with its targets in [[ ]]:")
     first, *_ = encode_shared(train[0], process, data.max_length)
@@ -187,7 +194,7 @@ def load_data(
 def count(samples: list[Sample]) -> str:
     """The number of samples, and of the texts in them where several share an image."""
     texts = len(samples) + sum(len(sample.shared) for sample in samples)
-    return f"{len(samples)} samples" + (f" ({texts} texts, those of an image in one row)" * (texts > len(samples)))
+    return f"{len(samples)} samples" + (f" ({texts} texts, those of an image together)" * (texts > len(samples)))
 
 
 def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTable | None:

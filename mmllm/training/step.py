@@ -74,7 +74,7 @@ def accumulate_gradients(
         try:
             batch = batch.to(model.device)
             with autocast(model.device, bf16):
-                loss_sum, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS, batch.segment_ids_BT)
+                loss_sum, _ = model(*vars(batch).values())
             loss = loss_sum / targets
             loss.backward()
         except (MemoryError, RuntimeError) as error:

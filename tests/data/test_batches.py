@@ -11,7 +11,7 @@ from mmllm.data.batches import BatchLoader, ordered_batches
 from mmllm.data.chat import IGNORED, ChatProcessor, assistant, user
 from mmllm.data.image import ImageProcessor
 from mmllm.data.order import sample_order
-from mmllm.data.samples import Sample
+from mmllm.data.samples import Sample, share_images
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import DataError, ImageError
 from official import write_tokenizer
@@ -122,3 +122,22 @@ def test_more_broken_images_than_allowed_end_the_run(samples, processor, tmp_pat
     with pytest.raises(DataError, match=r"sample 3 \(three\): no such image") as caught:
         contents(BatchLoader(samples, processor, 2))
     assert isinstance(caught.value.__cause__, ImageError)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_an_image_in_several_rows_is_decoded_and_encoded_once(share, images, processor):
+    texts = [Sample("", (images[3],), (user("what", images=1), assistant("x" * (9 + i)))) for i in range(6)]
+    limit = len(processor.encode(list(texts[-1].messages)).ids) + 10
+    groups = share_images(texts) if share else texts
+    read = []
+    (batch,) = ordered_batches(
+        [*groups, Sample("", (images[5],), texts[0].messages)],
+        processor,
+        7,
+        max_length=limit,
+        num_workers=0,
+        read_image=lambda path: read.append(path) or processor.image_processor(path),
+    )
+    assert read == [images[3], images[5]] and len(batch.pixels_N3SS) == 2
+    rows = len(batch.ids_BT)
+    assert 2 < rows <= 7 and batch.image_index_P.tolist() == [0] * (rows - 1) + [1]

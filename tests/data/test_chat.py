@@ -60,7 +60,7 @@ def test_the_targets_are_the_answers_and_their_ends(process):
         "<|im_start|>assistant\n[yes<|im_end|>]\n"
     )
     assert all(label in (IGNORED, token) for token, label in zip(encoded.ids, encoded.labels, strict=True))
-    assert encoded.num_images == 1
+    assert encoded.images == [0]
 
 
 def test_a_prompt_is_the_beginning_of_what_was_trained_on(process):
@@ -90,7 +90,7 @@ def test_what_is_too_long_loses_its_oldest_exchanges_but_not_the_image(process):
     whole = process.encode(turns)
     shorter = process.encode(turns, len(whole.ids) - 1)
     text = mark_targets(shorter, process)
-    assert len(shorter.ids) < len(whole.ids) and shorter.num_images == 1
+    assert len(shorter.ids) < len(whole.ids) and shorter.images == [0]
     assert "question 0" not in text and "answer 0" not in text and "question 1" in text and "a cat" in text
     tight = process.encode(turns, len(process.encode([*turns[:2], *turns[-2:]]).ids))
     assert "answer 4" in mark_targets(tight, process) and "answer 3" not in mark_targets(tight, process)

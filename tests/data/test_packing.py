@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mmllm.data.chat import IGNORED, ChatProcessor, assistant, user
+from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, user
 from mmllm.data.image import ImageProcessor
-from mmllm.data.packing import encode_shared, pack
+from mmllm.data.packing import encode_shared, most_texts_and_rows, pack
 from mmllm.data.samples import Sample, share_images
 from mmllm.data.tokenizer import Tokenizer
 from official import write_tokenizer
@@ -70,10 +70,21 @@ def test_texts_that_do_not_fit_one_row_take_several_and_no_target_is_lost(proces
     assert targets_of(separate) == targets_of(rows) == targets_of([whole])
 
 
-def test_an_image_that_comes_later_in_the_conversation_is_not_shared(processor):
-    late = [Sample("", CAT, (user(text), assistant("in"), user("and?", images=1), assistant("on"))) for text in "ab"]
-    (group,) = share_images(late)
-    assert [row.segment_ids for row in encode_shared(group, processor)] == [[], []]
+def test_an_image_behind_different_words_has_a_place_in_each_text(processor):
+    """The first of two images is shared, as both texts begin with it."""
+    turns = [Message("user", (IMAGE, f"{text}\n", IMAGE)) for text in ("what?", "a cat?")]
+    (group,) = share_images([Sample("", CAT + MAT, (turn, assistant("in"))) for turn in turns])
+    (row,) = encode_shared(group, processor)
+    is_image = [token == processor.tokenizer.image_id for token in row.ids]
+    places = [sum(x and s == number for x, s in zip(is_image, row.segment_ids, strict=True)) for number in range(3)]
+    assert row.images == [0, 1, 1] and places == [4, 4, 4]
+
+
+def test_texts_and_rows_of_the_largest_sample_are_counted(processor):
+    samples = share_images([*(caption(CAT, text) for text in CAPTIONS), caption(MAT, "a mat")])
+    limit = len(processor.encode(list(samples[0].messages)).ids) + 8
+    assert most_texts_and_rows(samples, processor, 1000) == (5, 1)
+    assert most_texts_and_rows(samples, processor, limit) == (5, len(encode_shared(samples[0], processor, limit)))
 
 
 def test_samples_of_the_same_images_become_one_and_text_alone_stays():

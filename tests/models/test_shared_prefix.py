@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from mmllm.data.batches import BatchLoader, make_batch, ordered_batches, read_row, read_rows
-from mmllm.data.chat import assistant, user
+from mmllm.data.chat import IMAGE, Message, assistant, user
 from mmllm.data.samples import Sample, share_images
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.shared_prefix import attention_of, positions_of, predictor_positions
@@ -28,8 +28,9 @@ def model(world):
 
 @pytest.fixture(scope="module")
 def samples(world) -> list[Sample]:
-    """Two images with captions or questions, one with a single text, two images at once, and text alone."""
-    images = [(world.folder / "images" / f"{i}.png",) for i in range(3)]
+    """Two images with captions or questions, one with a single text, two images at once, one image behind different
+    words, and text alone."""
+    images = [(world.folder / "images" / f"{i}.png",) for i in range(4)]
     both = images[0] + images[1]
     return [
         *(caption(images[0], text) for text in ("a cat", "a cat on the mat", "a hat", "a cat", "in")),
@@ -39,8 +40,9 @@ def samples(world) -> list[Sample]:
         question(images[1], "why?", "the thing is on the mat"),
         Sample("both", both, (user("which?", images=2), assistant("the one"))),
         Sample("both", both, (user("the other?", images=2), assistant("in"))),
+        Sample("late", images[3], (Message("user", ("what is it?\n", IMAGE)), assistant("a cat"))),
+        Sample("late", images[3], (Message("user", ("why?\n", IMAGE, "\nwhere?")), assistant("on the mat"))),
         question((), "hello", "one"),
-        question((), "hello", "two"),
     ]
 
 
@@ -67,8 +69,8 @@ def test_one_row_per_image_has_the_targets_loss_and_gradient_of_separate_rows(mo
     process = model.processor
     separate = make_batch([read_row(sample, process) for sample in samples], process)
     shared = make_batch([row for sample in share_images(samples) for row in read_rows(sample, process)], process)
-    assert (len(separate.ids_BT), len(separate.pixels_N3SS)) == (13, 13)
-    assert (len(shared.ids_BT), len(shared.pixels_N3SS)) == (6, 5)
+    assert (len(separate.ids_BT), len(separate.pixels_N3SS)) == (14, 15)
+    assert (len(shared.ids_BT), len(shared.pixels_N3SS)) == (6, 6)
     assert count_targets([shared]) == count_targets([separate])
     assert shared.ids_BT.numel() < 0.7 * separate.ids_BT.numel()
     loss, wanted = gradients(model, [separate])
@@ -102,5 +104,5 @@ def test_validation_and_training_batches_keep_the_texts_of_an_image_together(wor
     loader = BatchLoader(groups, model.processor, 3, num_workers=0)
     batches = list(loader.batches(0))
     assert sum(count_targets([batch]) for batch in batches) == count_targets(
-        list(ordered_batches(samples, model.processor, 13, num_workers=0))
+        list(ordered_batches(samples, model.processor, 14, num_workers=0))
     )
