@@ -87,6 +87,7 @@ class DataConfig(Section):
     val_data_path: str | None = None
     val_fraction: Fraction = 0.0  # of the training images, set aside for validation where val_data_path is None
     image_dir: str | None = None
+    val_image_dir: str | None = None  # None: as image_dir
     train_split: str = "train"
     val_split: str = "val"
     batch_size: Count = 32  # samples of a micro-batch

@@ -61,15 +61,17 @@ def checked_samples(
     report: Path,
     *,
     split: str,
+    image_dir: str | None = None,
     limit: int | None = None,
     fault: Callable[[Path], str] | None = None,
 ) -> tuple[list[Sample], str]:
     """The first `limit` samples of `path` for a run, without the bad ones where `settings` allow some; and a line about
     what `max_length` leaves out of them, "" for nothing.
 
-    `fault(path)` says what is wrong with an image, "" when nothing is; default: `image_fault`.
+    `image_dir` None: that of `settings`. `fault(path)` says what is wrong with an image, "" when nothing is; default:
+    `image_fault`.
     """
-    samples = read_samples(path, settings.image_dir, split)[:limit]
+    samples = read_samples(path, image_dir or settings.image_dir, split)[:limit]
     workers = settings.num_workers
     bad, left_out = check_samples(samples, processor, settings.max_length, num_workers=workers, fault=fault)
     good = keep_good(samples, bad, settings.bad_samples, settings.max_bad_fraction, report=report, source=str(path))

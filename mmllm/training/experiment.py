@@ -161,7 +161,10 @@ def load_data(
     def samples_of(split: str, path: str, part: str, limit: int | None) -> list[Sample]:
         report = directory / f"bad_{split}samples.jsonl" if world.is_first else Path(os.devnull)
         fault = table and table.fault
-        samples, note = checked_samples(path, data, process, report, split=part, limit=limit, fault=fault)
+        folder = data.val_image_dir if split else None
+        samples, note = checked_samples(
+            path, data, process, report, split=part, image_dir=folder, limit=limit, fault=fault
+        )
         notes.extend(filter(None, [note]))
         return samples
 
@@ -203,7 +206,8 @@ def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTabl
     if data.features_path is None:
         return None
     files = [file for source in (data.train_data_path, data.val_data_path) if source for file in data_files(source)]
-    folders = [Path(data.image_dir).expanduser()] if data.image_dir else [image_folder(file) for file in files]
+    named = [Path(name).expanduser() for name in (data.image_dir, data.val_image_dir) if name]
+    folders = named + ([] if data.image_dir else [image_folder(file) for file in files])
     return FeatureTable(data.features_path, folders, model.config.feature_shape)
 
 

@@ -169,3 +169,14 @@ def test_the_exchanges_that_do_not_fit_are_counted(processor, images, tmp_path):
     assert len(processor.encode(list(samples[0].messages), settings.max_length).ids) == len(whole.ids) - 2 * exchange
     settings.max_length = len(whole.ids)
     assert checked_samples(path, settings, processor, tmp_path / "bad.jsonl", split="train")[1] == ""
+
+
+def test_the_validation_may_have_an_image_folder_of_its_own(processor, images, tmp_path):
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "val" / "0.png")
+    path = written(tmp_path, [{"image": "0.png", "text": "a"}])
+    settings, val = settings_for(images, "error", 0.0), str(tmp_path / "val")
+    (sample,), _ = checked_samples(path, settings, processor, tmp_path / "bad.jsonl", split="val", image_dir=val)
+    assert sample.images == (tmp_path / "val" / "0.png",)
+    with pytest.raises(DataError, match=r"no such image: .*0\.png"):
+        checked_samples(path, settings, processor, tmp_path / "bad.jsonl", split="val")

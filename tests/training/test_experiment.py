@@ -20,9 +20,9 @@ from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.metrics import read_metrics
-from mmllm.runtime.distributed import World
+from mmllm.runtime.distributed import ALONE, World
 from mmllm.storage import checkpoint as disk
-from mmllm.training.experiment import train
+from mmllm.training.experiment import load_data, train
 from mmllm.training.prepare import PART_OF, checkpoint_blocks_, train_only_
 from mmllm.training.stage import stage_groups
 from mmllm.training.step import accumulate_gradients, adamw, count_targets, learning_rate_at, update_
@@ -162,6 +162,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing(world):
 
 
 # A whole run
+
+
+def test_validation_images_are_looked_for_in_their_own_folder(world, tmp_path):
+    shutil.copytree(world.folder / "images", tmp_path / "val_images")
+    config = world.config(tmp_path)
+    config.data.val_image_dir = str(tmp_path / "val_images")
+    data = load_data(config, new_model(world), tmp_path, {}, ALONE)
+    folders = [{sample.images[0].parent for sample in part} for part in (data.train, data.val)]
+    assert folders == [{world.folder / "images"}, {tmp_path / "val_images"}]
 
 
 def test_a_run_leaves_every_step_once_and_a_best_model_that_loads(whole_run):
