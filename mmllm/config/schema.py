@@ -198,6 +198,21 @@ class ExperimentConfig(Section):
         rates = dict.fromkeys(("projector_learning_rate", "vision_learning_rate"), general["learning_rate"])
         return StageConfig(**(rates | general))
 
+    def imply(self) -> dict[str, str]:
+        """Set `model.use_lora` where an int8 or int4 language model is trained and nobody set it; its name and the reason."""
+        model = self.model
+        rounding = "load_in_8bit" if model.load_in_8bit else "load_in_4bit"
+        if not self._trains_rounded_weights() or "use_lora" in model.model_fields_set:
+            return {}
+        model.use_lora = True
+        return {
+            "model.use_lora": f"implied by model.{rounding}: rounded weights are frozen, adapters beside them are trained"
+        }
+
+    def _trains_rounded_weights(self) -> bool:
+        trains = any("language_model" in stage.train and stage.epochs for stage in self.stages())
+        return trains and (self.model.load_in_8bit or self.model.load_in_4bit) and not self.model.use_lora
+
     def check(self) -> None:
         """ConfigError for settings that exclude each other; each alone was checked when it was set."""
         model, data = self.model, self.data
@@ -213,12 +228,11 @@ class ExperimentConfig(Section):
                     f"training.stage{number}.train has vision_tower, but data.cache_features and data.features_path hold "
                     "the output of a frozen one; take it out of there, or unset these"
                 )
-        trains = any("language_model" in stage.train and stage.epochs for stage in self.stages())
-        for name in ("load_in_8bit", "load_in_4bit"):
-            if self.get(f"model.{name}") and trains and not model.use_lora:
-                raise ConfigError(
-                    f"model.{name} keeps the language model frozen: set model.use_lora=true, or let no stage train it"
-                )
+        if self._trains_rounded_weights():
+            name = "load_in_8bit" if model.load_in_8bit else "load_in_4bit"
+            raise ConfigError(
+                f"model.{name} keeps the language model frozen: set model.use_lora=true, or let no stage train it"
+            )
 
 
 def setting_names(section: type[Section] = ExperimentConfig, prefix: str = "") -> list[str]:

@@ -49,6 +49,7 @@ def resolve(
             raise ConfigError(
                 f"data.train_data_path is not set, and no run in {directory} has it; begin one: data.train_data_path=FILE"
             )
+    origins |= config.imply()
     config.check()
     return config, origins
 

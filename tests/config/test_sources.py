@@ -239,3 +239,16 @@ def test_configurations_are_read_without_torch():
     program = "import sys; from mmllm.config.sources import resolve as r; r('configs/full.py', {}, [])"
     program += "; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True).stdout == b"False\n"
+
+
+def test_8_bit_weights_alone_imply_adapters_and_say_so(tmp_path):
+    path = written(tmp_path / "x.json", '{"model": {"load_in_8bit": true}}')
+    config, origins = resolve(path, {}, [])
+    assert config.model.use_lora
+    assert any(
+        line.startswith("model.use_lora = True  (implied by model.load_in_8bit") for line in explain(config, origins)
+    )
+    frozen, _ = resolve(path, {}, ["training.stage2.epochs=0"])
+    assert not frozen.model.use_lora, "the projector alone needs none"
+    with pytest.raises(ConfigError, match="load_in_8bit keeps the language model frozen: set model.use_lora=true"):
+        resolve(path, {}, ["model.use_lora=false"])
