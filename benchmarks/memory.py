@@ -12,8 +12,8 @@ from benchmarks.train import BY_NAME, OURS, TARGETS, TOKENS, configuration, forg
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device
 from mmllm.runtime.memory import peak_memory
-from mmllm.training.dry_run import stage_memory
 from mmllm.training.prepare import cast_
+from mmllm.training.step_memory import SampleSize, stage_memory
 
 CASES = ("stage 1", "stage 2, full", "stage 2, LoRA", "stage 2, LoRA on int8")
 VARIANTS = tuple((bf16, checkpointing) for bf16 in (True, False) for checkpointing in (False, True))
@@ -44,11 +44,9 @@ def measure(names: list[str], spec: dict, variants: tuple[tuple[bool, bool], ...
 def predicted_bytes(spec: dict) -> float:
     """What `--dry-run` predicts for this step."""
     config = configuration(spec)
-    config.data.max_length = TOKENS
     stage = config.stages()[BY_NAME[spec["case"]].stage - 1]
-    device = torch.device(spec["device"])
-    shape = sizes(spec["size"], spec["layers"])
-    return stage_memory(shape, config, stage, targets=TARGETS * spec["rows"], device=device).total
+    kind, shape = torch.device(spec["device"]).type, sizes(spec["size"], spec["layers"])
+    return stage_memory(shape, config, stage, kind, SampleSize(TOKENS, TARGETS)).total
 
 
 def build(spec: dict) -> tuple[dict, Work]:

@@ -1,7 +1,7 @@
 """Train a model in two stages on images with text.
 
 mmllm train full data.train_data_path=train.json data.val_data_path=val.json data.image_dir=images
-mmllm train full --dry-run        # parameters, memory, steps; loads and downloads nothing
+mmllm train full --dry-run device=cuda:24GB    # parameters, memory, steps; no weights and no card are needed
 mmllm train full --resume auto    # continue from the newest checkpoint, bit for bit, with the settings of the run
 
 CONFIG is a file (configs/full.py, my.json) or the name of one in ./configs, else of one that comes with mmllm.
@@ -25,7 +25,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="auto|DIR", help="continue from the newest checkpoint, or from this one")
     parser.add_argument("--overwrite", action="store_true", help="start over where a run of this name exists")
     parser.add_argument("--allow-data-change", action="store_true", help="resume although the data file changed")
-    parser.add_argument("--dry-run", action="store_true", help="show parameters, memory and steps, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show parameters, memory, steps; device=cuda:24GB: does it fit?"
+    )
     options = parser.parse_intermixed_args(arguments)
     named = [item for item in options.settings if "=" not in item] + ([options.config] if options.config else [])
     named += ["debug"] * options.debug + ["small"] * options.small_scale

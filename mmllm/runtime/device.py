@@ -12,8 +12,10 @@ def choose_device(name: str = "auto") -> torch.device:
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
         return torch.device(here[0])
-    if name.partition(":")[0] not in here:
-        raise UserError(f"device {name!r} is not available here; this machine has {', '.join(here)}")
+    kind, _, index = name.partition(":")
+    if kind not in here or (index and not index.isdigit()):
+        plan = "; a size, as in cuda:24GB, is for --dry-run" if index.upper().endswith("GB") else ""
+        raise UserError(f"device {name!r} is not available here; this machine has {', '.join(here)}{plan}")
     return torch.device(name)
 
 

@@ -46,6 +46,35 @@ def locate(source: str | Path) -> Path:
     return folder
 
 
+def cached_file(source: str | Path, name: str) -> Path | None:
+    """The file `name` of a local folder, or of a repository of the hub where an earlier download has it; else None."""
+    folder = Path(source).expanduser()
+    if folder.is_dir() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(str(source), name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def locate_config(source: str | Path) -> Path:
+    """The config.json of a local folder or of a repository of the hub, of which no other file is downloaded."""
+    found = cached_file(source, "config.json")
+    if found:
+        return found
+    if Path(source).expanduser().exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise CheckpointError(f"{source}: no such folder with a config.json in it")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(source), "config.json"))
+    except Exception as error:  # offline, unknown or gated: the library and the network have a type for each
+        raise CheckpointError(
+            f"{source}: no such folder here, and its config.json cannot be read from the hub ({type(error).__name__}); "
+            "connect, or name a folder that holds the config.json"
+        ) from error
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder by name: one safetensors file, shards with an index, or `pytorch_model.bin`."""
     for name, read in (

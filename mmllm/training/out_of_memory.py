@@ -38,19 +38,40 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def smaller(config: ExperimentConfig, number: int) -> str:
     """The settings to try where stage `number` did not fit: first those that keep the gradient."""
-    stage, own = config.stages()[number - 1], f"training.stage{number}"
-    names = (f"{own}.batch_size", f"{own}.gradient_accumulation_steps")
-    if all(config.get(name) is None for name in names):
-        names = ("data.batch_size", "training.gradient_accumulation_steps")
-    tries = []
-    if stage.batch_size > 1:
-        size = stage.batch_size // 2
-        accumulation = -(-stage.batch_size * stage.gradient_accumulation_steps // size)
-        tries.append(f"{names[0]}={size} {names[1]}={accumulation} (the gradient is the same)")
-    if not config.training.gradient_checkpointing:
-        tries.append("training.gradient_checkpointing=true (slower, the gradient is the same)")
-    if not tries:
-        tries.append(f"data.max_length={max(1, config.data.max_length // 2)}")
-    if not config.model.use_lora and "language_model" in stage.train:
-        tries.append("model.use_lora=true")
+    tries = [
+        " ".join(f"{name}={value}" for name, value in family[0].items()) + f" ({effect})"
+        for family, effect in changes(config, number)
+        if "model.load_in_8bit" not in family[0]
+    ]
+    if not any("gradient" in text for text in tries):
+        tries.insert(0, f"data.max_length={max(1, config.data.max_length // 2)}")
     return ", or ".join(tries)
+
+
+def changes(config: ExperimentConfig, number: int) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """Ways to need less memory in stage `number`, with their effect: first those that keep the gradient.
+
+    Each is a list of settings to choose from, from the smallest change to the largest.
+    """
+    stage, names = config.stages()[number - 1], batch_names(config, number)
+    samples, size, halves = stage.batch_size * stage.gradient_accumulation_steps, stage.batch_size, []
+    while size > 1:
+        size //= 2
+        halves.append({names[0]: str(size), names[1]: str(-(-samples // size))})
+    if halves:
+        yield halves, "the gradient is the same"
+    if not config.training.gradient_checkpointing:
+        yield [{"training.gradient_checkpointing": "true"}], "slower, the gradient is the same"
+    if "language_model" in stage.train:
+        if not config.model.use_lora:
+            yield [{"model.use_lora": "true"}], "adapters instead of all weights, at about ten times the rate"
+        if not (config.model.load_in_8bit or config.model.load_in_4bit):
+            yield [{"model.use_lora": "true", "model.load_in_8bit": "true"}], "adapters beside int8 weights"
+
+
+def batch_names(config: ExperimentConfig, number: int) -> tuple[str, str]:
+    """The settings that stage `number` takes its batch size and accumulation from."""
+    own = (f"training.stage{number}.batch_size", f"training.stage{number}.gradient_accumulation_steps")
+    if all(config.get(name) is None for name in own):
+        return "data.batch_size", "training.gradient_accumulation_steps"
+    return own

@@ -10,15 +10,19 @@ B rows, T tokens, D hidden size, N images of Q tokens, M targets.
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from mmllm.config.schema import ExperimentConfig, StageConfig
+from mmllm.models.config import MultimodalConfig
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.device import autocast
+from mmllm.training.prepare import cast_, prepare, train_only_, trained_parts
 
 CPU = torch.device("cpu")
 
@@ -88,3 +92,84 @@ def summed_loss(model: MultimodalLLM, ids_BT: Tensor, targets: int, images: int)
     position_M = torch.arange(targets)
     x_MD = model.language_model(x_BTD, keep=(position_M // ids_BT.shape[1], position_M % ids_BT.shape[1]))
     return model.loss_sum(x_MD, torch.zeros(targets, dtype=torch.long))
+
+
+# A whole stage
+
+# Memory of a process beside its tensors: Python, torch, what they load at the first step, scratch space of the kernels.
+PROCESS_BYTES = {"cpu": 540_000_000, "cuda": 70_000_000, "mps": 0}
+GAPS = {"cpu": 1.1, "cuda": 1.0, "mps": 1.0}  # of a step: what the allocator wastes, see runtime/memory.py
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """What a sample takes at most: tokens of a row, targets in all of its rows, images, rows."""
+
+    length: int
+    targets: int
+    images: int = 1
+    rows: int = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a stage: weights as they are held, optimizer moments, what a step adds, the process itself."""
+
+    weights: float
+    moments: float
+    step: float
+    process: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.moments + self.step + self.process
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "moments": self.moments, "the step": self.step, "the process": self.process}
+        return " + ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
+
+
+def stage_memory(
+    shape: MultimodalConfig, config: ExperimentConfig, stage: StageConfig, kind: str, size: SampleSize | None = None
+) -> Memory:
+    """Predicted peak of one process that trains `stage` on a device of `kind` ("cpu", "cuda", "mps").
+
+    `size` is that of the largest samples; None: rows of `data.max_length` tokens, all targets but those of an image.
+    """
+    size = size or SampleSize(config.data.max_length, max(1, config.data.max_length - shape.num_image_tokens))
+    held = {}
+
+    def build() -> MultimodalLLM:
+        model = MultimodalLLM(shape)
+        prepare(model, uncompiled(config))
+        train_only_(model, trained_parts(stage))
+        held["float32"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        if config.training.bf16:
+            cast_(halved_weights(model), torch.bfloat16)
+        held["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        held["trained"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        return model
+
+    step = step_peak(
+        build,
+        rows=stage.batch_size * size.rows,
+        length=size.length,
+        targets=stage.batch_size * size.targets,
+        images=stage.batch_size * size.images,
+        bf16=config.training.bf16,
+        micro_batches=min(2, stage.gradient_accumulation_steps),
+    )
+    # for validation and checkpoints, after a step has freed its tensors, all weights are float32 again
+    step = max(GAPS[kind] * step, held["float32"] - held["weights"])
+    return Memory(held["weights"], 2 * held["trained"], step, PROCESS_BYTES[kind])
+
+
+def uncompiled(config: ExperimentConfig) -> ExperimentConfig:
+    """The same without `training.compile`: compiled code takes no more memory, and needs contents to run."""
+    return config.model_copy(update={"training": config.training.model_copy(update={"compile": False})})
+
+
+def halved_weights(model: MultimodalLLM) -> list[nn.Parameter]:
+    """The frozen weights that a run holds in bfloat16 where the language model's file is bfloat16, as Qwen2.5's is."""
+    layers = [layer for layer in model.language_model.modules() if isinstance(layer, nn.Linear | nn.Embedding)]
+    return list({id(p): p for layer in layers if not (p := layer.weight).requires_grad}.values())

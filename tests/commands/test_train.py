@@ -1,5 +1,6 @@
 """train.py as it is typed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,15 +8,20 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
 
 from mmllm.commands import train
 from mmllm.config import ExperimentConfig, load
-from mmllm.errors import ConfigError
+from mmllm.errors import CheckpointError, ConfigError, UserError
+from mmllm.runtime.device import choose_device
 from mmllm.storage import checkpoint as disk
+from mmllm.training.data_plan import plan_data
 from mmllm.training.dry_run import architecture, describe
 from mmllm.training.prepare import train_only_
 from mmllm.training.step import step_flops
+from official import write_qwen
 from tiny_run import write_world
 
 ROOT = Path(__file__).parents[2]
@@ -90,19 +96,83 @@ def test_a_dry_run_reads_the_sizes_of_local_towers_and_counts_the_steps(tmp_path
     config = world.config(tmp_path / "out")
     config.training.stage2.epochs = 3
     lines = describe(config)
+    tokenizer = tmp_path / "qwen" / "tokenizer.json"
+    assert lines[-3] == f"20 samples of at most 107 tokens, 15 targets a sample (counted by {tokenizer})"
     assert next(line.split() for line in lines if line.startswith("total")) == ["total", "555,712", "12,416", "131,776"]
     assert lines[-2].startswith("stage 1: 1 epochs, 5 steps of 4 samples (2 x 2); about 0.")
     assert lines[-1].startswith("stage 2: 3 epochs, 15 steps of 4 samples (2 x 2); about 0.")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_source_is_refused_and_nothing_is_downloaded():
+def test_a_model_of_the_hub_is_planned_from_its_config_alone(tmp_path, monkeypatch):
+    asked = []
+
+    def download(source, name):
+        asked.append((source, name))
+        return str(write_qwen(tmp_path / "qwen") / name)
+
     config = ExperimentConfig()
     config.model.qwen = "somebody/else"
-    with pytest.raises(
-        ConfigError, match="model.qwen is 'somebody/else': no such folder here, and a dry run downloads"
-    ):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert architecture(config.model).text.hidden_size == 64
+    assert asked == [("somebody/else", "config.json")]
+
+    def offline(source, name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(CheckpointError, match="somebody/else: no such folder here, and its config.json cannot be read"):
         architecture(config.model)
+    config.model.qwen = "./else"
+    with pytest.raises(CheckpointError, match="./else: no such folder with a config.json"):
+        architecture(config.model)
+
+
+def planned(tmp_path, device: str, *settings: str) -> list[str]:
+    config = write_world(tmp_path).config(tmp_path / "out")
+    for setting in (f"device={device}", *settings):
+        config.set_text(*setting.split("="))
+    return describe(config)
+
+
+def test_a_card_that_is_not_here_can_be_planned_for(tmp_path):
+    *_, stage_1, fits, stage_2, fits_too = planned(tmp_path / "fits", "cuda:24GB")
+    assert fits == fits_too == "  fits a card of 24 GB (23.2 GB usable)"
+    assert "weights" not in stage_1 and "about 0.1 GB at most" in stage_2
+    if not torch.cuda.is_available():
+        assert planned(tmp_path / "unknown", "cuda")[-1].startswith("no CUDA card is here; device=cuda:24GB says")
+    with pytest.raises(UserError, match="a size, as in cuda:24GB, is for --dry-run"):
+        choose_device("cuda:24GB")
+
+
+def test_the_first_single_change_that_makes_a_stage_fit_is_named(tmp_path):
+    """0.12 GB: rows of 480 tokens do not fit in batches of 32."""
+    lines = planned(tmp_path, "cuda:0.12GB", "data.batch_size=32", "data.max_length=480", "data.train_data_path=none")
+    assert lines[-1].startswith("  does not fit a card of 0.12 GB (0.1 GB usable); data.batch_size=")
+    assert lines[-1].endswith(" GB (the gradient is the same)")
+    none = planned(tmp_path / "none", "cuda:0.01GB")[-1]
+    assert ", nor with one change; neither do all of them together: 0.1 GB with data.batch_size=1 " in none
+    assert "training.gradient_checkpointing=true model.use_lora=true model.load_in_8bit=true" in none
+
+
+def test_too_little_data_is_named_with_the_settings_for_it(tmp_path):
+    lines = planned(tmp_path, "cpu", "data.batch_size=8", "training.gradient_accumulation_steps=4")
+    assert "1 epochs, 0 steps of 32 samples (8 x 4)" in lines[-4]
+    advice = "data.batch_size=2 training.gradient_accumulation_steps=1"
+    assert lines[-1] == f"  too little data for one step: set {advice}"
+
+
+def test_without_a_tokenizer_lengths_are_estimated_and_bad_samples_do_not_count(tmp_path):
+    world = write_world(tmp_path)
+    (world.folder / "qwen" / "tokenizer.json").unlink()
+    config = world.config(tmp_path / "out")
+    records = json.loads((world.folder / "train.json").read_text()) + [{"image": "1.png", "text": ""}]
+    (world.folder / "train.json").write_text(json.dumps(records))
+    plan = plan_data(config, architecture(config.model))
+    assert plan.samples == 20
+    assert "1 of 21 samples are bad and not counted; the first is 20: has an empty answer" in plan.lines[0]
+    assert plan.lines[1].endswith("(estimated from the bytes of the texts, as no tokenizer is here)")
+    assert plan.size.images == plan.size.rows == 1
 
 
 def test_the_operations_of_a_step_are_those_of_its_matrices():

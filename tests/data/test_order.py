@@ -9,7 +9,8 @@ from mmllm.data.order import sample_order, split_by_image
 from mmllm.data.samples import Sample
 from mmllm.errors import ConfigError
 from mmllm.reporting.metrics import read_metrics
-from mmllm.training.dry_run import count_samples
+from mmllm.training.data_plan import plan_data
+from mmllm.training.dry_run import architecture
 from mmllm.training.experiment import train
 from tiny_run import directory_of, write_world
 
@@ -74,7 +75,7 @@ def test_a_run_validates_on_the_images_it_set_aside(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "data.val_fraction=0.2: 4 samples are set aside, by image, to validate\n16 samples to train on" in out
     assert [row for row in read_metrics(directory_of(config)) if "val_loss" in row]
-    assert count_samples(config) == (16, "")
+    assert plan_data(config, architecture(config.model)).samples == 16
     config.data.val_data_path = "val.json"
     with pytest.raises(ConfigError, match="data.val_data_path and data.val_fraction are both set; choose one"):
         config.check()

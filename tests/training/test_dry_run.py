@@ -9,9 +9,8 @@ from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import RunError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.training import experiment, stage
-from mmllm.training.dry_run import GAPS, stage_memory
 from mmllm.training.out_of_memory import is_out_of_memory, named_out_of_memory, smaller
-from mmllm.training.step_memory import LiveBytes, step_peak
+from mmllm.training.step_memory import GAPS, LiveBytes, stage_memory, step_peak
 from tiny_run import write_world
 
 CPU = torch.device("cpu")
@@ -26,7 +25,7 @@ def predicted(*settings, stage=2, rows=2):
     config.data.max_length, config.data.batch_size = 64, rows
     for setting in settings:
         config.set_text(*setting.split("="))
-    return stage_memory(sizes("tiny"), config, config.stages()[stage - 1], device=CPU)
+    return stage_memory(sizes("tiny"), config, config.stages()[stage - 1], "cpu")
 
 
 def test_bytes_count_while_somebody_holds_them_and_views_count_once():
