@@ -4,6 +4,10 @@
     COCO        captions_train2014.json                                  https://cocodataset.org/#format-data
     Karpathy    dataset_coco.json, dataset_flickr8k.json, ...            https://cs.stanford.edu/people/karpathy/deepimagesent
     VQAv2       v2_OpenEnded_mscoco_train2014_questions.json and the annotations beside it  https://visualqa.org/download.html
+    OK-VQA      OpenEnded_mscoco_train2014_questions.json, as VQAv2                 https://okvqa.allenai.org/download.html
+    GQA         train_balanced_questions.json                   https://cs.stanford.edu/people/dorarad/gqa/download.html
+    TextVQA     TextVQA_0.5.1_train.json                                              https://textvqa.org/dataset
+    VizWiz      Annotations/train.json                              https://vizwiz.org/tasks-and-datasets/vqa
 
 A record is a JSON object: {image, text, prompt}, {image, captions} or {image, conversations}; records.py reads them.
 tables.py has what is no JSON: tables, and folders of images with a text beside each.
@@ -103,6 +107,8 @@ def json_records(text: str, path: Path, split: str | None) -> list[dict | DataEr
             raise DataError(
                 f"{path}: looks like a file of COCO, Karpathy or VQAv2, but is incomplete: {error!r}"
             ) from error
+    if isinstance(content, list) and content and is_vizwiz(content[0]):
+        return vizwiz_records(content)
     if not isinstance(content, list):
         raise DataError(f"{path}: a list of records is needed, not {type(content).__name__}")
     return content
@@ -127,6 +133,10 @@ def dataset_records(content: dict, path: Path, split: str | None) -> list[dict |
     """The records of a JSON object: a public dataset, or the only line of a JSONL file."""
     if "questions" in content:
         return vqa_records(content, path)
+    if is_textvqa(content):
+        return textvqa_records(content)
+    if is_gqa(content):
+        return gqa_records(content)
     if "annotations" in content and "images" in content:
         return coco_records(content)
     if "annotations" in content:
@@ -204,18 +214,58 @@ def vqa_records(content: dict, path: Path) -> list[dict | DataError]:
     def read(question: dict) -> dict:
         annotation = annotation_of.get(question["question_id"], {})
         answers = [answer["answer"] for answer in annotation.get("answers", [])]
-        turns = [{"from": "human", "value": question["question"]}]
-        if answers:
-            best = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
-            turns.append({"from": "assistant", "value": best})
-        image = f"COCO_{subtype}_{question['image_id']:012d}.jpg"
-        kind = annotation.get("answer_type", "")
-        return {
-            "id": question["question_id"],
-            "image": image,
-            "conversations": turns,
-            "references": answers,
-            "kind": kind,
-        }
+        image, kind = f"COCO_{subtype}_{question['image_id']:012d}.jpg", annotation.get("answer_type", "")
+        best = annotation.get("multiple_choice_answer")
+        return question_record(question["question_id"], image, question["question"], answers, kind, best)
 
     return each(content["questions"], "questions", "`question_id`, `question` and the number of its image", read)
+
+
+def question_record(
+    question_id: object, image: str, question: str, answers: list[str], kind: str = "", best: str | None = None
+) -> dict:
+    """A question with its answers, of which `best`, or else the most common, is the target; with none in a test split."""
+    turns = [{"from": "human", "value": question}]
+    if answers:
+        turns.append({"from": "assistant", "value": best or Counter(answers).most_common(1)[0][0]})
+    return {"id": question_id, "image": image, "conversations": turns, "references": answers, "kind": kind}
+
+
+def is_gqa(content: dict) -> bool:
+    first = next(iter(content.values()), None)
+    return isinstance(first, dict) and {"question", "imageId"} <= first.keys()
+
+
+def gqa_records(content: dict) -> list[dict | DataError]:
+    def read(item: tuple[str, dict]) -> dict:
+        number, row = item
+        kind, answers = (row.get("types") or {}).get("structural", ""), [row["answer"]] if "answer" in row else []
+        return question_record(number, f"{row['imageId']}.jpg", row["question"], answers, kind)
+
+    return each(list(content.items()), "questions", "`question` and `imageId`", read)
+
+
+def is_textvqa(content: dict) -> bool:
+    rows = content.get("data")
+    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "image_id" in rows[0]
+
+
+def textvqa_records(content: dict) -> list[dict | DataError]:
+    def read(row: dict) -> dict:
+        return question_record(row["question_id"], f"{row['image_id']}.jpg", row["question"], row.get("answers", []))
+
+    return each(content["data"], "data", "`question_id`, `image_id` and `question`", read)
+
+
+def is_vizwiz(row: object) -> bool:
+    return isinstance(row, dict) and "question" in row and str(row.get("image")).startswith("VizWiz_")
+
+
+def vizwiz_records(content: list) -> list[dict | DataError]:
+    """The questions of VizWiz, which have no id: there is one an image."""
+
+    def read(row: dict) -> dict:
+        answers = [answer["answer"] for answer in row.get("answers", [])]
+        return question_record(row["image"], row["image"], row["question"], answers, row.get("answer_type", ""))
+
+    return each(content, "questions", "`image` and `question`", read)

@@ -7,7 +7,7 @@ import pytest
 
 from mmllm.config.schema import ExperimentConfig
 from mmllm.data.chat import IMAGE, Message, assistant, user
-from mmllm.data.samples import Sample, load_samples
+from mmllm.data.samples import Sample, load_samples, read_samples
 from mmllm.errors import DataError
 from mmllm.training.resume import data_sha256
 
@@ -167,6 +167,65 @@ def test_vqa_questions_find_their_answers_in_the_file_beside_them(tmp_path):
         references=("net", "a net", "net"),
         kind="other",
     )
+
+
+TEXTVQA = {"question_id": 34602, "image_id": "0054c91397f2fe05", "question": "Which brand?"}
+VIZWIZ = {"image": "VizWiz_train_00000001.jpg", "question": "What is it?", "answer_type": "other", "answerable": 1}
+GQA = {"imageId": "2370799", "question": "Is it overcast?", "answer": "no", "types": {"structural": "verify"}}
+
+
+@pytest.mark.parametrize(
+    "content, sample_id, image, answers, kind",
+    [
+        ({"07333408": GQA, "07333409": GQA}, "07333408", "2370799.jpg", ("no",), "verify"),
+        (
+            {"dataset_name": "textvqa", "data": [TEXTVQA | {"answers": ["nokia", "dakota", "dakota"]}]},
+            "34602",
+            "0054c91397f2fe05.jpg",
+            ("nokia", "dakota", "dakota"),
+            "",
+        ),
+        (
+            [VIZWIZ | {"answers": [{"answer": a, "answer_confidence": "yes"} for a in ("soda", "can", "can")]}],
+            VIZWIZ["image"],
+            VIZWIZ["image"],
+            ("soda", "can", "can"),
+            "other",
+        ),
+    ],
+    ids=["GQA", "TextVQA", "VizWiz"],
+)
+def test_question_files_are_known_by_their_content(content, sample_id, image, answers, kind, tmp_path):
+    sample = load_samples(written(tmp_path, content), "images")[0]
+    assert (sample.id, sample.images, sample.references) == (sample_id, (Path("images") / image,), answers)
+    assert (sample.messages[-1], sample.kind) == (assistant(answers[-1]), kind)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"1": {"imageId": "7", "question": "?"}}, {"data": [TEXTVQA]}, [VIZWIZ]],
+    ids=["GQA", "TextVQA", "VizWiz"],
+)
+def test_the_questions_of_a_test_split_have_no_answer(content, tmp_path):
+    (sample,) = load_samples(written(tmp_path, content))
+    assert [message.role for message in sample.messages] == ["user"] and sample.references == ()
+
+
+def test_one_bad_question_is_named_among_good_ones(tmp_path):
+    first, second = read_samples(written(tmp_path, {"1": GQA, "2": {"imageId": "7"}}))
+    assert not first.fault and second.fault.startswith("questions[1] needs `question` and `imageId`")
+
+
+def test_okvqa_has_the_format_of_vqa(tmp_path):
+    question = {"image_id": 51606, "question": "What is the hairstyle?", "question_id": 516065}
+    answers = [{"answer_id": i, "raw_answer": "ponytails", "answer": "pony tail"} for i in range(2)]
+    annotation = {"question_id": 516065, "image_id": 51606, "answer_type": "other", "answers": answers}
+    content = {"data_subtype": "train2014", "task_type": "Open-Ended", "questions": [question]}
+    path = written(tmp_path, content, "OpenEnded_mscoco_train2014_questions.json")
+    written(tmp_path, {"annotations": [annotation]}, "mscoco_train2014_annotations.json")
+    (sample,) = load_samples(path)
+    assert sample.images == (tmp_path / "COCO_train2014_000000051606.jpg",)
+    assert sample.messages[-1] == assistant("pony tail") and sample.references == ("pony tail",) * 2
 
 
 @pytest.mark.parametrize(
