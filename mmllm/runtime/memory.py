@@ -1,7 +1,6 @@
 """Memory of this process: its peak, what is free, and what malloc keeps of freed blocks."""
 
 import ctypes
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +8,17 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES, RETURNED_BYTES = 2**30, 2**18  # larger blocks go back to the system: of steps, of weights
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: on the GPU, or of the whole process.
+    """Most bytes in use so far: on the GPU, or of the whole process; 0 where the system does not say.
 
     On Linux VmHWM, not `ru_maxrss`, which starts at the peak of the process that started this one.
     """
@@ -23,6 +27,8 @@ def peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status")
     if status.exists():
         return _bytes(status, "VmHWM")
+    if resource is None:
+        return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most  # bytes on a Mac, else kilobytes
 

@@ -47,3 +47,9 @@ def test_a_process_does_not_count_the_peak_of_the_one_that_started_it():
 def test_weights_that_change_precision_leave_no_gaps():
     """50 Mi numbers: 100 MiB as bfloat16, 200 MiB as float32, and nothing in between stays."""
     assert 95 < float(output_of(WEIGHTS)) < 125
+
+
+def test_a_system_without_the_resource_module_has_no_peak():
+    program = "import pathlib, sys, torch\nsys.modules['resource'] = None\npathlib.Path.exists = lambda self: False\n"
+    done = subprocess.run([sys.executable, "-c", program + PEAK], capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
