@@ -228,7 +228,7 @@ def test_another_learning_rate_is_printed_and_holds_from_there_on(world, whole_r
     assert [row["learning_rate"] for row in numbers(config) if "loss" in row] == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_from_there(world, whole_run, tmp_path, capsys, number):
     config = world.config(tmp_path)
     metrics = directory_of(config) / "metrics.jsonl"

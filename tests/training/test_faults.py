@@ -3,15 +3,11 @@
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT
 from mmllm.errors import ConfigError, DataError, RunError, UserError
 from mmllm.reporting.metrics import read_metrics
 from mmllm.runtime.files import locked
@@ -73,18 +69,6 @@ def test_one_bad_step_more_than_allowed_in_a_row_ends_the_run(poisoned, tmp_path
     monkeypatch.setattr(stage, "update_", lambda *arguments: (float("nan"), update(*arguments)[1]))
     with pytest.raises(RunError, match="step 3: loss nan"):
         train(poisoned.config(tmp_path, max_skipped_steps=2))
-
-
-def test_a_second_signal_ends_a_run_at_once():
-    """In a process of its own: it dies of it."""
-    program = (
-        "import os, signal, time\nfrom mmllm.runtime.signals import StopSignal\nwith StopSignal() as stop:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.1)\n    print('noted', stop.number, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "noted 15\n")
-    assert "stopping after this step, then saving; once more stops at once" in done.stderr
 
 
 def test_one_failed_save_is_tolerated_and_the_next_one_ends_the_run(world, tmp_path, monkeypatch, capsys):
