@@ -24,10 +24,10 @@ from mmllm.errors import CheckpointError, ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # never EPS: Pillow would start Ghostscript
 MAX_MEGAPIXELS = 50
-MAX_MEGAPIXELS_OF = {"progressive JPEG": 32, "WEBP": 16, "AVIF": 20}  # their decoders take several times the image
+BOUNDED_MEGAPIXELS = {"progressive JPEG": 32, "WEBP": 16, "AVIF": 20}  # these decoders take several times the image
 MAX_ASPECT = 200
 CROP_FIRST_ASPECT = 16  # beyond it, crop before resizing: bounds memory, pixels may differ slightly from CLIP's
-LARGE_MEGAPIXELS = 16  # beyond it, shrink while decoding: bounds memory, pixels may differ slightly from CLIP's
+LARGE_MEGAPIXELS = 16  # of a bounded image; beyond it, shrink while decoding: pixels may differ slightly from CLIP's
 LARGE_SIDE = 896  # pixels that a shrunk side keeps, where it has them
 BAND = 32  # rows of a large image that are converted together
 MAX_SCANS = 100  # of a progressive JPEG, which usually has 10; each costs a pass over all pixels
@@ -111,10 +111,11 @@ def center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def decode(source: ImageLike, name: str = "image") -> Image.Image:
+def decode(source: ImageLike, name: str = "image", *, is_bounded: bool = False) -> Image.Image:
     """An upright RGB image: EXIF rotation applied, alpha over white, the first frame of an animation.
 
-    `source` is a path, a data URI, encoded bytes, or a PIL image; a URL is never fetched.
+    `source` is a path, a data URI, encoded bytes, or a PIL image; a URL is never fetched. `is_bounded`, for images that
+    strangers send, limits the memory of decoding: large images shrink on the way, some formats have lower limits.
     Raises ImageError whose message shows nothing of the libraries underneath.
     """
     if isinstance(source, Image.Image):
@@ -129,8 +130,8 @@ def decode(source: ImageLike, name: str = "image") -> Image.Image:
     if not source:
         raise ImageError(f"{name}: empty; there is no image in it", "empty_image")
     try:
-        image = open_checked(source, name)
-        factor = shrink_factor(image)
+        image = open_checked(source, name, is_bounded=is_bounded)
+        factor = shrink_factor(image) if is_bounded else 1
         if factor > 1:
             image.draft(None, (image.width // factor, image.height // factor))  # JPEG decodes to a smaller size itself
             factor = shrink_factor(image)
@@ -181,7 +182,7 @@ def read_bytes(path: Path) -> bytes:
         raise ImageError(f"{path}: cannot be read; check its permissions", "unreadable_image") from error
 
 
-def open_checked(data: bytes, name: str) -> Image.Image:
+def open_checked(data: bytes, name: str, *, is_bounded: bool = False) -> Image.Image:
     """Opens the header and checks what decoding would cost before a single pixel is decoded."""
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
@@ -196,7 +197,7 @@ def open_checked(data: bytes, name: str) -> Image.Image:
         raise ImageError(
             f"{name}: more than {MAX_MEGAPIXELS} megapixels; resize it first", "image_too_large"
         ) from error
-    check_size(image, name)
+    check_size(image, name, is_bounded=is_bounded)
     scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
     if scans > MAX_SCANS:
         message = f"{name}: a progressive JPEG of {scans} scans, at most {MAX_SCANS}; save it again"
@@ -208,11 +209,11 @@ def open_checked(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def check_size(image: Image.Image, name: str) -> None:
+def check_size(image: Image.Image, name: str, *, is_bounded: bool = False) -> None:
     (width, height), kind = image.size, image.format
     if image.info.get("progressive"):
         kind = "progressive JPEG"
-    most = MAX_MEGAPIXELS_OF.get(kind, MAX_MEGAPIXELS)
+    most = BOUNDED_MEGAPIXELS.get(kind, MAX_MEGAPIXELS) if is_bounded else MAX_MEGAPIXELS
     if width * height > most * 1_000_000:
         size = f"{width} x {height} is {width * height / 1e6:.0f} megapixels"
         limit = f"at most {most} as {kind}" if most < MAX_MEGAPIXELS else f"at most {most}"

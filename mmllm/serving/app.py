@@ -217,7 +217,7 @@ class Service:
 
         def work() -> Image.Image:
             data = source if isinstance(source, bytes) else decode_base64(source)
-            return self.worker.pipeline.processor.image_processor.crop(decode(data, param))
+            return self.worker.pipeline.processor.image_processor.crop(decode(data, param, is_bounded=True))
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self.image_threads, work)

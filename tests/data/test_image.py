@@ -120,8 +120,8 @@ def test_a_large_image_shrinks_in_bands_as_it_would_whole(mode, monkeypatch):
     whole = decode(data)
     monkeypatch.setattr(module, "LARGE_MEGAPIXELS", 0.01)
     monkeypatch.setattr(module, "LARGE_SIDE", 60)
-    shrunk = decode(data)
-    assert shrunk.size == (101, 68)
+    shrunk = decode(data, is_bounded=True)
+    assert shrunk.size == (101, 68) and decode(data).size == (301, 203)
     assert np.array_equal(np.asarray(shrunk), np.asarray(whole.reduce(3)))
 
 
@@ -131,7 +131,15 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_size(monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.linear_gradient("L").resize((400, 240))
-    assert decode(encoded(image, "JPEG", exif=exif)).size == (60, 100)
+    data = encoded(image, "JPEG", exif=exif)
+    assert decode(data, is_bounded=True).size == (60, 100) and decode(data).size == (240, 400)
+
+
+def test_a_bounded_webp_has_a_lower_limit():
+    data = encoded(Image.new("L", (4200, 4200)), "WEBP")
+    with pytest.raises(ImageError, match="18 megapixels, at most 16 as WEBP"):
+        decode(data, is_bounded=True)
+    assert decode(data).size == (4200, 4200)
 
 
 def test_avif_is_read():
@@ -242,7 +250,6 @@ BAD = {
     "damaged PNG chunk": (encoded(noise(60, 60)).replace(b"IHDR", b"IHDX"), "corrupt_image"),
     "progressive JPEG of 101 scans": (encoded(noise(8, 8), "JPEG") + b"\xff\xda" * 100, "image_too_complex"),
     "TIFF with a huge tile": (tiled_tiff(16, 10_000), "image_too_complex"),
-    "WebP of 17 megapixels": (encoded(Image.new("L", (4200, 4200)), "WEBP"), "image_too_large"),
 }
 
 
