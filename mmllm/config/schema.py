@@ -119,6 +119,7 @@ class TrainingConfig(Section):
     """How it is trained. One optimizer step of a process takes batch_size x gradient_accumulation_steps samples."""
 
     learning_rate: Rate = 2e-5
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # its moments: 8 bytes a trained parameter, or 2
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.95

@@ -1,7 +1,7 @@
 """Training state on disk, so that a run continues bit for bit where it stopped.
 
     outputs/NAME/checkpoint-epoch-1-step-100/   the model directory that sample.py and transformers load, and
-        training/optimizer.safetensors          <parameter>.exp_avg, <parameter>.exp_avg_sq
+        training/optimizer.safetensors          <parameter>.exp_avg, <parameter>.exp_avg_sq (and their scales, of 8 bits)
         training/state.json                     the stage, its step, and the settings of the run
         training/experiment.json                its configuration
         manifest.json                           sizes and checksums of all files, written last
@@ -54,9 +54,9 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments, by the names of the parameters."""
+    """AdamW's moments, by the names of the parameters; with their scales where they are of 8 bits."""
     states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
-    return {f"{name}.{moment}": state[moment] for name, state in states.items() for moment in MOMENTS}
+    return {f"{name}.{key}": state[key] for name, state in states.items() for key in state if key != "step"}
 
 
 def begin_checkpoint(folder: Path, model: nn.Module, layouts: dict[str, Layout], state: dict) -> Path:
@@ -181,18 +181,24 @@ def load_optimizer_(
 ) -> None:
     """Give `optimizer` the moments of the checkpoint, by the names of the parameters; this process's rows of each."""
     file = checkpoint / OPTIMIZER
-    tensors = read_safetensors(file)
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_safetensors(file).items():
+        name, _, kind = key.rpartition(".")
+        states.setdefault(name, {})[kind] = tensor
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name in sorted({key.rpartition(".")[0] for key in tensors}):
+    for name, found in sorted(states.items()):
         if name not in trained:
             raise CheckpointError(f"{file}: moments of {name}, which this run does not train")
         parameter = trained[name]
-        moments = {moment: torch.empty_like(parameter) for moment in MOMENTS}
-        for moment, value in moments.items():
-            found = tensors[f"{name}.{moment}"]
-            if found.shape != parameter.shape:
+        own = {}
+        for kind, tensor in found.items():
+            if kind in MOMENTS and tensor.shape != parameter.shape:
                 wanted = list(parameter.shape)
-                raise CheckpointError(f"{file}: {name} is {list(found.shape)} where {wanted} is needed")
-            local(value).copy_(rows_for(value, found, world))
+                raise CheckpointError(f"{file}: {name} is {list(tensor.shape)} where {wanted} is needed")
+            if kind in MOMENTS:
+                own[kind] = torch.empty_like(parameter, dtype=tensor.dtype)
+                local(own[kind]).copy_(rows_for(own[kind], tensor, world))
+            else:  # the scales of 8-bit moments, which are never sharded
+                own[kind] = tensor.to(parameter.device, copy=True)
         step = torch.tensor(float(updates), device=parameter.device)  # fused AdamW wants it on the device
-        optimizer.state[parameter] = {"step": step, **moments}
+        optimizer.state[parameter] = {"step": step, **own}

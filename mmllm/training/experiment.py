@@ -107,6 +107,10 @@ def ready_model(
         print_rank0("this card has no bfloat16, and would emulate it slowly: training in float32")
         config.training.bf16 = False
     is_sharded = is_wanted(config, world.size)
+    if is_sharded and config.training.optimizer == "adamw8bit":
+        raise ConfigError(
+            "training.optimizer=adamw8bit cannot be sharded; set training.sharding=none, or optimizer=adamw"
+        )
     model = load_model(config, origins, checkpoint, None if is_sharded else world.device)
     prepare(model, config)
     if is_sharded:

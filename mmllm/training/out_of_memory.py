@@ -41,7 +41,7 @@ def smaller(config: ExperimentConfig, number: int) -> str:
     tries = [
         " ".join(f"{name}={value}" for name, value in family[0].items()) + f" ({effect})"
         for family, effect in changes(config, number)
-        if "model.load_in_8bit" not in family[0]
+        if not {"model.load_in_8bit", "training.optimizer"} & family[0].keys()
     ]
     if not any("gradient" in text for text in tries):
         tries.insert(0, f"data.max_length={max(1, config.data.max_length // 2)}")
@@ -63,6 +63,8 @@ def changes(config: ExperimentConfig, number: int) -> Iterator[tuple[list[dict[s
     if not config.training.gradient_checkpointing:
         yield [{"training.gradient_checkpointing": "true"}], "slower, the gradient is the same"
     if "language_model" in stage.train:
+        if config.training.optimizer == "adamw" and not config.model.use_lora:
+            yield [{"training.optimizer": "adamw8bit"}], "moments of 8 bits"
         if not config.model.use_lora:
             yield [{"model.use_lora": "true"}], "adapters instead of all weights, at about ten times the rate"
         if not (config.model.load_in_8bit or config.model.load_in_4bit):

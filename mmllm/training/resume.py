@@ -109,7 +109,13 @@ def refuse_changes(
     changed = {
         name: f"{name}: {was[name]!r} at the checkpoint, {now[name]!r} now" for name in now if was[name] != now[name]
     }
-    fixed_names = ("seed", "data.share_images", "data.val_fraction", f"training.stage{state['stage']}.train")
+    fixed_names = (
+        "seed",
+        "training.optimizer",
+        "data.share_images",
+        "data.val_fraction",
+        f"training.stage{state['stage']}.train",
+    )
     fixed = [line for name, line in changed.items() if name.startswith("model.") or name in fixed_names]
     stages = [c.stages()[state["stage"] - 1] for c in (old, config)]
     counts = (state.get("processes", 1), processes)

@@ -49,7 +49,7 @@ class Stage:
         self.total = settings.epochs * self.steps_per_epoch
         self.warmup = round(training.warmup_ratio * self.total)
         groups = stage_groups(model, settings, training.weight_decay)
-        self.optimizer = adamw(groups, training.adam_beta1, training.adam_beta2)
+        self.optimizer = adamw(groups, training.adam_beta1, training.adam_beta2, training.optimizer)
         if position.done:
             disk.load_optimizer_(position.checkpoint, model, self.optimizer, position.updates, run.world)
         self.loader = BatchLoader(

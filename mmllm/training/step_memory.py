@@ -22,6 +22,7 @@ from mmllm.config.schema import ExperimentConfig, StageConfig
 from mmllm.models.config import MultimodalConfig
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.device import autocast
+from mmllm.training.adamw8bit import empty_moments
 from mmllm.training.prepare import cast_, prepare, train_only_, trained_parts
 
 CPU = torch.device("cpu")
@@ -137,7 +138,7 @@ def stage_memory(
     `size` is that of the largest samples; None: rows of `data.max_length` tokens, all targets but those of an image.
     """
     size = size or SampleSize(config.data.max_length, max(1, config.data.max_length - shape.num_image_tokens))
-    held = {}
+    held, is_8bit = {}, config.training.optimizer == "adamw8bit"
 
     def build() -> MultimodalLLM:
         model = MultimodalLLM(shape)
@@ -147,7 +148,9 @@ def stage_memory(
         if config.training.bf16:
             cast_(halved_weights(model), torch.bfloat16)
         held["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-        held["trained"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        moments = {p: empty_moments(p).values() if is_8bit else (p, p) for p in trained}
+        held["moments"] = sum(tensor.nbytes for pair in moments.values() for tensor in pair)
         return model
 
     step = step_peak(
@@ -161,7 +164,7 @@ def stage_memory(
     )
     # for validation and checkpoints, after a step has freed its tensors, all weights are float32 again
     step = max(GAPS[kind] * step, held["float32"] - held["weights"])
-    return Memory(held["weights"], 2 * held["trained"], step, PROCESS_BYTES[kind])
+    return Memory(held["weights"], held["moments"], step, PROCESS_BYTES[kind])
 
 
 def uncompiled(config: ExperimentConfig) -> ExperimentConfig:

@@ -68,6 +68,7 @@ def test_what_is_frozen_recomputed_or_int8_takes_less():
     assert full.weights == 4 * sum(p.numel() for p in MultimodalLLM(sizes("tiny")).parameters())
     assert stage_1.weights < full.weights, "frozen weights are held in bfloat16"
     assert full.moments > 5 * lora.moments > 0
+    assert predicted("training.optimizer=adamw8bit").moments < 0.35 * full.moments
     assert stage_1.moments == pytest.approx(8 * (64 * 64 + 64) * 2)
     assert recomputed.step < 0.7 * predicted(rows=16).step
     assert int8.weights < lora.weights < full.weights
