@@ -539,10 +539,10 @@ def test_logits_that_are_not_finite_fail_one_request_and_not_the_server(client, 
 def test_text_does_not_wait_behind_images(pipeline, monkeypatch):
     decoding, may_go_on = threading.Semaphore(0), threading.Event()
 
-    def slow_decode(data, name):
+    def slow_decode(data, name, **options):
         decoding.release()
         may_go_on.wait()
-        return decode(data, name)
+        return decode(data, name, **options)
 
     monkeypatch.setattr("mmllm.serving.app.decode", slow_decode)
     with serving(pipeline) as server, ThreadPoolExecutor(2) as others:
