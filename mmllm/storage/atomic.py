@@ -1,5 +1,6 @@
 """Folders that appear complete or not at all: written under a hidden name, synchronised, renamed."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmllm.errors import CheckpointError, RunError
+
+# how network drives, and Windows, refuse to synchronise a folder: they do it by themselves, or cannot
+NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
 
 @contextmanager
@@ -64,8 +68,12 @@ def reported(folder: Path) -> Iterator[None]:
 
 def fsync(path: Path) -> None:
     """Waits until the file, or the entries of the folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_FOLDERS):
+            raise

@@ -5,7 +5,7 @@
         training/state.json                     the stage, its step, and the settings of the run
         training/experiment.json                its configuration
         manifest.json                           sizes and checksums of all files, written last
-    outputs/NAME/best_model -> checkpoint-...
+    outputs/NAME/best_model -> checkpoint-...   a link, or a copy where there are none
 
 No format notices a flipped byte, safetensors neither, so "the newest checkpoint" is the newest whose checksums agree.
 No random states are kept: the order of samples and the seed of each step are functions of the step.
@@ -102,11 +102,40 @@ def _fingerprint(path: Path) -> dict:
 
 
 def point_best(directory: Path, checkpoint: str) -> None:
-    """Let best_model name `checkpoint`, atomically."""
-    temporary = directory / f".{BEST}.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(checkpoint)
-    os.replace(temporary, directory / BEST)
+    """Let best_model name `checkpoint`, atomically. Where a disk has no symbolic links it is a copy for inference."""
+    best, temporary = directory / BEST, directory / f".{BEST}.tmp"
+    remove(temporary)
+    try:
+        temporary.symlink_to(checkpoint)
+    except OSError:
+        if is_copy(best, directory / checkpoint):
+            return
+        ignore = shutil.ignore_patterns("training")
+        shutil.copytree(directory / checkpoint, temporary, ignore=ignore, copy_function=link_or_copy)
+    if not temporary.is_symlink() or not best.is_symlink():
+        remove(best)  # a folder cannot be replaced
+    os.replace(temporary, best)
+
+
+def is_copy(best: Path, checkpoint: Path) -> bool:
+    """Whether best_model is a copy of `checkpoint`: the manifests hold the checksums of all their files."""
+    paths = [folder / "manifest.json" for folder in (best, checkpoint)]
+    return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, a link or a file, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def prune(directory: Path, keep: int, best: str | None) -> None:
@@ -121,13 +150,13 @@ def prune(directory: Path, keep: int, best: str | None) -> None:
 
 def clean(directory: Path) -> None:
     """Remove what a run that was killed left half written or half removed."""
-    for path in directory.glob(".checkpoint-*"):
-        shutil.rmtree(path)
+    for path in (*directory.glob(".checkpoint-*"), directory / f".{BEST}.tmp"):
+        remove(path)
 
 
 def remove_all(directory: Path) -> None:
     """Remove every checkpoint of a run."""
-    (directory / BEST).unlink(missing_ok=True)
+    remove(directory / BEST)
     prune(directory, keep=0, best=None)
 
 

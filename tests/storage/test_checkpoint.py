@@ -1,7 +1,10 @@
 """Checkpoints are whole or they are not used; what they hold comes back bit for bit."""
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +149,31 @@ def test_best_model_names_one_checkpoint_and_can_change(tmp_path):
         (tmp_path / name).mkdir()
         disk.point_best(tmp_path, name)
         assert (tmp_path / "best_model").resolve().name == name
+
+
+@pytest.mark.parametrize("has_hard_links", [True, False])
+def test_without_symbolic_links_best_model_is_a_copy_made_once(model, tmp_path, monkeypatch, has_hard_links):
+    first, second = save(tmp_path, model, 1), save(tmp_path, model, 2)
+    disk.point_best(tmp_path, second.name)  # a link, of a time when the disk had them
+
+    def refuse(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as drive:
+        drive.setattr(Path, "symlink_to", refuse)
+        if not has_hard_links:
+            drive.setattr(os, "link", refuse)
+        for checkpoint in (first, second):
+            disk.point_best(tmp_path, checkpoint.name)
+            assert not (tmp_path / "best_model").is_symlink()
+            assert disk.is_copy(tmp_path / "best_model", checkpoint)
+            assert not (tmp_path / "best_model" / "training").exists()
+        inode = (tmp_path / "best_model").stat().st_ino
+        disk.point_best(tmp_path, second.name)
+        assert (tmp_path / "best_model").stat().st_ino == inode
+    disk.point_best(tmp_path, first.name)
+    assert (tmp_path / "best_model").resolve() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model", first.name, second.name]
 
 
 def test_what_a_killed_save_left_is_never_taken_for_a_checkpoint_and_goes(model, tmp_path):
