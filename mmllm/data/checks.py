@@ -15,7 +15,7 @@ from mmllm.data.chat import IMAGE, NO_ANSWER, ChatProcessor, Encoded
 from mmllm.data.image import decode, open_checked
 from mmllm.data.samples import Sample, read_samples, share_images
 from mmllm.errors import DataError, ImageError
-from mmllm.runtime.console import progress
+from mmllm.runtime.console import progress, warned_of_disk
 from mmllm.runtime.threads import worker_pool
 
 HEAD_BYTES = 1 << 16
@@ -167,10 +167,9 @@ def keep_good(
         if report.is_file():
             report.unlink()  # from an earlier run
         return samples
-    report.parent.mkdir(parents=True, exist_ok=True)
-    with report.open("w", encoding="utf-8") as file:
-        for row in bad:
-            file.write(json.dumps(asdict(row)) + "\n")
+    with warned_of_disk(report):
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text("".join(json.dumps(asdict(row)) + "\n" for row in bad), encoding="utf-8")
     first = f"sample {bad[0].index} ({bad[0].file}): {bad[0].reason}"
     count = f"{source}: {len(bad)} of {len(samples)} samples are bad"
     if policy == "error":

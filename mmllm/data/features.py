@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmllm.data.image import ImageProcessor
-from mmllm.errors import DataError, ImageError
+from mmllm.errors import DataError, ImageError, RunError
 from mmllm.runtime.console import progress
 from mmllm.runtime.threads import worker_pool
 
@@ -138,11 +138,17 @@ class FeatureCache:
 
 
 def write_features(file: Path, features_QF: Tensor) -> None:
-    """Writes the file atomically; threads and processes may write the same one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the file atomically; threads and processes may write the same one. RunError where the disk is full."""
     temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-    temporary.write_bytes(save({"features": features_QF.contiguous()}))
-    temporary.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(save({"features": features_QF.contiguous()}))
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"{file}: cannot be written ({error.strerror}); free some space, or set data.cache_features=false"
+        ) from error
 
 
 def fingerprint(settings: dict, weights: Mapping[str, Tensor]) -> str:

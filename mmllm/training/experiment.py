@@ -25,7 +25,7 @@ from mmllm.data.formats import data_files, image_folder
 from mmllm.data.order import sample_order, split_by_image
 from mmllm.data.packing import encode_shared, most_texts_and_rows
 from mmllm.data.samples import Sample
-from mmllm.errors import ConfigError
+from mmllm.errors import ConfigError, UserError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.metrics import NullLog, RunLog, start_wandb
 from mmllm.reporting.report import record_start, write_report
@@ -39,7 +39,7 @@ from mmllm.storage.atomic import reported
 from mmllm.storage.checkpoint_writer import CheckpointWriter
 from mmllm.training.fsdp import is_wanted, shard_
 from mmllm.training.out_of_memory import named_out_of_memory
-from mmllm.training.prepare import prepare
+from mmllm.training.prepare import prepare, trained_parts
 from mmllm.training.resume import (
     data_sha256,
     find_checkpoint,
@@ -48,8 +48,8 @@ from mmllm.training.resume import (
     refuse_other_count,
     stage_positions,
 )
-from mmllm.training.run import Run, TrainingData
-from mmllm.training.stage import Stage
+from mmllm.training.run import Position, Run, TrainingData
+from mmllm.training.stage import Stage, steps_per_epoch
 
 
 def train(
@@ -81,6 +81,7 @@ def train(
         if not positions:
             print_rank0(f"{checkpoint}: already at step {state['step']} of {total_steps}; nothing is left to train")
             return 0
+        world.on_rank0(lambda: refuse_small_disk(config, model, data, directory, positions, world.size))
         if config.data.cache_features:
             data = replace(data, read_image=fill_cache(config, model, data, world))
         with (
@@ -213,6 +214,38 @@ def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTabl
     named = [Path(name).expanduser() for name in (data.image_dir, data.val_image_dir) if name]
     folders = named + ([] if data.image_dir else [image_folder(file) for file in files])
     return FeatureTable(data.features_path, folders, model.config.feature_shape)
+
+
+def refuse_small_disk(
+    config: ExperimentConfig,
+    model: MultimodalLLM,
+    data: TrainingData,
+    directory: Path,
+    positions: list[Position],
+    processes: int,
+) -> None:
+    """UserError where the checkpoints of the run do not fit: those that are kept, the best, and the one being written."""
+    weights = sum(tensor.nbytes for file in model.tensor_files().values() for tensor in file.values())
+    moments, saves, training = 0, 0, config.training
+    for position in positions:
+        stage = config.stages()[position.stage - 1]
+        parts = trained_parts(stage)
+        trained = [p.nbytes for name, p in model.named_parameters() if p.requires_grad and name.split(".")[0] in parts]
+        moments = max(moments, len(disk.MOMENTS) * sum(trained))
+        per_epoch = steps_per_epoch(stage, len(data.train), processes)
+        every = training.save_steps or per_epoch
+        saves += -(-stage.epochs * per_epoch // every) - position.done // every
+    existing = disk.checkpoints(directory)
+    held = sum(path.stat().st_size for checkpoint in existing for path in checkpoint.rglob("*") if path.is_file())
+    kept = len(existing) if positions[0].checkpoint in existing else 0
+    most = min(training.keep_checkpoints + 1 + bool(data.val), kept + saves)
+    needed, free = disk.ROOM * most * (weights + moments), held + shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"{directory}: too little space: up to {most} checkpoints of {(weights + moments) / 1e9:.1f} GB need "
+            f"{needed / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB; free some, lower training.keep_checkpoints, or "
+            "choose another output_dir"
+        )
 
 
 def fill_cache(config: ExperimentConfig, model: MultimodalLLM, data: TrainingData, world: World) -> FeatureCache:

@@ -146,6 +146,14 @@ def test_too_many_bad_samples_are_not_left_out(one_bad_in_four, processor, image
         checked_samples(one_bad_in_four, settings, processor, tmp_path / "bad_samples.jsonl", split="train")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk without room, as Linux has it")
+def test_a_full_disk_while_bad_samples_are_listed_is_a_warning(one_bad_in_four, processor, images, capsys):
+    settings = settings_for(images, "skip", 0.5)
+    samples, _ = checked_samples(one_bad_in_four, settings, processor, Path("/dev/full"), split="train")
+    assert len(samples) == 3
+    assert "warning: /dev/full: cannot be written (No space left on device)" in capsys.readouterr().err
+
+
 def test_a_limit_takes_the_first_samples_and_checks_no_other(one_bad_in_four, processor, images, tmp_path):
     settings = settings_for(images, "error", 0.0)
     good, _ = checked_samples(one_bad_in_four, settings, processor, tmp_path / "bad.jsonl", split="train", limit=2)

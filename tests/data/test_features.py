@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from mmllm.config.schema import ExperimentConfig
 from mmllm.data.batches import make_batch, read_rows
-from mmllm.data.features import FeatureTable
+from mmllm.data.features import FeatureTable, write_features
 from mmllm.data.samples import load_samples
-from mmllm.errors import ConfigError, DataError, ImageError
+from mmllm.errors import ConfigError, DataError, ImageError, RunError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.metrics import read_metrics
 from mmllm.runtime.device import autocast
@@ -122,6 +122,18 @@ def test_a_run_with_kept_or_given_features_is_the_run_with_images(world, tmp_pat
     given.data.features_path = str(tmp_path / "table.safetensors")
     assert train(given) == 0
     assert losses(given) == pytest.approx(losses(plain), abs=1e-5)
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_no_half_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, old[1]))
+    try:
+        with pytest.raises(RunError, match=r"x.safetensors: cannot be written .*free some space, or set data.cache"):
+            write_features(tmp_path / "x.safetensors", torch.ones(4, 8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_table_has_not_is_named(tmp_path):

@@ -73,7 +73,7 @@ def test_one_bad_step_more_than_allowed_in_a_row_ends_the_run(poisoned, tmp_path
 
 def test_one_failed_save_is_tolerated_and_the_next_one_ends_the_run(world, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
-    free = iter([10, usage.free, 10, 10])
+    free = iter([usage.free, 10, usage.free, 10, 10])  # at the start, and at each checkpoint
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
     config = world.config(tmp_path, save_steps=1)
     with pytest.raises(RunError, match="no space left on"):
@@ -81,6 +81,22 @@ def test_one_failed_save_is_tolerated_and_the_next_one_ends_the_run(world, tmp_p
     assert [disk.step_of(path) for path in disk.checkpoints(directory_of(config))] == [2]
     assert capsys.readouterr().out.count("warning: no space left") == 2
     assert [row["step"] for row in read_metrics(directory_of(config))] == [1, 2, 3, 4]
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(world, tmp_path, monkeypatch):
+    """Room is needed for two that are kept, the best one, and the one being written; what an old run holds counts."""
+    usage, config = shutil.disk_usage(tmp_path), world.config(tmp_path, save_steps=1)
+    assert train(config) == 0
+    size = sum(path.stat().st_size for path in disk.newest(directory_of(config)).rglob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(4.1 * size)))
+    other = world.config(tmp_path / "other", save_steps=1)
+    with pytest.raises(
+        UserError, match="too little space: up to 4 checkpoints of 0.0 GB need .* lower training.keep_checkpoints"
+    ):
+        train(other)
+    assert read_metrics(directory_of(other)) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(2.3 * size)))
+    assert train(config, overwrite=True) == 0
 
 
 def test_too_few_samples_for_a_step_are_refused(world, tmp_path):
