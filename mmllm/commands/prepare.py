@@ -4,10 +4,12 @@ mmllm prepare captions.csv --image-dir photos --out data/photos --val-fraction 0
 mmllm prepare photos --out data/photos --images crop             # 224 x 224 PNGs: all that the model sees
 mmllm prepare train.json --val val.json --out data/own --model models/start   # and how long the rows are
 
-Reads every format that `mmllm train` reads, with the same checks. Bad samples are left out and listed.
+Reads every format that `mmllm train` reads, with the same checks, and parquet and webdataset's tar files, whose images it
+unpacks. Bad samples are left out and listed.
 """
 
 import random
+import shutil
 from pathlib import Path
 
 from mmllm.commands import at_least_one, make_parser
@@ -15,6 +17,7 @@ from mmllm.errors import DataError, UserError
 from mmllm.runtime.console import print_rank0, progress
 
 SHEET = 24  # samples on the contact sheet
+UNPACKED = "unpacked"  # the folder of what was in archives, until it is copied
 
 
 def parse(arguments: list[str] | None = None):
@@ -46,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     from mmllm.data.prepared import drop_images_of, image_names, place_image, write_records
 
     options.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(options.out / UNPACKED, ignore_errors=True)  # of a run that was interrupted
     processor = load_processor_of(options.model) if options.model else None
     train = good_samples(options.data, options.image_dir, "train", options, processor)
     val = []
@@ -70,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
             count = len({path for sample in samples for path in sample.images})
             print_rank0(f"{options.out / f'{split}.jsonl'}: {len(samples)} samples, {count} images")
     draw_sheet(options.out / "contact_sheet.png", train, options.seed)
+    if options.images != "link":
+        shutil.rmtree(options.out / UNPACKED, ignore_errors=True)
     if processor:
         print_rank0(token_statistics(train, processor))
     val_path = f" data.val_data_path={options.out / 'val.jsonl'}" if val else ""
@@ -93,7 +99,7 @@ def good_samples(source: str, image_dir: str | None, split: str, options, proces
     from mmllm.data.checks import check_samples, decode_fault, keep_good
     from mmllm.data.samples import read_samples
 
-    samples = read_samples(source, image_dir, split)
+    samples = read_samples(source, image_dir, split, options.out / UNPACKED / split)
     bad, left_out = check_samples(samples, processor, options.max_length, fault=decode_fault)
     report = options.out / ("bad_samples.jsonl" if split == "train" else f"bad_{split}_samples.jsonl")
     good = keep_good(samples, bad, "skip", 1.0, report=report, source=source)

@@ -10,7 +10,7 @@
     VizWiz      Annotations/train.json                              https://vizwiz.org/tasks-and-datasets/vqa
 
 A record is a JSON object: {image, text, prompt}, {image, captions} or {image, conversations}; records.py reads them.
-tables.py has what is no JSON: tables, and folders of images with a text beside each.
+tables.py has what is no JSON: tables, and folders of images with a text beside each; archives.py has archives.
 """
 
 import json
@@ -20,11 +20,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from mmllm.data.archives import refuse_archive
 from mmllm.data.tables import folder_records, grouped, table_records
 from mmllm.errors import DataError
 
 BINARY = {
-    b"PAR1": "parquet",
     b"PK": "a zip or Excel file",
     b"\x1f\x8b": "compressed by gzip",
     b"\xff\xd8": "a JPEG image",
@@ -32,10 +32,13 @@ BINARY = {
 
 
 def data_files(source: str | Path) -> list[Path]:
-    """The files and folders that `source` names, joined by commas."""
-    whole = Path(source).expanduser()
-    names = [source] if whole.exists() else str(source).split(",")
-    return [Path(str(name).strip()).expanduser() for name in names]
+    """The files and folders that `source` names, joined by commas; `*` in a name stands for anything."""
+    if (whole := Path(source).expanduser()).exists():
+        return [whole]
+    names = [Path(name.strip()).expanduser() for name in str(source).split(",")]
+    return [
+        file for name in names for file in (sorted(name.parent.glob(name.name)) if "*" in name.name else []) or [name]
+    ]
 
 
 def content_files(source: str | Path) -> list[Path]:
@@ -43,6 +46,7 @@ def content_files(source: str | Path) -> list[Path]:
     found: list[Path] = []
     for path in data_files(source):
         path = metadata_in(path) or path
+        refuse_archive(path)
         found += sorted(path.rglob("*.txt")) if path.is_dir() else filter(None, (path, vqa_annotations(path)))
     return found
 
@@ -73,6 +77,7 @@ def read_records(path: Path, split: str | None = None) -> list[dict | DataError]
     if path.is_dir() and not metadata_in(path):
         return folder_records(path)
     path = metadata_in(path) or path
+    refuse_archive(path)
     text = read_text(path)
     return json_records(text, path, split) if text.lstrip()[:1] in ("[", "{", "") else table_records(text, path)
 

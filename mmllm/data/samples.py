@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmllm.config.validation import did_you_mean, shown
+from mmllm.data.archives import archive_kind, unpack
 from mmllm.data.chat import IMAGE, MARK, Message, assistant, parse_text
 from mmllm.data.formats import coco_folder, data_files, image_folder, read_records
 from mmllm.data.records import KNOWN_KEYS, read_record, record_id, unread_keys
@@ -50,11 +51,20 @@ def load_samples(path: str | Path, image_dir: str | Path | None = None, split: s
     return samples
 
 
-def read_samples(path: str | Path, image_dir: str | Path | None = None, split: str | None = None) -> list[Sample]:
-    """As `load_samples`, but a record that cannot be used becomes a sample with a `fault`."""
+def read_samples(
+    path: str | Path, image_dir: str | Path | None = None, split: str | None = None, unpack_to: Path | None = None
+) -> list[Sample]:
+    """As `load_samples`, but a record that cannot be used becomes a sample with a `fault`.
+
+    An archive is unpacked into a folder in `unpack_to`; None: it is refused.
+    """
     samples: list[Sample] = []
-    for file in data_files(path):
-        samples += file_samples(file, image_dir, split, first=len(samples))
+    for number, file in enumerate(data_files(path)):
+        folder = image_dir
+        if unpack_to and archive_kind(file):
+            has_images = unpack(file, unpack_to / str(number))
+            file, folder = unpack_to / str(number), None if has_images else image_dir or file.parent
+        samples += file_samples(file, folder, split, first=len(samples))
     if not samples:
         raise DataError(f"{path}: no samples in it")
     return samples

@@ -1,11 +1,13 @@
 """`mmllm prepare`: what it writes is read back as the samples that were given."""
 
+import csv
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mmllm.commands import prepare
 from mmllm.data.image import ImageProcessor
@@ -108,3 +110,80 @@ def test_a_folder_that_holds_a_data_set_and_data_without_a_sample_are_refused(ph
     (photos / "captions.csv").write_text("image,caption\nnone.jpg,nothing\n")
     with pytest.raises(DataError, match="no sample is left"):
         run(photos, "--out", photos / "other")
+
+
+SHAPES = ("rectangle", "ellipse", "line")
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Six drawn images, every third of which has two captions: name to captions."""
+    (tmp_path / "images").mkdir()
+    captions = {}
+    for number in range(6):
+        image, shape = Image.new("RGB", (48, 40), "white"), SHAPES[number % 3]
+        getattr(ImageDraw.Draw(image), shape)((4, 4, 20 + number, 30), fill="red" if number % 2 else "blue")
+        name = f"{number}.{'jpg' if number % 2 else 'png'}"
+        image.save(tmp_path / "images" / name)
+        captions[name] = [f'a "{shape}", drawn in \u00fc'] + ["a shape"] * (number % 3 == 0)
+    return captions
+
+
+def export_csv(folder, captions):
+    with open(folder / "data.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("id", "image", "caption"))
+        writer.writerows((name[0], name, text) for name, texts in captions.items() for text in texts)
+    return [str(folder / "data.csv"), "--image-dir", str(folder / "images")]
+
+
+def export_metadata(folder, captions):
+    shutil.copytree(folder / "images", folder / "hf")
+    rows = [{"id": name[0], "file_name": name, "captions": texts} for name, texts in captions.items()]
+    (folder / "hf" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [str(folder / "hf")]
+
+
+def export_tar(folder, captions):
+    with tarfile.open(folder / "data.tar", "w") as archive:
+        for name, texts in captions.items():
+            archive.add(folder / "images" / name, name)
+            text = "\n".join(texts) if len(texts) == 1 else json.dumps({"captions": texts})
+            (folder / "text").write_text(text, encoding="utf-8")
+            archive.add(folder / "text", f"{name[0]}.{'txt' if len(texts) == 1 else 'json'}")
+    return [str(folder / "data.tar")]
+
+
+def export_parquet(folder, captions):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"id": name[0], "image": {"bytes": (folder / "images" / name).read_bytes(), "path": name}, "captions": texts}
+        for name, texts in captions.items()
+    ]
+    parquet.write_table(arrow.Table.from_pylist(rows), folder / "data.parquet")
+    return [str(folder / "data.parquet")]
+
+
+@pytest.mark.parametrize("export", [export_csv, export_metadata, export_tar, export_parquet])
+def test_the_same_data_in_any_format_becomes_the_same_data_set(export, drawn, tmp_path):
+    out = tmp_path / "out"
+    prepare.main([*export(tmp_path, drawn), "--out", str(out), "--val-fraction", "0.3"])
+    records = [
+        {
+            "id": f"{name[0]}#{i}" if len(texts) > 1 else name[0],
+            "images": [name],
+            "conversations": [
+                {"from": "human", "value": "<image>\nDescribe this image."},
+                {"from": "gpt", "value": text},
+            ],
+            "references": texts,
+        }
+        for name, texts in drawn.items()
+        for i, text in enumerate(texts)
+    ]
+    split = [list(map(json.loads, (out / f"{part}.jsonl").read_text().splitlines())) for part in ("train", "val")]
+    assert split[1] == [row for row in records if row["id"] in ("2", "4")]
+    assert split[0] == [row for row in records if row["id"] not in ("2", "4")]
+    for name in drawn:
+        assert (out / "images" / name).read_bytes() == (tmp_path / "images" / name).read_bytes()
+    assert not (out / "unpacked").exists()
