@@ -5,10 +5,12 @@ python -m benchmarks train --case "stage 1" --rounds 5
 python -m benchmarks generate                    # answers, against transformers and llama.cpp where it is installed
 python -m benchmarks caption                     # images a minute, against one image at a time
 python -m benchmarks memory                      # what --dry-run predicts, and what a step really takes
+python -m benchmarks precision --model outputs/full/best_model --data val.json --image-dir images
 python -m benchmarks rehearse configs/small.py training.gradient_accumulation_steps=2
 python -m benchmarks table                       # the tables of docs/benchmarks.md, from the rows in benchmarks/
 
 Every row goes to benchmarks/ as one JSON line with its date, commit, machine and command; the goals are printed beside.
+`precision` only prints its rows: they are a model's, not the machine's.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.runner import serve_turns
+from mmllm.commands import add_data_options, at_least_one
 from mmllm.errors import run
 from mmllm.runtime.threads import limit_threads
 
@@ -65,6 +68,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             metavar="DIR",
             help="random weights (default: %(default)s)",
         )
+    precision = commands.add_parser("precision", help="how far the answers of a model move in each precision")
+    precision.add_argument("--model", required=True, metavar="DIR", help="a model directory with float weights")
+    add_data_options(precision)
+    precision.add_argument(
+        "--limit", type=at_least_one, default=32, metavar="N", help="(default: the first %(default)s)"
+    )
     gpu = commands.add_parser("gpu", help="all that only a GPU can prove, in less than nine minutes")
     gpu.add_argument("--out", type=Path, default=Path("outputs/gpu"), metavar="DIR", help="(default: %(default)s)")
     table = commands.add_parser("table", help="write the tables of docs/benchmarks.md")
@@ -77,7 +86,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     commands = {"train": train, "generate": generate, "memory": memory, "rehearse": rehearse, "gpu": gpu}
-    commands |= {"caption": caption}
+    commands |= {"caption": caption, "precision": precision}
     commands |= {"table": write_table, "worker": worker}
     return commands[options.command](options)
 
@@ -164,6 +173,13 @@ def caption(options: argparse.Namespace) -> int:
         spec, precisions, options.images, options.new_tokens, options.slots, options.rounds, options.models
     )
     return finish("caption", rows, options)
+
+
+def precision(options: argparse.Namespace) -> int:
+    from benchmarks import precision as bench_precision
+
+    bench_precision.measure(options.model, options.data, options.image_dir, options.limit)
+    return 0
 
 
 def gpu(options: argparse.Namespace) -> int:

@@ -18,7 +18,6 @@ COMMANDS = {
     "evaluate": "score a model on captions and questions",
     "compare": "compare two to four runs: settings, numbers, curves",
     "preview": "show what a data file trains on",
-    "precision": "measure what each precision costs",
 }
 
 

@@ -1,4 +1,4 @@
-"""How much each precision changes a model: `mmllm precision`.
+"""How much each precision changes a model: one JSON line for each, with its loss and its distance from float32.
 
 The error of the logits says little: in a model of random weights a rounding of 0.8 % becomes 20 % of it. What counts is
 how often another token comes first, and how far apart the distributions are at the trained positions.
@@ -6,16 +6,26 @@ how often another token comes first, and how far apart the distributions are at 
 M labelled positions, V vocabulary.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mmllm.config.schema import PRECISIONS
-from mmllm.data.batches import Batch
+from mmllm.data.batches import Batch, ordered_batches
 from mmllm.data.chat import IGNORED
+from mmllm.data.samples import load_samples
 from mmllm.inference.optimize import load_model
 from mmllm.models.multimodal import MultimodalLLM
+
+
+def measure(source: str, data: str, image_dir: str | None, limit: int) -> None:
+    """Print one row per precision for the first `limit` samples of `data`."""
+    processor = MultimodalLLM.from_pretrained(source, dtype=None).processor
+    batches = list(ordered_batches(load_samples(data, image_dir)[:limit], processor, 1, num_workers=0))
+    for row in compare(source, batches):
+        print(json.dumps(row))
 
 
 def compare(source: str | Path, batches: list[Batch], precisions: tuple[str, ...] = PRECISIONS) -> list[dict]:

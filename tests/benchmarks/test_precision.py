@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from mmllm.commands import precision as command
-from mmllm.evaluation import precision
+from benchmarks import __main__ as command
+from benchmarks import precision
 from mmllm.models.multimodal import MultimodalLLM
 from tiny_run import write_world
 
@@ -25,7 +25,7 @@ def test_more_bits_are_nearer(tmp_path, capsys):
     model = MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen")
     model.save_pretrained(tmp_path / "model")
     data = ("--data", world.folder / "val.json", "--image-dir", world.folder / "images", "--limit", 3)
-    command.main(["--model", *map(str, (tmp_path / "model", *data))])
+    command.main(["precision", "--model", *map(str, (tmp_path / "model", *data))])
     rows = {row["precision"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     error = {name: row["error"] for name, row in rows.items()}
     assert error["float32"] == 0 and rows["float32"]["same_first"] == 1
