@@ -138,6 +138,9 @@ class TrainingConfig(Section):
     eval_steps: Count | None = None  # None: at the end of every epoch
     save_steps: Count | None = None  # None: at the end of every epoch
     keep_checkpoints: Count = 2
+    early_stop: Amount = (
+        0  # checkpoints of the last stage in a row without a lower validation loss that end it; 0: none do
+    )
     num_sample_captions: Amount = 4
     max_skipped_steps: Amount = 0  # steps in a row that may be skipped because their gradient is not finite
 
@@ -223,6 +226,10 @@ class ExperimentConfig(Section):
             raise ConfigError("data.cache_features and data.features_path are both set; choose one")
         if data.val_data_path and data.val_fraction:
             raise ConfigError("data.val_data_path and data.val_fraction are both set; choose one")
+        if self.training.early_stop and data.train_data_path and not (data.val_data_path or data.val_fraction):
+            raise ConfigError(
+                "training.early_stop needs a validation: set data.val_data_path, or data.val_fraction=0.1, or early_stop=0"
+            )
         for number, stage in enumerate(self.stages(), 1):
             if (data.cache_features or data.features_path) and "vision_tower" in stage.train and stage.epochs:
                 raise ConfigError(

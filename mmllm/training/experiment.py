@@ -91,6 +91,7 @@ def train(
         ):
             best, tokens = best_of(directory, state, sha256), state.get("tokens", 0)
             run = Run(config, directory, data, world, log, stop, writer, total_steps, best, tokens)
+            run.lowest, run.stale = best["val_loss"] if best else run.lowest, state.get("stale", 0)
             for position in positions:
                 with named_out_of_memory(config, position.stage, world.device, lambda: run.place):
                     Stage(model, config.stages()[position.stage - 1], run, position).train()
@@ -324,6 +325,8 @@ def conclude(run: Run) -> int:
         cause = signal.Signals(run.stopping).name
         print_rank0(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")
         return 128 + run.stopping
+    if run.stops_early(2 if run.config.training.stage2.epochs else 1):
+        print_rank0(f"early stop: the last {run.stale} checkpoints did not lower the validation loss")
     model = run.directory / disk.BEST
     which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.writer.last_saved
     images = [path for sample in [*run.data.val, *run.data.train] for path in sample.images[:1]]

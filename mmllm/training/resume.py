@@ -15,7 +15,7 @@ from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.files import locked
 from mmllm.storage import checkpoint as disk
-from mmllm.training.run import Position
+from mmllm.training.run import Position, is_stale
 from mmllm.training.stage import steps_per_epoch
 
 DATA_FILES = {"train": "data.train_data_path", "val": "data.val_data_path", "features": "data.features_path"}
@@ -165,5 +165,6 @@ def stage_positions(
     if number == 1 and steps[1]:
         positions.append(Position(2, max(steps[0], done), stages[0].epochs))
     total = max(positions[-1].steps_before + steps[positions[-1].stage - 1], state["step"])
-    is_finished = state["step"] == total and not state["is_pending"]
+    is_over = state["step"] == total or is_stale(config, number, state.get("stale", 0))
+    is_finished = is_over and not state["is_pending"]
     return [] if is_finished else positions, total

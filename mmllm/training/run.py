@@ -47,6 +47,12 @@ class Position:
     checkpoint: Path | None = None
 
 
+def is_stale(config: ExperimentConfig, stage: int, stale: int) -> bool:
+    """Whether `stale` checkpoints without a lower validation loss end the run in `stage`, which must be its last one."""
+    training = config.training
+    return 0 < training.early_stop <= stale and (stage == 2 or not training.stage2.epochs)
+
+
 @dataclass
 class Run:
     config: ExperimentConfig
@@ -57,10 +63,12 @@ class Run:
     stop: StopSignal  # of this process; all processes act on `stopping`
     writer: CheckpointWriter
     total_steps: int
-    best: dict | None = None  # name and val_loss of the best checkpoint
+    best: dict | None = None  # name and val_loss of the best checkpoint, on rank 0
     tokens: int = 0  # in all steps
     stopping: int = 0  # the signal that ends the run, in all processes
     skipped: int = 0  # steps in a row
+    lowest: float = math.inf  # validation loss of a checkpoint, in all processes
+    stale: int = 0  # checkpoints of the stage in a row that did not lower it
     place: str = "at its start"  # in the stage, for error messages
     shown: dict[str, float] = field(default_factory=dict)  # smoothed loss and ms, for the console
     broken: set[int] = field(default_factory=set)  # samples that bad_samples.jsonl lists already
@@ -85,12 +93,16 @@ class Run:
         """
         self._wait_for_save()
         name, begin = disk.checkpoint_name(progress["epoch"], progress["step"]), time.perf_counter()
+        if val_loss is not None:
+            self.stale = 0 if val_loss < self.lowest else self.stale + 1
+            self.lowest = min(self.lowest, val_loss)
         best = self.best
         if val_loss is not None and math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
             best = {"name": name, "val_loss": val_loss}
         state = progress | {
             "is_pending": bool(self.stopping) and val_loss is None,
             "best": best,
+            "stale": self.stale,
             "tokens": self.tokens,
             "num_samples": len(self.data.train),
             "processes": self.world.size,
@@ -105,11 +117,15 @@ class Run:
             disk.prune(self.directory, self.config.training.keep_checkpoints, best_name)
             print_rank0(f"saved {self.directory / name} in {duration(time.perf_counter() - begin)}")
 
-        is_last = bool(self.stopping) or progress["step"] == self.total_steps
+        is_last = bool(self.stopping) or progress["step"] == self.total_steps or self.stops_early(progress["stage"])
         with self._tolerate_failed_save(is_last):
             self.writer.begin(self.directory / name, model, optimizer, state, on_complete)
             if is_last:
                 self.writer.wait()
+
+    def stops_early(self, stage: int) -> bool:
+        """Whether `training.early_stop` ends the run: in its last stage, the validation loss does not fall any more."""
+        return is_stale(self.config, stage, self.stale)
 
     def _wait_for_save(self) -> None:
         with self._tolerate_failed_save():

@@ -43,6 +43,7 @@ class Stage:
     def __init__(self, model: MultimodalLLM, settings: StageConfig, run: Run, position: Position):
         self.model, self.settings, self.run, self.position = model, settings, run, position
         run.place = "at its start"
+        run.stale = run.stale if position.done else 0
         train_only_(model, trained_parts(settings))
         training = run.config.training
         self.steps_per_epoch = steps_per_epoch(settings, len(run.data.train), run.world.size)
@@ -75,6 +76,8 @@ class Stage:
         with held_as(self.frozen, torch.bfloat16):
             if position.is_pending:
                 self._finish_step(position.done)
+                if run.stops_early(position.stage):
+                    return
             for step, batches in step_batches(self.loader, self.steps_per_epoch, position.done, self.total):
                 run.place = f"in step {position.steps_before + step + 1}"
                 run.world.report_position(run.place)
@@ -82,7 +85,7 @@ class Stage:
                 run.report_broken(self.loader)
                 run.sync_stop()
                 self._finish_step(step + 1)
-                if run.stopping:
+                if run.stopping or run.stops_early(position.stage):
                     break
 
     def _describe(self) -> str:
