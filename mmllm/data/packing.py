@@ -6,13 +6,10 @@ segment_ids  0 0 0 0 0 0 0 0 0 0 0 | 1 1 1  1         | 2 2 2   2  2          | 
 Where the prompts differ before the image, each text has places of its own for it, and the image is still encoded once.
 """
 
-from heapq import nlargest
-
 from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Encoded
 from mmllm.data.samples import Sample
 
 PADDING = -1  # the segment of padding
-ENCODED_TO_COUNT = 200  # samples
 
 
 def encode_shared(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> list[Encoded]:
@@ -63,15 +60,6 @@ def pack_group(rows: list[Encoded], prefix: int, shared_images: int) -> Encoded:
         segment_ids += [segment] * (len(row.ids) - prefix)
         images += row.images[shared_images:]
     return Encoded(ids, labels, images, segment_ids)
-
-
-def most_texts_and_rows(samples: list[Sample], processor: ChatProcessor, max_length: int) -> tuple[int, int]:
-    """The most texts of a sample, and the most rows. Only the longest samples are encoded to find the latter."""
-    longest = nlargest(ENCODED_TO_COUNT, samples, key=lambda sample: rough_length(sample, processor))
-    return (
-        max(1 + len(sample.shared) for sample in samples),
-        max(len(encode_shared(sample, processor, max_length)) for sample in longest),
-    )
 
 
 def rough_length(sample: Sample, processor: ChatProcessor) -> int:

@@ -7,12 +7,11 @@ texts in UTF-8, which is about as long for a token of Chinese as of English.
 from dataclasses import dataclass
 
 from mmllm.config.schema import ExperimentConfig
-from mmllm.data.batches import rough_length
 from mmllm.data.chat import IGNORED, ChatProcessor, Encoded
 from mmllm.data.checks import check_samples
 from mmllm.data.image import ImageProcessor
 from mmllm.data.order import split_by_image
-from mmllm.data.packing import encode_shared
+from mmllm.data.packing import encode_shared, rough_length
 from mmllm.data.samples import Sample, read_samples, share_images
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import DataError
@@ -62,12 +61,14 @@ def plan_data(config: ExperimentConfig, shape: MultimodalConfig) -> DataPlan:
     file = cached_file(model.pretrained or model.qwen, "tokenizer.json")
     tokenizer = Tokenizer(file) if file else BytesTokenizer()
     processor = ChatProcessor(tokenizer, ImageProcessor(), shape.num_image_tokens, model.system_prompt)
-    bad, _ = check_samples(samples, processor if file else None, data.max_length, fault=lambda path: "")
+    bad, left_out = check_samples(samples, processor if file else None, data.max_length, fault=lambda path: "")
     lines = []
     if bad:
         lines.append(
             f"{len(bad)} of {len(samples)} samples are bad and not counted; the first is {bad[0].file}: {bad[0].reason}"
         )
+    if note := left_out.describe(data.train_data_path, data.max_length):
+        lines.append(note)
     dropped = {row.index for row in bad}
     samples = [sample for index, sample in enumerate(samples) if index not in dropped]
     samples = share_images(samples) if data.share_images else samples

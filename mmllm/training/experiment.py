@@ -23,7 +23,7 @@ from mmllm.data.checks import checked_samples
 from mmllm.data.features import FeatureCache, FeatureTable, fingerprint
 from mmllm.data.formats import data_files, image_folder
 from mmllm.data.order import sample_order, split_by_image
-from mmllm.data.packing import encode_shared, most_texts_and_rows
+from mmllm.data.packing import encode_shared
 from mmllm.data.samples import Sample
 from mmllm.errors import ConfigError, UserError
 from mmllm.models.multimodal import MultimodalLLM
@@ -37,6 +37,7 @@ from mmllm.runtime.signals import StopSignal
 from mmllm.storage import checkpoint as disk
 from mmllm.storage.atomic import reported
 from mmllm.storage.checkpoint_writer import CheckpointWriter
+from mmllm.training.data_plan import largest
 from mmllm.training.fsdp import is_wanted, shard_
 from mmllm.training.out_of_memory import named_out_of_memory
 from mmllm.training.prepare import prepare, trained_parts
@@ -186,12 +187,11 @@ def load_data(
         notes.append(
             "data.val_data_path and data.val_fraction are not set: no validation, best_model will be the last checkpoint"
         )
-    texts, rows = most_texts_and_rows(train, process, data.max_length)
-    if texts > 1:
-        most = max(stage.batch_size for stage in config.stages())
+    texts, most = max(1 + len(sample.shared) for sample in train), max(stage.batch_size for stage in config.stages())
+    if texts > 1 and (size := largest(train, process, data.max_length)):
         notes.append(
-            f"up to {texts} texts of an image are one sample, in up to {rows} rows of data.max_length={data.max_length}: "
-            f"a batch of {most} samples has up to {most * texts} texts in {most * rows} rows"
+            f"a sample is up to {texts} texts of an image in up to {size.rows} rows: a batch of {most} samples has up to "
+            f"{most * texts} texts in {most * size.rows} rows"
         )
     notes.append(f"{count(train)} to train on, {count(val)} to validate.")
     print_rank0("\n".join(notes) + " The first one, with its targets in [[ ]]:")

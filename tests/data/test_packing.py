@@ -6,7 +6,7 @@ import pytest
 
 from mmllm.data.chat import IGNORED, IMAGE, ChatProcessor, Message, assistant, user
 from mmllm.data.image import ImageProcessor
-from mmllm.data.packing import encode_shared, most_texts_and_rows, pack
+from mmllm.data.packing import encode_shared, pack
 from mmllm.data.samples import Sample, share_images
 from mmllm.data.tokenizer import Tokenizer
 from official import write_tokenizer
@@ -78,13 +78,6 @@ def test_an_image_behind_different_words_has_a_place_in_each_text(processor):
     is_image = [token == processor.tokenizer.image_id for token in row.ids]
     places = [sum(x and s == number for x, s in zip(is_image, row.segment_ids, strict=True)) for number in range(3)]
     assert row.images == [0, 1, 1] and places == [4, 4, 4]
-
-
-def test_texts_and_rows_of_the_largest_sample_are_counted(processor):
-    samples = share_images([*(caption(CAT, text) for text in CAPTIONS), caption(MAT, "a mat")])
-    limit = len(processor.encode(list(samples[0].messages)).ids) + 8
-    assert most_texts_and_rows(samples, processor, 1000) == (5, 1)
-    assert most_texts_and_rows(samples, processor, limit) == (5, len(encode_shared(samples[0], processor, limit)))
 
 
 def test_samples_of_the_same_images_become_one_and_text_alone_stays():

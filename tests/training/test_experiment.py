@@ -164,6 +164,30 @@ def test_a_gradient_that_is_not_finite_moves_nothing(world):
 # A whole run
 
 
+def test_what_a_batch_holds_and_what_is_left_out_is_said_once(world, tmp_path, capsys):
+    """Three long captions of the first image, which take a row each, and a conversation of which one exchange fits."""
+    turns = [
+        {"from": role, "value": text} for role, text in [("human", "what is it?"), ("gpt", "a cat on the mat")] * 9
+    ]
+    captions = {"image": "0.png", "captions": ["the thing over there on the mat " * 4 + end for end in "abc"]}
+    (tmp_path / "train.json").write_text(json.dumps([captions, {"conversations": turns}]))
+    config = world.config(tmp_path)
+    model = new_model(world)
+    config.data.train_data_path, config.data.val_data_path = str(tmp_path / "train.json"), None
+    texts = [
+        model.processor.encode(list(s.messages)) for s in load_samples(tmp_path / "train.json", world.folder / "images")
+    ]
+    config.data.max_length = max(len(encoded.ids) for encoded in texts[:3])
+    notes = load_data(config, model, tmp_path, {}, ALONE).notes
+    assert (
+        "a sample is up to 3 texts of an image in up to 3 rows: a batch of 2 samples has up to 6 texts in 6 rows"
+        in notes
+    )
+    (left_out,) = [note for note in notes if "are left out" in note]
+    printed = capsys.readouterr().out
+    assert "of 1 samples are left out" in left_out and all(printed.count(note) == 1 for note in notes)
+
+
 def test_validation_images_are_looked_for_in_their_own_folder(world, tmp_path):
     shutil.copytree(world.folder / "images", tmp_path / "val_images")
     config = world.config(tmp_path)
