@@ -119,7 +119,8 @@ class BatchMaker:
                 is_new = index not in self.broken
                 self.broken[index] = str(error)
                 if len(self.broken) > self.max_broken:
-                    raise DataError(f"sample {index} ({sample.id}): {error}") from error
+                    limit = f"data.bad_samples and data.max_bad_fraction allow {self.max_broken} such samples"
+                    raise DataError(f"sample {index} ({sample.id}): {error}; {limit}") from error
                 if is_new:
                     stderr(f"warning: sample {index} ({sample.id}) is replaced by the next one: {error}")
             index = (index + 1) % len(self.samples)

@@ -6,7 +6,7 @@ and a truncated file already shows at its end. An image that is damaged in betwe
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -173,7 +173,10 @@ def keep_good(
     first = f"sample {bad[0].index} ({bad[0].file}): {bad[0].reason}"
     count = f"{source}: {len(bad)} of {len(samples)} samples are bad"
     if policy == "error":
-        raise DataError(f"{count}; fix those listed in {report}, or set data.bad_samples=skip. The first is {first}")
+        raise DataError(
+            f"{count}; fix those listed in {report}, or set data.bad_samples=skip, which leaves out up to "
+            f"data.max_bad_fraction={max_fraction} of all. The first is {first}"
+        )
     if len(bad) > max_fraction * len(samples):
         raise DataError(
             f"{count}, more than data.max_bad_fraction={max_fraction} allows; they are listed in {report}. "
@@ -181,3 +184,15 @@ def keep_good(
         )
     dropped = {row.index for row in bad}
     return [sample for index, sample in enumerate(samples) if index not in dropped]
+
+
+def refuse_broken(samples: list[Sample], faults: Mapping[Path, str], settings: DataConfig, report: Path) -> None:
+    """DataError for more images that cannot be decoded (`faults`) than `settings` allow; the others are replaced later."""
+    bad = [
+        BadSample(index, str(image), faults[image])
+        for index, sample in enumerate(samples)
+        for image in sample.images
+        if image in faults
+    ]
+    if len(bad) > (settings.max_bad_fraction * len(samples) if settings.bad_samples == "skip" else 0):
+        keep_good(samples, bad, settings.bad_samples, settings.max_bad_fraction, report=report, source="the images")

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mmllm.data.image import ImageProcessor
+from mmllm.data.image import ImageProcessor, read_bytes
 from mmllm.errors import DataError, ImageError, RunError
 from mmllm.runtime.console import progress
 from mmllm.runtime.threads import worker_pool
@@ -109,9 +109,9 @@ class FeatureCache:
     def _file(self, image: Path) -> Path | None:
         """Where the features of an image are or will be; None when it cannot be read."""
         try:
-            content = image.read_bytes()
-        except OSError as error:
-            self.faults[image] = f"{image}: cannot be read ({error.strerror})"
+            content = read_bytes(image)
+        except ImageError as error:
+            self.faults[image] = str(error)
             return None
         name = hashlib.sha256(content).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"

@@ -171,9 +171,12 @@ def upright(image: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of an image file."""
+    """The bytes of an image file. A read that fails is tried once more: network drives fail now and then."""
     try:
-        return path.read_bytes()
+        try:
+            return path.read_bytes()
+        except OSError:
+            return path.read_bytes()
     except FileNotFoundError as error:
         raise ImageError(f"no such image: {path}", "no_such_image") from error
     except IsADirectoryError as error:

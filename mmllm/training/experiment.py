@@ -4,6 +4,7 @@ Most of it refuses early: whatever can be wrong with settings, data, disk or che
 read, because the alternative is to find it after the first epoch.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from torch import Tensor
 from mmllm.config.schema import ExperimentConfig
 from mmllm.config.sources import explain
 from mmllm.data.chat import mark_targets
-from mmllm.data.checks import checked_samples
+from mmllm.data.checks import checked_samples, refuse_broken
 from mmllm.data.features import FeatureCache, FeatureTable, fingerprint
 from mmllm.data.formats import data_files, image_folder
 from mmllm.data.order import sample_order, split_by_image
@@ -85,6 +86,8 @@ def train(
         world.on_rank0(lambda: refuse_small_disk(config, model, data, directory, positions, world.size))
         if config.data.cache_features:
             data = replace(data, read_image=fill_cache(config, model, data, world))
+            for split, samples in (("", data.train), ("val_", data.val)):
+                refuse_broken(samples, data.read_image.faults, config.data, report_file(directory, split, world))
         with (
             StopSignal() as stop,
             closing(begin(config, origins or {}, directory, checkpoint, state, data.notes, world)) as log,
@@ -166,7 +169,7 @@ def load_data(
     notes = []
 
     def samples_of(split: str, path: str, part: str, limit: int | None) -> list[Sample]:
-        report = directory / f"bad_{split}samples.jsonl" if world.is_first else Path(os.devnull)
+        report = report_file(directory, split, world)
         fault = table and table.fault
         folder = data.val_image_dir if split else None
         samples, note = checked_samples(
@@ -200,6 +203,11 @@ def load_data(
     return TrainingData(train, [val[index] for index in sample_order(len(val), 0, 0)], sha256, table, notes)
 
 
+def report_file(directory: Path, split: str, world: World) -> Path:
+    """Where the bad samples are listed, by rank 0 alone."""
+    return directory / f"bad_{split}samples.jsonl" if world.is_first else Path(os.devnull)
+
+
 def count(samples: list[Sample]) -> str:
     """The number of samples, and of the texts in them where several share an image."""
     texts = len(samples) + sum(len(sample.shared) for sample in samples)
@@ -231,8 +239,8 @@ def refuse_small_disk(
     for position in positions:
         stage = config.stages()[position.stage - 1]
         parts = trained_parts(stage)
-        trained = [p.nbytes for name, p in model.named_parameters() if p.requires_grad and name.split(".")[0] in parts]
-        moments = max(moments, len(disk.MOMENTS) * sum(trained))
+        trained = [p.numel() for name, p in model.named_parameters() if p.requires_grad and name.split(".")[0] in parts]
+        moments = max(moments, sum(trained) * (2.03 if training.optimizer == "adamw8bit" else 8))
         per_epoch = steps_per_epoch(stage, len(data.train), processes)
         every = training.save_steps or per_epoch
         saves += -(-stage.epochs * per_epoch // every) - position.done // every
@@ -256,6 +264,8 @@ def fill_cache(config: ExperimentConfig, model: MultimodalLLM, data: TrainingDat
     images = {path for sample in (*data.train, *data.val) for path in sample.images}
     made = cache.fill(images, rank=world.rank, world_size=world.size, num_workers=config.data.num_workers)
     (made,) = world.sum([made])  # and wait until all are there
+    for faults in world.all_gather(json.dumps({str(image): fault for image, fault in cache.faults.items()})):
+        cache.faults |= {Path(image): fault for image, fault in json.loads(faults).items()}
     took = duration(time.perf_counter() - begin)
     print_rank0(f"features of {len(images)} images: {made:.0f} made in {took}, in {cache.folder}")
     return cache

@@ -85,13 +85,18 @@ class Run:
         return bool(self.stopping)
 
     def save(
-        self, model: MultimodalLLM, optimizer: torch.optim.Optimizer, progress: dict, val_loss: float | None
+        self,
+        model: MultimodalLLM,
+        optimizer: torch.optim.Optimizer,
+        progress: dict,
+        val_loss: float | None,
+        is_pending: bool = False,
     ) -> None:
         """Begin a checkpoint, which is written while training goes on; the last one of the run is waited for.
 
-        `progress` are the numbers of stage, stage_step, step and epoch.
+        `progress` are the numbers of stage, stage_step, step and epoch. `is_pending`: a validation that is due was not made.
         """
-        self._wait_for_save()
+        self.wait_for_save()
         name, begin = disk.checkpoint_name(progress["epoch"], progress["step"]), time.perf_counter()
         if val_loss is not None:
             self.stale = 0 if val_loss < self.lowest else self.stale + 1
@@ -100,7 +105,7 @@ class Run:
         if val_loss is not None and math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
             best = {"name": name, "val_loss": val_loss}
         state = progress | {
-            "is_pending": bool(self.stopping) and val_loss is None,
+            "is_pending": is_pending,
             "best": best,
             "stale": self.stale,
             "tokens": self.tokens,
@@ -127,7 +132,7 @@ class Run:
         """Whether `training.early_stop` ends the run: in its last stage, the validation loss does not fall any more."""
         return is_stale(self.config, stage, self.stale)
 
-    def _wait_for_save(self) -> None:
+    def wait_for_save(self) -> None:
         with self._tolerate_failed_save():
             self.writer.wait()
 
@@ -143,7 +148,7 @@ class Run:
 
     def skip_step(self, row: dict, loss: float, norm: float, names: str) -> None:
         """Log a step whose gradient is not finite; RunError where the settings allow no more of them in a row."""
-        self._wait_for_save()
+        self.wait_for_save()
         self.skipped += 1
         what = f"step {row['step']}: loss {loss}, gradient norm {norm}, with the samples {names}"
         if self.skipped > self.config.training.max_skipped_steps:

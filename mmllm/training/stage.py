@@ -7,6 +7,7 @@ continues bit for bit. Recipe: LLaVA 1.5, https://arxiv.org/abs/2310.03744.
 import math
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 
@@ -98,12 +99,18 @@ class Stage:
             f"{'' if self.position.done else ', with a new optimizer'}"
         )
 
-    def _take_step(self, step: int, batches: list[Batch]) -> None:
-        """Update the weights and log the step, or skip it when its gradient is not finite."""
+    def _take_step(self, step: int, batches: list[Batch] | DataError) -> None:
+        """Update the weights and log the step, or skip it when its gradient is not finite.
+
+        A DataError in any process in place of its batches ends the run in all of them.
+        """
         run, number, begin = self.run, self.position.stage, time.perf_counter()
         torch.manual_seed((run.config.seed * 2 + number) * 1_000_003 + step + run.world.rank)
         rate = set_learning_rates_(self.optimizer, step, self.warmup, self.total)
-        counts = run.world.sum(step_counts(batches))
+        error = batches if isinstance(batches, DataError) else None
+        *counts, errors = run.world.sum([*step_counts([] if error else batches), bool(error)])
+        if errors:
+            self._save_and_raise(step, next(filter(None, run.world.all_gather(str(error or "")))))
         run.tokens += int(counts[1])
         loss, norm = update_(self.model, self.optimizer, batches, run.config.training, counts[0], run.world)
         row = {"stage": number, "step": self.position.steps_before + step + 1, "learning_rate": rate}
@@ -147,11 +154,36 @@ class Stage:
         step = self.position.steps_before + done
         run.place = f"in the validation or checkpoint after step {step}"
         with held_as(self.frozen, torch.float32):
-            val_loss = self.validate(step) if validates else None
+            try:
+                val_loss = self.validate(step) if validates else None
+            except DataError as error:
+                if run.world.size > 1:  # the others are in the validation
+                    raise
+                self._save_and_raise(done, str(error), is_pending=True)
             if saves or run.stopping:
-                epoch = self.position.epochs_before + (done - 1) // self.steps_per_epoch + 1
-                progress = {"stage": self.position.stage, "stage_step": done, "step": step, "epoch": epoch}
-                run.save(self.model, self.optimizer, progress, val_loss)
+                is_pending = bool(run.stopping) and val_loss is None
+                run.save(self.model, self.optimizer, self._progress(done), val_loss, is_pending)
+
+    def _progress(self, done: int) -> dict[str, int]:
+        """Where the run is after `done` steps of the stage."""
+        epoch = self.position.epochs_before + (done - 1) // self.steps_per_epoch + 1
+        step = self.position.steps_before + done
+        return {"stage": self.position.stage, "stage_step": done, "step": step, "epoch": epoch}
+
+    def _save_and_raise(self, done: int, reason: str, is_pending: bool = False) -> NoReturn:
+        """Save what the run has learned in `done` steps, unless it is saved, and end it with a DataError."""
+        run, progress = self.run, self._progress(done)
+        run.wait_for_save()
+        if done and run.writer.last_saved != disk.checkpoint_name(progress["epoch"], progress["step"]):
+            with held_as(self.frozen, torch.float32):
+                run.save(self.model, self.optimizer, progress, None, is_pending)
+            run.wait_for_save()
+        if run.writer.last_saved:
+            reason += (
+                f". Saved {run.directory / run.writer.last_saved}: mend the file and go on with --resume auto, or go on "
+                "without it: data.bad_samples=skip and a data.max_bad_fraction that allows it"
+            )
+        raise DataError(reason)
 
     def _is_due(self, done: int, every: int | None) -> bool:
         return done == self.total or done % (every or self.steps_per_epoch) == 0
@@ -189,15 +221,25 @@ class Stage:
         return loss
 
 
-def step_batches(loader: BatchLoader, per_epoch: int, start: int, total: int) -> Iterator[tuple[int, list[Batch]]]:
-    """Each step from `start` to `total` with its micro-batches."""
+def step_batches(
+    loader: BatchLoader, per_epoch: int, start: int, total: int
+) -> Iterator[tuple[int, list[Batch] | DataError]]:
+    """Each step from `start` to `total` with its micro-batches, or the DataError in place of them."""
     accumulation = loader.accumulation
     for epoch in range(start // per_epoch, -(-total // per_epoch)):
         first = max(start, epoch * per_epoch)
         made = loader.batches(epoch, (first - epoch * per_epoch) * accumulation)
         for step in range(first, (epoch + 1) * per_epoch):
-            yield step, [next(made) for _ in range(accumulation)]
+            yield step, next_batches(made, accumulation)
         made.close()
+
+
+def next_batches(made: Iterator[Batch], number: int) -> list[Batch] | DataError:
+    """The next micro-batches, or the reason why one cannot be made."""
+    try:
+        return [next(made) for _ in range(number)]
+    except DataError as error:
+        return error
 
 
 def steps_per_epoch(stage: StageConfig, num_samples: int, processes: int = 1) -> int:

@@ -99,7 +99,7 @@ def test_an_image_that_cannot_be_read_is_an_error_of_that_image(world, model, tm
     cache.fill([tmp_path / "cut.png", tmp_path / "gone.png", *images_of(world)[:1]])
     with pytest.raises(ImageError, match="cut.png: broken or cut off"):
         cache(tmp_path / "cut.png")
-    with pytest.raises(ImageError, match="gone.png: cannot be read"):
+    with pytest.raises(ImageError, match="no such image: .*gone.png"):
         cache(tmp_path / "gone.png")
     assert cache(images_of(world)[0]).isfinite().all()
 

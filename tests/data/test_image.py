@@ -1,10 +1,12 @@
 """Pixels against CLIP's own processor, and everything that an image can be wrong in."""
 
 import base64
+import errno
 import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,3 +330,19 @@ def test_the_warnings_of_pillow_are_left_as_they_were():
     with pytest.raises(ImageError):
         decode(pointless_png(10_000, 10_000))
     assert warnings.filters == before
+
+
+def test_a_read_that_fails_is_tried_once_more(tmp_path, monkeypatch):
+    """As on a network drive. What fails twice is an error."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    read, failures = Path.read_bytes, [True, False, True, True]
+
+    def read_bytes(path):
+        if failures.pop(0):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert decode(tmp_path / "x.png").size == (8, 8)
+    with pytest.raises(ImageError, match="x.png: cannot be read"):
+        decode(tmp_path / "x.png")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from mmllm.config.schema import ExperimentConfig
+from mmllm.data.order import sample_order
 from mmllm.errors import UserError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.metrics import read_metrics
@@ -27,7 +28,7 @@ from mmllm.training.experiment import train
 from mmllm.training.fsdp import is_wanted
 from mmllm.training.step import accumulate_gradients
 from processes import KINDS, WAYS, model_for
-from tiny_run import write_world
+from tiny_run import break_image, write_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a launch runs many groups
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -329,7 +330,11 @@ def faults(world, tmp_path_factory):
     configs["nan"] = run_of(broken_world(folder), folder / "nan", 2)
     configs["nan"].training.stage1.epochs = 0
     configs["nan"].save(folder / "nan" / "config.json")
-    jobs += [train_job(configs[name], 2) for name in ("bad input", "nan")]
+    (folder / "damaged world").mkdir()
+    damaged = write_world(folder / "damaged world")
+    break_image(damaged.folder / "images" / f"{sample_order(12, 1, 0)[6]}.png")  # of the second step
+    configs["damaged"] = run_of(damaged, folder / "damaged", 2, save_steps=None)
+    jobs += [train_job(configs[name], 2) for name in ("bad input", "nan", "damaged")]
     jobs.append(train_job(configs["die"], 2, resume="auto") | {"name": "die, resumed"})
     return configs, launch(folder, jobs)
 
@@ -415,6 +420,13 @@ def test_bad_input_is_reported_once(faults):
     _, done = faults
     assert done.codes["bad input"] == [2, 2]
     assert done.all_said("bad input").count("error: nowhere.json: cannot be read") == 1
+
+
+def test_an_image_that_proves_broken_in_one_process_ends_them_all_with_the_steps_before_it_saved(faults):
+    configs, done = faults
+    assert done.codes["damaged"] == [2, 2], done.all_said("damaged")
+    assert re.search(r"error: .*png: broken or cut off.* Saved .*step-1: mend the file", done.all_said("damaged"))
+    assert steps_saved(configs["damaged"]) == [1]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_them_all_before_the_update(faults):

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmllm.data.order import sample_order
 from mmllm.errors import ConfigError, DataError, RunError, UserError
 from mmllm.reporting.metrics import read_metrics
 from mmllm.runtime.files import locked
@@ -142,18 +144,58 @@ def test_an_image_that_cannot_be_decoded_in_the_middle_of_a_run_is_replaced_and_
     assert "warning: sample 3 (s3) is replaced by the next one" in capsys.readouterr().err
 
 
-def test_a_broken_image_of_the_validation_is_replaced_and_reported(tmp_path, capsys):
+def test_a_broken_image_ends_the_run_with_its_steps_saved_and_the_run_can_go_on_without_it(tmp_path):
+    world = write_world(tmp_path)
+    index = sample_order(20, 1, 0)[9]  # of the third step
+    break_image(world.folder / "images" / f"{index}.png")
+    config, other = world.config(tmp_path / "out"), world.config(tmp_path / "skipped from the start")
+    words = (
+        rf"\(s{index}\): .*broken or cut off.*allow 0 such samples. Saved .*step-2: mend .*--resume auto.*samples=skip"
+    )
+    with pytest.raises(DataError, match=words):
+        train(config)
+    assert [path.name for path in disk.checkpoints(directory_of(config))] == ["checkpoint-epoch-1-step-2"]
+    for each in (config, other):
+        each.data.bad_samples, each.data.max_bad_fraction = "skip", 0.1
+        assert train(each, resume="auto") == 0
+    mine, theirs = weights(config), weights(other)
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def test_a_broken_image_of_the_validation_ends_the_run_with_its_steps_saved_or_is_replaced(tmp_path, capsys):
     world = write_world(tmp_path)
     config = world.config(tmp_path / "out")
-    config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.2
     break_image(world.folder / "images" / "22.png")
-    assert train(config) == 0
-    assert len([row for row in read_metrics(directory_of(config)) if "val_loss" in row]) == 2
+    with pytest.raises(
+        DataError, match=r"sample \d \(s22\): .*22.png: broken.* Saved .*checkpoint-epoch-1-step-5: mend"
+    ):
+        train(config)
+    config.data.bad_samples, config.data.max_bad_fraction = "skip", 0.2
+    assert train(config, resume="auto") == 0
+    assert [row["step"] for row in read_metrics(directory_of(config)) if "val_loss" in row] == [5, 10]
     said = capsys.readouterr().err
     assert re.search(r"warning: sample \d \(s22\) is replaced by the next one: .*22.png: broken", said)
-    config.data.bad_samples = "error"
-    with pytest.raises(DataError, match=r"sample \d \(s22\): .*22.png: broken"):
-        train(config, overwrite=True)
+
+
+def test_images_that_the_cache_finds_broken_are_listed_before_the_first_step(tmp_path):
+    world = write_world(tmp_path)
+    config = world.config(tmp_path / "out")
+    config.data.cache_features = True
+    break_image(world.folder / "images" / "3.png")
+    with pytest.raises(
+        DataError, match=r"1 of 20 samples are bad; fix those listed in .*bad_samples=skip, which leaves"
+    ):
+        train(config)
+    assert read_metrics(directory_of(config)) == []
+    config.data.bad_samples = "skip"
+    with pytest.raises(
+        DataError, match=r"more than data.max_bad_fraction=0.01 allows; they are listed in \S+\. The first"
+    ):
+        train(config)
+    rows = [json.loads(line) for line in (directory_of(config) / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(row["index"], Path(row["file"]).name) for row in rows] == [(3, "3.png")]
+    config.data.max_bad_fraction = 0.1
+    assert train(config) == 0
 
 
 def test_a_validation_that_is_not_a_number_is_never_the_best(world, tmp_path, monkeypatch):
