@@ -26,7 +26,7 @@ from mmllm.data.formats import data_files, image_folder
 from mmllm.data.order import sample_order, split_by_image
 from mmllm.data.packing import encode_shared
 from mmllm.data.samples import Sample
-from mmllm.errors import ConfigError, UserError
+from mmllm.errors import ConfigError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.metrics import NullLog, RunLog, start_wandb
 from mmllm.reporting.report import record_start, write_report
@@ -41,17 +41,18 @@ from mmllm.storage.checkpoint_writer import CheckpointWriter
 from mmllm.training.data_plan import largest
 from mmllm.training.fsdp import is_wanted, shard_
 from mmllm.training.out_of_memory import named_out_of_memory
-from mmllm.training.prepare import prepare, trained_parts
+from mmllm.training.prepare import prepare
 from mmllm.training.resume import (
     data_sha256,
     find_checkpoint,
     open_directory,
     refuse_changes,
     refuse_other_count,
+    refuse_small_disk,
     stage_positions,
 )
-from mmllm.training.run import Position, Run, TrainingData
-from mmllm.training.stage import Stage, steps_per_epoch
+from mmllm.training.run import Run, TrainingData
+from mmllm.training.stage import Stage
 
 
 def train(
@@ -225,38 +226,6 @@ def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTabl
     return FeatureTable(data.features_path, folders, model.config.feature_shape)
 
 
-def refuse_small_disk(
-    config: ExperimentConfig,
-    model: MultimodalLLM,
-    data: TrainingData,
-    directory: Path,
-    positions: list[Position],
-    processes: int,
-) -> None:
-    """UserError where the checkpoints of the run do not fit: those that are kept, the best, and the one being written."""
-    weights = sum(tensor.nbytes for file in model.tensor_files().values() for tensor in file.values())
-    moments, saves, training = 0, 0, config.training
-    for position in positions:
-        stage = config.stages()[position.stage - 1]
-        parts = trained_parts(stage)
-        trained = [p.numel() for name, p in model.named_parameters() if p.requires_grad and name.split(".")[0] in parts]
-        moments = max(moments, sum(trained) * (2.03 if training.optimizer == "adamw8bit" else 8))
-        per_epoch = steps_per_epoch(stage, len(data.train), processes)
-        every = training.save_steps or per_epoch
-        saves += -(-stage.epochs * per_epoch // every) - position.done // every
-    existing = disk.checkpoints(directory)
-    held = sum(path.stat().st_size for checkpoint in existing for path in checkpoint.rglob("*") if path.is_file())
-    kept = len(existing) if positions[0].checkpoint in existing else 0
-    most = min(training.keep_checkpoints + 1 + bool(data.val), kept + saves)
-    needed, free = disk.ROOM * most * (weights + moments), held + shutil.disk_usage(directory).free
-    if needed > free:
-        raise UserError(
-            f"{directory}: too little space: up to {most} checkpoints of {(weights + moments) / 1e9:.1f} GB need "
-            f"{needed / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB; free some, lower training.keep_checkpoints, or "
-            "choose another output_dir"
-        )
-
-
 def fill_cache(config: ExperimentConfig, model: MultimodalLLM, data: TrainingData, world: World) -> FeatureCache:
     """The cache with the features of all images; each process computes its share of those that are missing."""
     begin = time.perf_counter()
@@ -341,6 +310,11 @@ def conclude(run: Run) -> int:
     which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.writer.last_saved
     images = [path for sample in [*run.data.val, *run.data.train] for path in sample.images[:1]]
     print_rank0(f"done. Best model: {model} -> {which}")
+    if run.config.data.max_train_samples:
+        print_rank0(
+            f"data.max_train_samples={run.config.data.max_train_samples}: this run shows that the data can be trained on; "
+            "how good its model answers says little about a run on all samples"
+        )
     print_rank0(f"curves: {run.directory / 'loss.png'}, report: {run.directory / 'report.md'}")
     print_rank0(f"try it: python -m mmllm sample --model {model} --image {images[0] if images else 'x.jpg'}")
     return 0

@@ -5,6 +5,7 @@ and every setting that has changed since the checkpoint is refused or printed.
 """
 
 import hashlib
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from mmllm.config.schema import ExperimentConfig, flat
 from mmllm.config.sources import load
 from mmllm.data.formats import content_files
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
+from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.files import locked
 from mmllm.storage import checkpoint as disk
-from mmllm.training.run import Position, is_stale
+from mmllm.training.prepare import trained_parts
+from mmllm.training.run import Position, TrainingData, is_stale
 from mmllm.training.stage import steps_per_epoch
 
 DATA_FILES = {"train": "data.train_data_path", "val": "data.val_data_path", "features": "data.features_path"}
@@ -168,3 +171,35 @@ def stage_positions(
     is_over = state["step"] == total or is_stale(config, number, state.get("stale", 0))
     is_finished = is_over and not state["is_pending"]
     return [] if is_finished else positions, total
+
+
+def refuse_small_disk(
+    config: ExperimentConfig,
+    model: MultimodalLLM,
+    data: TrainingData,
+    directory: Path,
+    positions: list[Position],
+    processes: int,
+) -> None:
+    """UserError where the checkpoints of the run do not fit: those that are kept, the best, and the one being written."""
+    weights = sum(tensor.nbytes for file in model.tensor_files().values() for tensor in file.values())
+    moments, saves, training = 0, 0, config.training
+    for position in positions:
+        stage = config.stages()[position.stage - 1]
+        parts = trained_parts(stage)
+        trained = [p.numel() for name, p in model.named_parameters() if p.requires_grad and name.split(".")[0] in parts]
+        moments = max(moments, sum(trained) * (2.03 if training.optimizer == "adamw8bit" else 8))
+        per_epoch = steps_per_epoch(stage, len(data.train), processes)
+        every = training.save_steps or per_epoch
+        saves += -(-stage.epochs * per_epoch // every) - position.done // every
+    existing = disk.checkpoints(directory)
+    held = sum(path.stat().st_size for checkpoint in existing for path in checkpoint.rglob("*") if path.is_file())
+    kept = len(existing) if positions[0].checkpoint in existing else 0
+    most = min(training.keep_checkpoints + 1 + bool(data.val), kept + saves)
+    needed, free = disk.ROOM * most * (weights + moments), held + shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"{directory}: too little space: up to {most} checkpoints of {(weights + moments) / 1e9:.1f} GB need "
+            f"{needed / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB; free some, lower training.keep_checkpoints, or "
+            "choose another output_dir"
+        )

@@ -441,3 +441,15 @@ def test_sampled_captions_stand_beside_question_and_reference(world, tmp_path):
         ("s21", "Describe this image.", "the thing over there"),
     ]
     assert all(isinstance(c["answer"], str) for c in captions)
+
+
+def test_a_run_on_a_part_of_the_samples_says_what_its_quality_means(world, tmp_path, capsys):
+    config = world.config(tmp_path)
+    config.data.max_train_samples, config.data.val_data_path = 4, None
+    config.training.stage1.epochs = 0
+    assert train(config) == 0
+    said = capsys.readouterr().out
+    assert (
+        "data.max_train_samples=4: this run shows that the data can be trained on; how good its model answers says"
+        in said
+    )
