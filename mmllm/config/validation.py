@@ -38,6 +38,14 @@ WANTED = {  # by pydantic's type of error, https://docs.pydantic.dev/latest/erro
     "too_short": "at least {min_length} long",
     "too_long": "at most {max_length} long",
 }
+OTHER_NAMES = {  # of other trainers
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "grad_accum": "gradient_accumulation_steps",
+    "per_device_train_batch_size": "batch_size",
+    "max_seq_length": "max_length",
+    "fp16": "bf16",
+}
 UNKNOWN = ("extra_forbidden", "no_such_attribute")
 
 
@@ -66,7 +74,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     ends: dict[str, list[str]] = {}
     for full in known:
         ends.setdefault(full.rpartition(".")[2], []).append(full)
-    found = difflib.get_close_matches(name.rpartition(".")[2][:100], ends, n=1, cutoff=0.7)
+    last = name.rpartition(".")[2][:100]
+    found = difflib.get_close_matches(OTHER_NAMES.get(last, last), ends, n=1, cutoff=0.7)
     if not found:
         return ""
     closeness = {full: difflib.SequenceMatcher(None, name, full).ratio() for full in ends[found[0]]}

@@ -75,6 +75,8 @@ def test_a_missing_field_and_the_words_of_the_caller():
         ("learning_rte", " (did you mean training.learning_rate?)"),
         ("training.batch_size", " (did you mean data.batch_size?)"),
         ("stage1.epoch", " (did you mean training.stage1.epochs?)"),
+        ("lr", " (did you mean training.learning_rate?)"),
+        ("per_device_train_batch_size", " (did you mean data.batch_size?)"),
         ("colour", ""),
     ],
 )
