@@ -128,12 +128,15 @@ def default_model(outputs: str | Path = "outputs") -> Path:
 def load_pipeline(
     source: str | Path | None = None, *, device: str = "auto", dtype: str | None = None, is_compiled: bool = False
 ) -> MultimodalInferencePipeline:
-    """A pipeline for a directory or hub name (None: `default_model`), on a device given by name.
+    """A pipeline for a directory or hub name (None: `default_model`, named on stderr), on a device given by name.
 
     `dtype` is one of PRECISIONS; None means int8 for int8 weights, else bfloat16 on CUDA and float32 elsewhere.
     """
     where = choose_device(device)
-    source = locate(source or default_model())
+    if source is None:
+        source = default_model()
+        stderr_rank0(f"model: {source}, the last one trained here; --model names another")
+    source = locate(source)
     if dtype is None:
         dtype = "int8" if read_info(source).is_packed else "bfloat16" if where.type == "cuda" else "float32"
     model = load_model(source, device=where, precision=dtype)

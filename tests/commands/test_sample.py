@@ -110,6 +110,14 @@ def test_without_any_trained_model_the_command_that_makes_one_is_named(call, ima
     assert code == 2 and "make demo" in err
 
 
+def test_the_model_that_was_not_named_is_told_on_stderr(call, folder, image, tmp_path, monkeypatch):
+    (tmp_path / "outputs" / "mine").mkdir(parents=True)
+    (tmp_path / "outputs" / "mine" / "best_model").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("--image", image, "--max-new-tokens", 2, "--device", "cpu")
+    assert (code, err) == (0, "model: outputs/mine/best_model, the last one trained here; --model names another\n")
+
+
 def test_a_conversation_reads_lines_until_an_empty_one(call, folder, image, monkeypatch):
     lines = iter(["What is this?", "And now?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
