@@ -12,8 +12,9 @@ import os
 from pathlib import Path
 
 from mmllm.commands import make_parser
+from mmllm.config.schema import ExperimentConfig
 from mmllm.config.sources import resolve
-from mmllm.errors import ConfigError
+from mmllm.errors import ConfigError, DataError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +47,18 @@ def configuration_of(directory: str) -> Path:
     raise ConfigError(f"{directory}: holds no experiment.json, so it is no run; name a run, or a configuration too")
 
 
+def refuse_missing(config: ExperimentConfig) -> None:
+    """DataError for a data file or image folder that is not there: before torch is imported, which takes seconds."""
+    names = ["train_data_path", "val_data_path", "features_path"]
+    names += [] if config.data.features_path else ["image_dir", "val_image_dir"]
+    for name in names:
+        value = getattr(config.data, name)
+        if value and not Path(value).expanduser().exists():
+            for part in str(value).split(","):
+                if not Path(part.strip()).expanduser().exists():
+                    raise DataError(f"{part.strip()}: no such file or folder; it is data.{name}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.config is None and options.resume not in (None, "auto"):
@@ -57,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print("\n".join(describe(config)))
         return 0
+    refuse_missing(config)
     from mmllm.training.experiment import train
 
     return train(

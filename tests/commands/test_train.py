@@ -14,7 +14,7 @@ import torch
 
 from mmllm.commands import train
 from mmllm.config import ExperimentConfig, load
-from mmllm.errors import CheckpointError, ConfigError, UserError
+from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.runtime.device import choose_device
 from mmllm.storage import checkpoint as disk
 from mmllm.training.data_plan import plan_data
@@ -72,6 +72,23 @@ def test_a_bare_resume_takes_the_configuration_of_the_checkpoint(tmp_path):
     assert train.configuration_of(tmp_path) == tmp_path / "training" / "experiment.json"
     with pytest.raises(ConfigError, match="elsewhere: holds no experiment.json, so it is no run"):
         train.configuration_of(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "name, value, missing",
+    [
+        ("train_data_path", "no/such.json", "no/such.json"),
+        ("train_data_path", "{here}/a.json, no.json", "no.json"),
+        ("val_data_path", "no/such.json", "no/such.json"),
+        ("image_dir", "no/images", "no/images"),
+    ],
+)
+def test_a_path_that_does_not_exist_is_refused_before_torch_is_imported(tmp_path, monkeypatch, name, value, missing):
+    (tmp_path / "a.json").write_text("[]")
+    monkeypatch.setitem(sys.modules, "mmllm.training.experiment", None)  # its import fails
+    settings = [f"data.train_data_path={tmp_path / 'a.json'}", f"data.{name}={value.format(here=tmp_path)}"]
+    with pytest.raises(DataError, match=f"^{missing}: no such file or folder; it is data.{name}$"):
+        train.main(["debug", *settings])
 
 
 # The dry run
