@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from mmllm.config.schema import LoraConfig
 from mmllm.config.sources import load
-from mmllm.data.batches import Batch, make_batch, read_row
+from mmllm.data.batches import Batch, make_batch, read_rows
 from mmllm.data.chat import IGNORED
 from mmllm.data.samples import load_samples
 from mmllm.errors import run
@@ -78,7 +78,7 @@ def model_for(start: MultimodalLLM, way: str) -> MultimodalLLM:
 def rows_of(folder: Path, model: MultimodalLLM) -> list[Batch]:
     """Rows of different lengths; the last four of eight have no target, and the last two no image either."""
     samples = load_samples(folder / "train.json", folder / "images")[:NUM_ROWS]
-    rows = [make_batch([read_row(sample, model.processor)], model.processor) for sample in samples]
+    rows = [make_batch([read_rows(sample, model.processor)[0]], model.processor) for sample in samples]
     for i, row in enumerate(rows):
         if i >= 4:
             row.labels_BT.fill_(IGNORED)

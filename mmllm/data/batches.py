@@ -65,12 +65,6 @@ EncodedRow = tuple[Encoded, list[Tensor]]  # a row of tokens and the pixels of i
 ReadImage = Callable[[Path], Tensor]  # an image file to pixels (3, S, S), or to features (Q, F), see features.py
 
 
-def read_row(sample: Sample, processor: ChatProcessor, max_length: int | None = None) -> EncodedRow:
-    """The row of a single sample."""
-    encoded = processor.encode(list(sample.messages), max_length)
-    return encoded, [processor.image_processor(path) for path in sample.images]
-
-
 def read_rows(
     sample: Sample, processor: ChatProcessor, max_length: int | None = None, read_image: ReadImage | None = None
 ) -> list[EncodedRow]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, Qwen2ForCausalLM
 
 from mmllm.config.schema import LoraConfig
-from mmllm.data.batches import make_batch, read_row
+from mmllm.data.batches import make_batch, read_rows
 from mmllm.data.chat import assistant, user
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError
@@ -189,7 +189,7 @@ def test_any_split_gives_the_same_gradient_of_the_adapters(world):
     model = model.to(torch.float64)
     train_only_(model, ["multi_modal_projector", "language_model"])
     rows = [
-        read_row(s, model.processor) for s in load_samples(world.folder / "train.json", world.folder / "images")[:8]
+        read_rows(s, model.processor)[0] for s in load_samples(world.folder / "train.json", world.folder / "images")[:8]
     ]
     found = []
     for size in (8, 3, 1):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from mmllm.config.schema import ExperimentConfig, LoraConfig
-from mmllm.data.batches import make_batch, read_row
+from mmllm.data.batches import make_batch, read_rows
 from mmllm.data.samples import load_samples
 from mmllm.errors import ConfigError
 from mmllm.layers.lora import add_lora_, merge_lora_
@@ -132,7 +132,7 @@ def test_any_split_gives_the_same_gradient_of_adapters_beside_int8(world):
     model = model.to(torch.float64)
     train_only_(model, ["multi_modal_projector", "language_model"])
     rows = [
-        read_row(s, model.processor) for s in load_samples(world.folder / "train.json", world.folder / "images")[:8]
+        read_rows(s, model.processor)[0] for s in load_samples(world.folder / "train.json", world.folder / "images")[:8]
     ]
     found = []
     for size in (8, 3):

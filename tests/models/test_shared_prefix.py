@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mmllm.data.batches import BatchLoader, make_batch, ordered_batches, read_row, read_rows
+from mmllm.data.batches import BatchLoader, make_batch, ordered_batches, read_rows
 from mmllm.data.chat import IMAGE, Message, assistant, user
 from mmllm.data.samples import Sample, share_images
 from mmllm.models.multimodal import MultimodalLLM
@@ -67,7 +67,7 @@ def gradients(model, batches):
 def test_one_row_per_image_has_the_targets_loss_and_gradient_of_separate_rows(model, samples, dtype, tolerance):
     model = model.to(dtype)
     process = model.processor
-    separate = make_batch([read_row(sample, process) for sample in samples], process)
+    separate = make_batch([read_rows(sample, process)[0] for sample in samples], process)
     shared = make_batch([row for sample in share_images(samples) for row in read_rows(sample, process)], process)
     assert (len(separate.ids_BT), len(separate.pixels_N3SS)) == (14, 15)
     assert (len(shared.ids_BT), len(shared.pixels_N3SS)) == (6, 6)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from mmllm.config.schema import LoraConfig
-from mmllm.data.batches import BatchLoader, make_batch, read_row
+from mmllm.data.batches import BatchLoader, make_batch, read_rows
 from mmllm.data.chat import assistant, user
 from mmllm.data.order import sample_order
 from mmllm.data.samples import Sample, load_samples
@@ -47,7 +47,7 @@ def model(world):
 
 def batches_of(world, model, sizes=(4, 4)):
     samples = load_samples(world.folder / "train.json", world.folder / "images")
-    rows = [read_row(sample, model.processor) for sample in samples]
+    rows = [read_rows(sample, model.processor)[0] for sample in samples]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [make_batch(rows[end - size : end], model.processor) for end, size in zip(ends, sizes, strict=True)]
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from mmllm.commands import evaluate
 from mmllm.config.schema import ExperimentConfig, TrainingConfig
-from mmllm.data.batches import make_batch, read_row
+from mmllm.data.batches import make_batch, read_rows
 from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.models.multimodal import MultimodalLLM
@@ -52,7 +52,7 @@ def new_model(world):
 def batches_of(world, model, size):
     """The first eight samples, of different lengths, in micro-batches of `size`."""
     samples = load_samples(world.folder / "train.json", world.folder / "images")[:8]
-    rows = [read_row(sample, model.processor) for sample in samples]
+    rows = [read_rows(sample, model.processor)[0] for sample in samples]
     return [make_batch(rows[i : i + size], model.processor) for i in range(0, 8, size)]
 
 
@@ -424,7 +424,7 @@ def test_the_model_of_an_earlier_run_can_be_trained_on(world, whole_run, tmp_pat
 def test_validation_is_the_mean_loss_of_all_samples_whatever_the_batch_size(world, tmp_path):
     model, config = new_model(world), world.config(tmp_path)
     samples = load_samples(config.data.val_data_path, config.data.image_dir)
-    rows = [read_row(sample, model.processor) for sample in samples]
+    rows = [read_rows(sample, model.processor)[0] for sample in samples]
     loss_sum, targets = model(*vars(make_batch(rows, model.processor)).values())
     scores = [validation_losses(model, samples, config, size) for size in (1, 4, 6)]
     for score in scores:
