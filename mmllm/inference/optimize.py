@@ -4,7 +4,7 @@ The model's own files do not know of this: layers of the built model are replace
 the 25 ms of an int8 token, three went into norms and small operations that torch takes longer to start than to do.
 
     float32        nothing is rounded
-    bfloat16       on a CPU with our kernels only the weights are rounded; on a GPU everything
+    bfloat16       on a CPU with our kernels only the weights are rounded; elsewhere everything
     int8           the linear layers of both towers, one scale per row, and the embedding and head
     int8-dynamic   the language model's activations too: faster with many rows, at twice the divergence
     int4           experimental: the language model's layers with one scale per 32 weights; the rest as in int8
@@ -44,7 +44,7 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
         raise UserError(
             f"dtype {precision} does not run on {device.type}; it can be {', '.join(PRECISIONS_ON[device.type])}"
         )
-    is_float = precision == "float32" or (precision == "bfloat16" and device.type != "cpu")
+    is_float = precision == "float32" or (precision == "bfloat16" and not (device.type == "cpu" and kernels.native()))
     model = MultimodalLLM.from_pretrained(source, device=device, dtype=getattr(torch, precision) if is_float else None)
     if model.form.is_packed and precision not in packed.BITS:
         raise UserError(f"{source}: its weights are int8, not {precision}; use dtype int8 or int8-dynamic")
@@ -79,12 +79,8 @@ def pack_towers_(model: MultimodalLLM, precision: str) -> None:
         packed.to_device_layout_(model, packed.BITS["int8"])
         packed.to_device_layout_(model.language_model, packed.BITS[precision])
     elif precision == "bfloat16":
-        make = packed.Bf16Packed if kernels.native() else packed.Bf16Prepacked
-        packed.replace_linear_(model.vision_tower, make)
-        if kernels.native():
-            packed.pack_(model.language_model, make, make)
-        else:
-            packed.replace_linear_(model.language_model, make)
+        packed.replace_linear_(model.vision_tower, packed.Bf16Packed)
+        packed.pack_(model.language_model, packed.Bf16Packed, packed.Bf16Packed)
     else:
         int8 = partial(packed.Int8Packed.of, bits=packed.BITS.get(precision, packed.BITS["int8"]))
         packed.pack_(model.language_model, packed.Int4Packed if precision == "int4" else int8, int8)

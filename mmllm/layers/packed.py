@@ -134,27 +134,6 @@ class Bf16Packed(Packed):
         return torch.ops.mmllm.bf16_linear(x, self.panels, self.bias, self.out_features)
 
 
-class Bf16Prepacked(Packed):
-    """The same by torch's oneDNN, which rounds the activations to bfloat16, too; packed where the processor allows it."""
-
-    mixes_rows = True
-
-    def __init__(self, layer: nn.Module):
-        super().__init__(layer)
-        self.is_reordered = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self.weight = weight_of(layer).bfloat16().contiguous()
-        if self.is_reordered:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.bfloat16()
-        if self.is_reordered:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "").float()
-        else:
-            y = F.linear(x, self.weight).float()
-        return y if self.bias is None else y + self.bias
-
-
 class PackedEmbedding(nn.Module):
     """Looks rows up in a packed matrix. A tied head is that matrix: it belongs to the head, and is saved once."""
 
