@@ -46,8 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes two seconds to import: only now that the command line is known to be right
     from mmllm.data.samples import load_samples
     from mmllm.evaluation.evaluator import MultimodalEvaluator
-    from mmllm.evaluation.results import make_directory, table
-    from mmllm.evaluation.run import evaluate
+    from mmllm.evaluation.results import evaluate, make_directory, table
     from mmllm.evaluation.tasks import check_images, tasks_of
     from mmllm.inference.pipeline import default_model, load_pipeline
     from mmllm.inference.request import GenerationConfig

@@ -29,17 +29,8 @@ QUESTION_KEYS = ("prompt", "question", "query", "instruction")
 TEXT_KEYS = ("captions", "caption", "text", "comment", "sentences", "sentence")  # each text makes a sample
 ANSWER_KEYS = ("answers", "answer", "response", "output")  # all of them make one sample
 ID_KEYS = ("id", "question_id", "sample_id", "uid")
-KNOWN_KEYS = {
-    *IMAGE_KEYS,
-    *TURN_KEYS,
-    *QUESTION_KEYS,
-    *TEXT_KEYS,
-    *ANSWER_KEYS,
-    *ID_KEYS,
-    "system",
-    "kind",
-    "references",
-}
+KNOWN_KEYS = {*IMAGE_KEYS, *TURN_KEYS, *QUESTION_KEYS, *TEXT_KEYS, *ANSWER_KEYS, *ID_KEYS}
+KNOWN_KEYS |= {"system", "kind", "references"}
 ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 LONGEST_NAME = 1000  # a longer name of an image is its content in base64
 

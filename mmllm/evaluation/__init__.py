@@ -1,5 +1,5 @@
 """Scores of captions and answers, by the formulas of the official tools.
 
-`evaluator` has the public MultimodalEvaluator; `captions`, `vqa` and `ptb` are its formulas. `run` evaluates a model:
-`tasks` says what is asked and gets the answers, `results` scores and writes them.
+`evaluator` has the public MultimodalEvaluator; `captions`, `vqa` and `ptb` are its formulas. `tasks` says
+what a model is asked and gets its answers, `results` scores and writes them.
 """

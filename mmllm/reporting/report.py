@@ -94,17 +94,8 @@ def _settings(directory: Path, origins: dict[str, str]) -> str:
 
 def _stages(rows: list[dict]) -> str:
     """What each stage reached, and what its steps cost."""
-    head = (
-        "stage",
-        "steps",
-        "loss, first 10",
-        "loss, last 10",
-        "validation",
-        "time",
-        "tokens",
-        "images",
-        "peak memory",
-    )
+    reached_head = ("loss, first 10", "loss, last 10", "validation")
+    head = ("stage", "steps", *reached_head, "time", "tokens", "images", "peak memory")
     lines = []
     for stage in sorted({row["stage"] for row in rows}):
         mine = [row for row in rows if row["stage"] == stage]

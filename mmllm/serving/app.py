@@ -29,28 +29,10 @@ from mmllm.errors import GenerationError, ImageError, RunError
 from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import Generated, Prompt
 from mmllm.runtime.threads import worker_pool
+from mmllm.serving import http, inputs
 from mmllm.serving.conversations import Conversation, Conversations
 from mmllm.serving.events import EventStream, TextStream
-from mmllm.serving.http import (
-    EXCEPTION_HANDLERS,
-    BodyReader,
-    HttpError,
-    RequestLog,
-    cancel_on_disconnect,
-    check_key,
-    parse_form,
-    parse_json,
-)
-from mmllm.serving.inputs import (
-    CaptionFields,
-    ChatFields,
-    DeleteFields,
-    Fields,
-    GenerationFields,
-    ImageFields,
-    QuestionFields,
-    validate,
-)
+from mmllm.serving.http import HttpError
 from mmllm.serving.settings import Settings
 from mmllm.serving.worker import Job, Worker
 
@@ -73,7 +55,7 @@ class Service:
         self.settings = settings
         self.worker = Worker(load, settings.slots, settings.max_context)
         self.conversations = Conversations(settings.conversations, settings.conversation_ttl_s)
-        self.bodies = BodyReader(settings)
+        self.bodies = http.BodyReader(settings)
         self.image_threads = worker_pool(2, "images")
         self.text_threads = worker_pool(1, "text")  # of its own: text never waits behind images
         self.admitted = 0
@@ -92,14 +74,16 @@ class Service:
         self.text_threads.shutdown(wait=False, cancel_futures=True)
 
     async def caption(self, request: Request) -> Response:
-        fields = await self.read(request, CaptionFields)
+        fields = await self.read(request, inputs.CaptionFields)
         return await self.answer_about_image(request, fields, fields.prompt, "caption")
 
     async def question(self, request: Request) -> Response:
-        fields = await self.read(request, QuestionFields)
+        fields = await self.read(request, inputs.QuestionFields)
         return await self.answer_about_image(request, fields, fields.question, "answer")
 
-    async def answer_about_image(self, request: Request, fields: ImageFields, text: str, result: str) -> Response:
+    async def answer_about_image(
+        self, request: Request, fields: inputs.ImageFields, text: str, result: str
+    ) -> Response:
         """One question about one image; the answer has the name `result`."""
 
         async def work(on_text: OnText | None) -> dict:
@@ -112,7 +96,7 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         """The next turn of a conversation, which is stored only when it was answered."""
-        fields = await self.read(request, ChatFields)
+        fields = await self.read(request, inputs.ChatFields)
         name = fields.conversation_id or uuid4().hex
 
         async def work(on_text: OnText | None) -> dict:
@@ -130,14 +114,14 @@ class Service:
 
         return await self.respond(request, work, fields)
 
-    async def read(self, request: Request, model: type[Fields]) -> Fields:
+    async def read(self, request: Request, model: type[inputs.Fields]) -> inputs.Fields:
         """The fields of a request, which is refused before its body is read if it could not be answered."""
-        check_key(request, self.settings.api_key)
+        http.check_key(request, self.settings.api_key)
         self.check_can_answer()
         body = await self.bodies.read(request)
-        is_form = issubclass(model, ImageFields)
-        values = await parse_form(request, body) if is_form else parse_json(request, body)
-        return validate(model, values, self.settings, is_form=is_form)
+        is_form = issubclass(model, inputs.ImageFields)
+        values = await http.parse_form(request, body) if is_form else http.parse_json(request, body)
+        return inputs.validate(model, values, self.settings, is_form=is_form)
 
     def check_can_answer(self) -> None:
         """Raises HttpError unless a request may begin to wait for the model."""
@@ -149,18 +133,18 @@ class Service:
             wait_s = math.ceil(self.admitted * self.mean_service_s / self.worker.slots)
             raise HttpError(429, "overloaded", message, headers={"Retry-After": str(max(1, wait_s))})
 
-    async def respond(self, request: Request, work: Work, fields: GenerationFields) -> Response:
+    async def respond(self, request: Request, work: Work, fields: inputs.GenerationFields) -> Response:
         """The result of `work`, as JSON or as a stream of its pieces.
 
         What fails before the first piece is an ordinary error response in both.
         """
         if not fields.stream:
-            return JSONResponse(await cancel_on_disconnect(request, self.admit(work, None)))
+            return JSONResponse(await http.cancel_on_disconnect(request, self.admit(work, None)))
         stream = TextStream()
         stream.start(self.admit(work, stream.put))
         response = None
         try:
-            first = await cancel_on_disconnect(request, stream.get())
+            first = await http.cancel_on_disconnect(request, stream.get())
             if first is None:
                 stream.task.result()  # raises what failed
             response = EventStream(request, first, stream, self.settings.ping_s)
@@ -184,8 +168,8 @@ class Service:
             self.admitted -= 1
 
     async def delete_conversation(self, request: Request) -> Response:
-        check_key(request, self.settings.api_key)
-        name = validate(DeleteFields, request.path_params, self.settings, is_form=False).conversation_id
+        http.check_key(request, self.settings.api_key)
+        name = inputs.validate(inputs.DeleteFields, request.path_params, self.settings, is_form=False).conversation_id
         async with self.conversations.lock(name):
             self.conversations.delete(name)
         return Response(status_code=204)
@@ -246,7 +230,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.text_threads, work)
 
     async def generate(
-        self, request: Request, prompt: Prompt, fields: GenerationFields, on_text: OnText | None
+        self, request: Request, prompt: Prompt, fields: inputs.GenerationFields, on_text: OnText | None
     ) -> Generated:
         """The model's answer; what fails on the way becomes an HttpError."""
         try:
@@ -278,7 +262,7 @@ class Service:
         finally:
             job.handle.cancel()  # waiting, it never runs; running, it ends within one step
 
-    def metadata(self, request: Request, answer: Generated, fields: GenerationFields) -> dict[str, object]:
+    def metadata(self, request: Request, answer: Generated, fields: inputs.GenerationFields) -> dict[str, object]:
         """What every answer has besides its text."""
         usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": len(answer.ids)}
         request.scope["log"] |= usage
@@ -302,8 +286,8 @@ def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settin
             Route("/chat/{conversation_id}", service.delete_conversation, methods=["DELETE"]),
             Route("/health", service.health, methods=["GET"]),
         ],
-        middleware=[Middleware(RequestLog)],
-        exception_handlers=EXCEPTION_HANDLERS,
+        middleware=[Middleware(http.RequestLog)],
+        exception_handlers=http.EXCEPTION_HANDLERS,
         lifespan=service.lifespan,
     )
     app.router.redirect_slashes = False
