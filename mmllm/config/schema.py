@@ -138,10 +138,10 @@ class TrainingConfig(Section):
     eval_steps: Count | None = None  # None: at the end of every epoch
     save_steps: Count | None = None  # None: at the end of every epoch
     keep_checkpoints: Count = 2
-    early_stop: Amount = (
-        0  # checkpoints of the last stage in a row without a lower validation loss that end it; 0: none do
-    )
+    early_stop: Amount = 0  # checkpoints of the last stage in a row without a better `best_metric` that end it
     num_sample_captions: Amount = 4
+    best_metric: Literal["val_loss", "cider", "vqa"] = "val_loss"  # chooses best_model, and when to stop early
+    num_metric_samples: Count = 64  # validation samples, and captions or answers, that cider and vqa are measured on
     max_skipped_steps: Amount = 0  # steps in a row that may be skipped because their gradient is not finite
 
 

@@ -80,6 +80,12 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
+METRICS = {
+    "cider": "CIDEr",
+    "vqa": "VQA accuracy",
+}  # what a validation may measure besides losses, see training.best_metric
+
+
 def training_rows(rows: list[dict]) -> list[dict]:
     return [row for row in rows if "loss" in row]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from mmllm.reporting.curves import draw_run
-from mmllm.reporting.metrics import read_metrics, read_settings, training_rows, validation_rows
+from mmllm.reporting.metrics import METRICS, read_metrics, read_settings, training_rows, validation_rows
 from mmllm.runtime.console import duration, short, stderr
 from mmllm.runtime.files import read_json, write_json
 from mmllm.runtime.machine import commit, program
@@ -57,6 +57,7 @@ def write_report(directory: Path) -> None:
         _curves(rows, directory / "loss.png"),
         _stages(rows),
         _image_probe(evaluations),
+        _best_metric(evaluations),
         _captions(evaluations, directory),
         _scores(directory),
         "## How it was made",
@@ -121,6 +122,17 @@ def _image_probe(evaluations: list[dict]) -> str:
     true, other = probed[-1]["val_loss"], probed[-1]["val_loss_shuffled"]
     looks = "the model looks at the image" if other > true * 1.02 else "the model hardly looks at the image"
     return f"Validation loss {true:.4f} with the true images, {other:.4f} with those of other samples: {looks}."
+
+
+def _best_metric(evaluations: list[dict]) -> str:
+    """The best validation by CIDEr or VQA accuracy, where the run measured one of them."""
+    lines = []
+    for metric, shown in METRICS.items():
+        measured = [row for row in evaluations if row.get(metric) is not None]
+        if measured:
+            best = max(measured, key=lambda row: row[metric])
+            lines.append(f"Best validation {shown}: {best[metric]:.4f}, at step {best['step']}.")
+    return " ".join(lines)
 
 
 def _captions(evaluations: list[dict], directory: Path) -> str:

@@ -51,8 +51,9 @@ from mmllm.training.resume import (
     refuse_small_disk,
     stage_positions,
 )
-from mmllm.training.run import Run, TrainingData
+from mmllm.training.run import Run, TrainingData, best_of, describe_best, goal
 from mmllm.training.stage import Stage
+from mmllm.training.validation import check_metric
 
 
 def train(
@@ -94,9 +95,9 @@ def train(
             closing(begin(config, origins or {}, directory, checkpoint, state, data.notes, world)) as log,
             CheckpointWriter(world, checkpoint and checkpoint.name) as writer,
         ):
-            best, tokens = best_of(directory, state, sha256), state.get("tokens", 0)
+            best, tokens = best_of(config, directory, state, sha256), state.get("tokens", 0)
             run = Run(config, directory, data, world, log, stop, writer, total_steps, best, tokens)
-            run.lowest, run.stale = best["val_loss"] if best else run.lowest, state.get("stale", 0)
+            run.highest, run.stale = best, state.get("stale", 0)
             for position in positions:
                 with named_out_of_memory(config, position.stage, world.device, lambda: run.place):
                     Stage(model, config.stages()[position.stage - 1], run, position).train()
@@ -198,6 +199,7 @@ def load_data(
             f"{most * texts} texts in {most * size.rows} rows"
         )
     notes.append(f"{count(train)} to train on, {count(val)} to validate.")
+    check_metric(val, config.training)
     print_rank0("\n".join(notes) + " The first one, with its targets in [[ ]]:")
     first, *_ = encode_shared(train[0], process, data.max_length)
     print_rank0("  " + mark_targets(first, process, "[[", "]]").strip().replace("\n", "\n  "))
@@ -289,13 +291,6 @@ def begin(
         return RunLog(directory, state.get("step", 0), wandb_run)
 
 
-def best_of(directory: Path, state: dict, sha256: dict[str, str]) -> dict | None:
-    """The best checkpoint so far, if it still exists and was measured on the same validation data."""
-    best = state.get("best")
-    is_same = best and state["data_sha256"].get("val") == sha256.get("val") and (directory / best["name"]).is_dir()
-    return best if is_same else None
-
-
 def conclude(run: Run) -> int:
     """Print the last lines of a run; return its exit code."""
     with warned_of_disk(run.directory / "report.md"):
@@ -305,9 +300,9 @@ def conclude(run: Run) -> int:
         print_rank0(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")
         return 128 + run.stopping
     if run.stops_early(2 if run.config.training.stage2.epochs else 1):
-        print_rank0(f"early stop: the last {run.stale} checkpoints did not lower the validation loss")
+        print_rank0(f"early stop: the last {run.stale} checkpoints did not {goal(run.config.training.best_metric)}")
     model = run.directory / disk.BEST
-    which = f"{run.best['name']}, validation loss {run.best['val_loss']:.4f}" if run.best else run.writer.last_saved
+    which = f"{run.best['name']}, {describe_best(run.best)}" if run.best else run.writer.last_saved
     images = [path for sample in [*run.data.val, *run.data.train] for path in sample.images[:1]]
     print_rank0(f"done. Best model: {model} -> {which}")
     if run.config.data.max_train_samples:

@@ -15,7 +15,7 @@ from mmllm.data.batches import BatchLoader, ReadImage
 from mmllm.data.samples import Sample
 from mmllm.errors import RunError
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.reporting.metrics import RunLog, progress_line
+from mmllm.reporting.metrics import METRICS, RunLog, progress_line
 from mmllm.runtime.console import duration, print_rank0, warned_of_disk
 from mmllm.runtime.distributed import World
 from mmllm.runtime.signals import StopSignal
@@ -48,7 +48,7 @@ class Position:
 
 
 def is_stale(config: ExperimentConfig, stage: int, stale: int) -> bool:
-    """Whether `stale` checkpoints without a lower validation loss end the run in `stage`, which must be its last one."""
+    """Whether `stale` checkpoints without a better validation end the run in `stage`, which must be its last one."""
     training = config.training
     return 0 < training.early_stop <= stale and (stage == 2 or not training.stage2.epochs)
 
@@ -63,12 +63,12 @@ class Run:
     stop: StopSignal  # of this process; all processes act on `stopping`
     writer: CheckpointWriter
     total_steps: int
-    best: dict | None = None  # name and val_loss of the best checkpoint, on rank 0
+    best: dict | None = None  # name, val_loss and training.best_metric of the best checkpoint, on rank 0
     tokens: int = 0  # in all steps
     stopping: int = 0  # the signal that ends the run, in all processes
     skipped: int = 0  # steps in a row
-    lowest: float = math.inf  # validation loss of a checkpoint, in all processes
-    stale: int = 0  # checkpoints of the stage in a row that did not lower it
+    highest: dict | None = None  # as `best`, in all processes, saved or not
+    stale: int = 0  # checkpoints of the stage in a row that were not better
     place: str = "at its start"  # in the stage, for error messages
     shown: dict[str, float] = field(default_factory=dict)  # smoothed loss and ms, for the console
     broken: set[int] = field(default_factory=set)  # samples that bad_samples.jsonl lists already
@@ -89,21 +89,21 @@ class Run:
         model: MultimodalLLM,
         optimizer: torch.optim.Optimizer,
         progress: dict,
-        val_loss: float | None,
+        scores: dict | None,
         is_pending: bool = False,
     ) -> None:
         """Begin a checkpoint, which is written while training goes on; the last one of the run is waited for.
 
-        `progress` are the numbers of stage, stage_step, step and epoch. `is_pending`: a validation that is due was not made.
+        `progress` are the numbers of stage, stage_step, step and epoch, `scores` those of a validation at this step.
+        `is_pending`: a validation that is due was not made.
         """
         self.wait_for_save()
         name, begin = disk.checkpoint_name(progress["epoch"], progress["step"]), time.perf_counter()
-        if val_loss is not None:
-            self.stale = 0 if val_loss < self.lowest else self.stale + 1
-            self.lowest = min(self.lowest, val_loss)
-        best = self.best
-        if val_loss is not None and math.isfinite(val_loss) and (best is None or val_loss < best["val_loss"]):
-            best = {"name": name, "val_loss": val_loss}
+        best, metric = self.best, self.config.training.best_metric
+        if scores is not None:
+            best, before = better(self.best, name, scores, metric), self.highest
+            self.highest = better(before, name, scores, metric)
+            self.stale = 0 if self.highest is not before else self.stale + 1
         state = progress | {
             "is_pending": is_pending,
             "best": best,
@@ -129,7 +129,7 @@ class Run:
                 self.writer.wait()
 
     def stops_early(self, stage: int) -> bool:
-        """Whether `training.early_stop` ends the run: in its last stage, the validation loss does not fall any more."""
+        """Whether `training.early_stop` ends the run: in its last stage, the validation does not get better any more."""
         return is_stale(self.config, stage, self.stale)
 
     def wait_for_save(self) -> None:
@@ -173,3 +173,36 @@ class Run:
             row = {"index": index, "file": self.data.train[index].id, "reason": loader.broken[index]}
             with warned_of_disk(self.directory / "bad_samples.jsonl") as path, path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def better(best: dict | None, name: str, scores: dict, metric: str) -> dict | None:
+    """`best`, or the checkpoint `name` where its `scores` of a validation are higher by `metric` or the first of it.
+
+    Equal CIDEr or accuracy, such as 0 at first, is decided by the loss. A metric without a finite value never wins.
+    """
+
+    def rank(row: dict) -> tuple[float, float]:
+        return 0.0 if metric == "val_loss" else row[metric], -row["val_loss"]
+
+    if scores[metric] is None or not math.isfinite(scores[metric]):
+        return best
+    if best is not None and metric in best and rank(scores) <= rank(best):
+        return best
+    return {"name": name} | {key: scores[key] for key in ("val_loss", metric)}
+
+
+def best_of(config: ExperimentConfig, directory: Path, state: dict, sha256: dict[str, str]) -> dict | None:
+    """The best checkpoint so far, if it still exists and was measured on the same validation data."""
+    best, training = state.get("best"), config.training
+    is_same = best and state["data_sha256"].get("val") == sha256.get("val") and (directory / best["name"]).is_dir()
+    if training.best_metric != "val_loss":
+        is_same = is_same and state["config"]["training"].get("num_metric_samples") == training.num_metric_samples
+    return best if is_same else None
+
+
+def goal(metric: str) -> str:
+    return "lower the validation loss" if metric == "val_loss" else f"raise the {METRICS[metric]} of the validation"
+
+
+def describe_best(best: dict) -> str:
+    return ", ".join(f"{METRICS.get(key, 'validation loss')} {best[key]:.4f}" for key in best if key != "name")

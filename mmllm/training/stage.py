@@ -17,6 +17,7 @@ from mmllm.data.order import sample_order
 from mmllm.errors import DataError
 from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.models.multimodal import MultimodalLLM
+from mmllm.reporting.metrics import METRICS
 from mmllm.reporting.report import write_report
 from mmllm.runtime.console import duration, print_rank0, warned_of_disk
 from mmllm.runtime.memory import peak_memory
@@ -33,7 +34,7 @@ from mmllm.training.step import (
     step_flops,
     update_,
 )
-from mmllm.training.validation import sample_captions, validation_losses
+from mmllm.training.validation import generated_metric, sample_captions, validation_losses
 
 NAMES_SHOWN = 8
 
@@ -155,14 +156,14 @@ class Stage:
         run.place = f"in the validation or checkpoint after step {step}"
         with held_as(self.frozen, torch.float32):
             try:
-                val_loss = self.validate(step) if validates else None
+                scores = self.validate(step) if validates else None
             except DataError as error:
                 if run.world.size > 1:  # the others are in the validation
                     raise
                 self._save_and_raise(done, str(error), is_pending=True)
             if saves or run.stopping:
-                is_pending = bool(run.stopping) and val_loss is None
-                run.save(self.model, self.optimizer, self._progress(done), val_loss, is_pending)
+                is_pending = bool(run.stopping) and scores is None
+                run.save(self.model, self.optimizer, self._progress(done), scores, is_pending)
 
     def _progress(self, done: int) -> dict[str, int]:
         """Where the run is after `done` steps of the stage."""
@@ -188,8 +189,8 @@ class Stage:
     def _is_due(self, done: int, every: int | None) -> bool:
         return done == self.total or done % (every or self.steps_per_epoch) == 0
 
-    def validate(self, step: int) -> float | None:
-        """Log and print the validation after `step`; return its loss, None when a signal cut it short."""
+    def validate(self, step: int) -> dict | None:
+        """Log and print the validation after `step`; return its scores, None when a signal cut it short."""
         model, run, begin = self.model, self.run, time.perf_counter()
         model.eval()
         scores = validation_losses(
@@ -205,20 +206,27 @@ class Stage:
         read_image = run.data.read_image if run.config.data.features_path else None  # the images need not exist
         with gathered(model):
             captions = sample_captions(model, shown, run.sync_stop, read_image)
+            asked = [] if run.stopping else run.data.val
+            metric = generated_metric(
+                model, asked, run.config.training, self.settings.batch_size, run.sync_stop, read_image, run.world
+            )
         train_only_(model, trained_parts(self.settings))
         if run.stopping:
             return None
+        scores |= metric
         run.log.write({"stage": self.position.stage, "step": step, **scores, "captions": captions})
         loss, probe = scores["val_loss"], scores["val_loss_shuffled"]
         other = f" | with other images {probe:.4f}" if probe is not None else ""
-        print_rank0(f"validation at step {step}: loss {loss:.4f}{other} | {duration(time.perf_counter() - begin)}")
+        shown = "".join(f" | {METRICS[name]} {value:.4f}" for name, value in metric.items() if value is not None)
+        took = duration(time.perf_counter() - begin)
+        print_rank0(f"validation at step {step}: loss {loss:.4f}{other}{shown} | {took}")
         for caption in captions:
             question, answer, reference = caption["prompt"], caption["answer"], caption["reference"]
             print_rank0(f"  {caption['id']}: {question} -> {answer}   (reference: {reference})")
         if run.world.is_first:
             with warned_of_disk(run.directory / "report.md"):
                 write_report(run.directory)
-        return loss
+        return scores
 
 
 def step_batches(

@@ -1,19 +1,24 @@
-"""Validation: the loss, the image probe, and sampled captions.
+"""Validation: the loss, the image probe, sampled captions, and the metric that chooses the best model.
 
 The validation loss falls even for a model that ignores the image. The probe gives each text the image of another sample:
 if that does not raise the loss, the model does not look.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 
-from mmllm.config.schema import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig, TrainingConfig
 from mmllm.data.batches import ReadImage, allowed_broken, ordered_batches
 from mmllm.data.chat import IMAGE
 from mmllm.data.samples import Sample
 from mmllm.errors import ImageError
+from mmllm.evaluation.captions import caption_scores
+from mmllm.evaluation.tasks import Task, tasks_of
+from mmllm.evaluation.vqa import PEOPLE, is_answer, vqa_accuracy
+from mmllm.inference.engine import SLOTS
 from mmllm.inference.generate import generate
 from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.models.multimodal import MultimodalLLM
@@ -22,7 +27,7 @@ from mmllm.runtime.device import autocast
 from mmllm.runtime.distributed import ALONE, World
 from mmllm.training.fsdp import is_sharded
 
-CAPTION_TOKENS = 40  # of a sampled caption
+ANSWER_TOKENS = 40  # of a sampled caption or answer
 
 
 @torch.no_grad()
@@ -90,30 +95,105 @@ def sample_captions(
     read_image: ReadImage | None = None,
 ) -> list[dict]:
     """The model's answer to the last question of each sample, beside the reference."""
-    if not samples:
-        return []
-    process, prompts, captions = model.processor, [], []
-    read_image, side = read_image or process.image_processor, process.image_processor.size
-    for sample in samples:
-        last = max(i for i, message in enumerate(sample.messages) if message.role == "assistant")
-        question = list(sample.messages[:last])
-        paths = sample.images[: sum(message.num_images for message in question)]
-        try:
-            pixels = torch.stack([read_image(path) for path in paths]) if paths else torch.zeros(0, 3, side, side)
-        except ImageError as error:
-            stderr(f"warning: sample {sample.id} is not shown: {error}")
+    tasks = [task for sample in samples for task in tasks_of([sample])]
+    captions = []
+    for sample, task, answer in zip(
+        samples, tasks, generated_answers(model, tasks, sync_stop, read_image), strict=True
+    ):
+        if answer is None:
             continue
-        prompts.append(Prompt(tuple(process.encode_prompt(question)), pixels))
-        asked = "".join(part for part in question[-1].parts if part is not IMAGE).strip() if question else ""
-        image = str(paths[0].resolve()) if paths else None
-        reference = "".join(sample.messages[last].parts)
-        captions.append({"id": sample.id, "image": image, "prompt": asked, "reference": reference})
-    if not prompts:
-        return []
-    room = model.config.text.max_position_embeddings - max(len(prompt.ids) for prompt in prompts)
-    if room < 1:
-        return []
-    settings = GenerationConfig(max_new_tokens=min(CAPTION_TOKENS, room))
+        last = task.messages[-1].parts if task.messages else ()
+        asked = "".join(part for part in last if part is not IMAGE).strip()
+        image = str(task.images[0].resolve()) if task.images else None
+        reference = "".join(sample.messages[len(task.messages)].parts)
+        captions.append({"id": sample.id, "image": image, "prompt": asked, "reference": reference, "answer": answer})
+    return captions
+
+
+def generated_answers(
+    model: MultimodalLLM,
+    tasks: list[Task],
+    sync_stop: Callable[[], bool] = bool,
+    read_image: ReadImage | None = None,
+    slots: int | None = None,
+) -> list[str | None]:
+    """The model's greedy answer to each task, at most `slots` at a time; None where an image cannot be read.
+
+    Every process generates all of them, because each call of a sharded model is a collective. All are None where the
+    longest prompt leaves no room, and those that `sync_stop` cut short.
+    """
+    answers: list[str | None] = [None] * len(tasks)
+    process = model.processor
+    read_image, side = read_image or process.image_processor, process.image_processor.size
+    ids = [tuple(process.encode_prompt(list(task.messages))) for task in tasks]
+    room = model.config.text.max_position_embeddings - max(map(len, ids), default=0)
+    if not tasks or room < 1:
+        return answers
+    asked: list[int] = []
+
+    def prompts() -> Iterator[Prompt]:
+        for number, task in enumerate(tasks):
+            try:
+                images = [read_image(path) for path in task.images]
+            except ImageError as error:
+                stderr(f"warning: sample {task.id} is left out: {error}")
+                continue
+            asked.append(number)
+            yield Prompt(ids[number], torch.stack(images) if images else torch.zeros(0, 3, side, side))
+
+    slots = min(slots or len(tasks), SLOTS[model.device.type])
+    settings = GenerationConfig(max_new_tokens=min(ANSWER_TOKENS, room))
     static = False if is_sharded(model) else None
-    answers = generate(model, prompts, settings, is_exact=False, use_static_step=static, is_cancelled=sync_stop)
-    return [caption | {"answer": answer.text} for caption, answer in zip(captions, answers, strict=True)]
+    generated = generate(
+        model, prompts(), settings, slots=slots, is_exact=False, use_static_step=static, is_cancelled=sync_stop
+    )
+    for number, answer in enumerate(generated):
+        if answer.finish_reason == "cancelled":
+            break
+        answers[asked[number]] = answer.text
+    return answers
+
+
+def generated_metric(
+    model: MultimodalLLM,
+    samples: list[Sample],
+    training: TrainingConfig,
+    slots: int,
+    sync_stop: Callable[[], bool] = bool,
+    read_image: ReadImage | None = None,
+    world: World = ALONE,
+) -> dict[str, float | None]:
+    """CIDEr or accuracy of the model's answers by its name, where it is `training.best_metric`; {} when stopped."""
+    tasks = metric_tasks(samples, training)
+    answers = generated_answers(model, tasks, sync_stop, read_image, slots)
+    if not tasks or sync_stop():
+        return {}
+    return {training.best_metric: world.on_rank0(lambda: metric_score(training.best_metric, tasks, answers))}
+
+
+def metric_tasks(samples: list[Sample], training: TrainingConfig) -> list[Task]:
+    """The captions (`cider`) or questions (`vqa`) among the first samples; all as such where there are none of them."""
+    if training.best_metric == "val_loss":
+        return []
+    kind = "caption" if training.best_metric == "cider" else "question"
+    texts = [text for sample in samples[: training.num_metric_samples] for text in (sample, *sample.shared)]
+    tasks = [task for task in tasks_of(texts) if task.is_caption == (kind == "caption")] or tasks_of(texts, kind)
+    return tasks[: training.num_metric_samples]
+
+
+def metric_score(metric: str, tasks: list[Task], answers: list[str | None]) -> float | None:
+    """CIDEr, or the mean accuracy: VQA's official one where several people answered, else whether it is a reference."""
+    pairs = [
+        (answer.strip(), task.references) for task, answer in zip(tasks, answers, strict=True) if answer is not None
+    ]
+    if not pairs:
+        return None
+    if metric == "cider":
+        return caption_scores(*zip(*pairs, strict=True))["cider"]
+    return fmean(vqa_accuracy(*pair) if len(pair[1]) >= PEOPLE else is_answer(*pair) for pair in pairs)
+
+
+def check_metric(samples: list[Sample], training: TrainingConfig) -> None:
+    """UserError before the first step where no reference holds a word, which no caption can be compared with."""
+    tasks = metric_tasks(samples, training)
+    metric_score(training.best_metric, tasks, [""] * len(tasks))

@@ -207,7 +207,7 @@ def runs(world, tmp_path_factory):
     """The configurations of some runs by name, and what they left."""
     folder = tmp_path_factory.mktemp("runs")
     configs = {
-        "two, sharded": run_of(world, folder / "two, sharded", 2, num_sample_captions=1),
+        "two, sharded": run_of(world, folder / "two, sharded", 2, num_sample_captions=1, best_metric="cider"),
         "two, replicated": run_of(world, folder / "two, replicated", 2, sharding="none"),
         "half": run_of(world, folder / "half", bf16=True),
         "half, two": run_of(world, folder / "half, two", 2, bf16=True, gradient_checkpointing=True),
@@ -251,6 +251,7 @@ def test_a_sharded_model_trains_as_one_process_would(alone, runs):
         assert steps_saved(configs[name]) == list(range(1, 7))
         assert done.said(name, 0).count("stage 2: 3 steps of 1 x 2 x 2 processes samples") == 1
         assert done.said(name, 1) == "", "only rank 0 prints"
+    assert done.said("two, sharded", 0).count(" | CIDEr ") == 2
 
 
 def test_the_files_of_a_sharded_model_are_those_of_a_whole_one(alone, runs):
