@@ -44,7 +44,8 @@ def configuration_of(directory: str) -> Path:
     for name in ("training/experiment.json", "experiment.json"):
         if (Path(directory) / name).is_file():
             return Path(directory) / name
-    raise ConfigError(f"{directory}: holds no experiment.json, so it is no run; name a run, or a configuration too")
+    what = "holds no experiment.json, so it is no run" if Path(directory).is_dir() else "no such run"
+    raise ConfigError(f"{directory}: {what}; name a run, one of its checkpoints, or a configuration too")
 
 
 def refuse_missing(config: ExperimentConfig) -> None:

@@ -69,7 +69,10 @@ def find_checkpoint(directory: Path, resume: str | None, overwrite: bool) -> Pat
         if existing and not found:
             raise CheckpointError(f"{directory}: none of its checkpoints is whole; start over with --overwrite")
         if not found:
-            print_rank0(f"nothing to resume in {directory}: a new run begins")
+            pruned = (
+                ", whose checkpoints are gone; its logs are replaced" if (directory / "metrics.jsonl").exists() else ""
+            )
+            print_rank0(f"nothing to resume in {directory}{pruned}: a new run begins")
         return found
     found = None
     if resume is not None:
@@ -94,7 +97,8 @@ def chosen_checkpoint(path: Path) -> Path:
         return path
     found = disk.newest(path)
     if found is None:
-        raise CheckpointError(f"{path}: holds no whole checkpoint; a checkpoint is called checkpoint-epoch-1-step-100")
+        what = "none of its checkpoints is whole" if disk.checkpoints(path) else "holds no checkpoint"
+        raise CheckpointError(f"{path}: {what}; begin the run anew, without --resume")
     return found
 
 

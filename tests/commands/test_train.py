@@ -70,6 +70,9 @@ def test_a_bare_resume_takes_the_configuration_of_the_checkpoint(tmp_path):
     (tmp_path / "training").mkdir()
     ExperimentConfig().save(tmp_path / "training" / "experiment.json")
     assert train.configuration_of(tmp_path) == tmp_path / "training" / "experiment.json"
+    with pytest.raises(ConfigError, match="elsewhere: no such run; name a run, one of its checkpoints"):
+        train.configuration_of(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
     with pytest.raises(ConfigError, match="elsewhere: holds no experiment.json, so it is no run"):
         train.configuration_of(tmp_path / "elsewhere")
 

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmllm.data.order import sample_order
-from mmllm.errors import ConfigError, DataError, RunError, UserError
+from mmllm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
 from mmllm.reporting.metrics import read_metrics
 from mmllm.runtime.files import locked
 from mmllm.storage import checkpoint as disk
 from mmllm.training import stage
 from mmllm.training.experiment import train
+from mmllm.training.resume import find_checkpoint
 from tiny_run import break_image, directory_of, weights, write_world
 
 
@@ -232,3 +233,18 @@ def test_a_second_run_of_the_same_name_is_refused_and_removes_nothing_of_the_fir
             ):
                 train(config, **options)
     assert half_written.is_dir()
+
+
+def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path, capsys):
+    with pytest.raises(CheckpointError, match="holds no checkpoint; begin the run anew, without --resume"):
+        find_checkpoint(tmp_path / "other", str(tmp_path), overwrite=False)
+    assert find_checkpoint(tmp_path, "auto", overwrite=False) is None
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert find_checkpoint(tmp_path, "auto", overwrite=False) is None
+    assert capsys.readouterr().out == (
+        f"nothing to resume in {tmp_path}: a new run begins\n"
+        f"nothing to resume in {tmp_path}, whose checkpoints are gone; its logs are replaced: a new run begins\n"
+    )
+    (tmp_path / "checkpoint-epoch-1-step-5").mkdir()
+    with pytest.raises(CheckpointError, match="none of its checkpoints is whole; begin the run anew"):
+        find_checkpoint(tmp_path / "other", str(tmp_path), overwrite=False)
