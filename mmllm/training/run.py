@@ -73,16 +73,16 @@ class Run:
     shown: dict[str, float] = field(default_factory=dict)  # smoothed loss and ms, for the console
     broken: set[int] = field(default_factory=set)  # samples that bad_samples.jsonl lists already
 
-    def sync_stop(self) -> bool:
-        """Whether any process has had a signal, the same answer in all of them; polls the pending save as well.
+    def sync_stop(self, has_failed: bool = False) -> bool:
+        """Whether any process has had a signal or `has_failed`, the same answer in all; polls the pending save as well.
 
         A collective: all processes call it at the same places. A later signal waits for the next call.
         """
-        number, state = self.world.all_reduce_max([self.stop.number, self.writer.state()])
+        number, state, has_failed = self.world.all_reduce_max([self.stop.number, self.writer.state(), int(has_failed)])
         self.stopping = self.stopping or number
         with self._tolerate_failed_save():
             self.writer.advance(state)
-        return bool(self.stopping)
+        return bool(self.stopping or has_failed)
 
     def save(
         self,

@@ -158,8 +158,6 @@ class Stage:
             try:
                 scores = self.validate(step) if validates else None
             except DataError as error:
-                if run.world.size > 1:  # the others are in the validation
-                    raise
                 self._save_and_raise(done, str(error), is_pending=True)
             if saves or run.stopping:
                 is_pending = bool(run.stopping) and scores is None

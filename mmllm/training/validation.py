@@ -14,7 +14,7 @@ from mmllm.config.schema import ExperimentConfig, TrainingConfig
 from mmllm.data.batches import ReadImage, allowed_broken, ordered_batches
 from mmllm.data.chat import IMAGE
 from mmllm.data.samples import Sample
-from mmllm.errors import ImageError
+from mmllm.errors import DataError, ImageError
 from mmllm.evaluation.captions import caption_scores
 from mmllm.evaluation.tasks import Task, tasks_of
 from mmllm.evaluation.vqa import PEOPLE, is_answer, vqa_accuracy
@@ -36,7 +36,7 @@ def validation_losses(
     samples: list[Sample],
     config: ExperimentConfig,
     batch_size: int,
-    sync_stop: Callable[[], bool] = bool,
+    sync_stop: Callable[[bool], bool] = bool,
     read_image: ReadImage | None = None,
     *,
     world: World = ALONE,
@@ -44,7 +44,8 @@ def validation_losses(
     """Mean loss of a target with the true images (`val_loss`), and with each image replaced by another of its batch.
 
     The second, `val_loss_shuffled`, is None where no batch has two images. `sync_stop` may end it early, with numbers
-    that mean nothing. The processes share the batches; each runs the model equally often, as a sharded model demands.
+    that mean nothing; it is given whether this process has no batch because of a DataError, which all processes raise.
+    The processes share the batches; each runs the model equally often, as a sharded model demands.
     """
     data, bf16 = config.data, config.training.bf16
     sums = torch.zeros(4, dtype=torch.float64)  # loss and targets, then both with other images
@@ -59,8 +60,13 @@ def validation_losses(
         max_broken=allowed_broken(data, samples),
     )
     rounds = -(-len(own) // batch_size)
-    for number, batch in enumerate(batches):
-        if sync_stop():
+    error = None
+    for number in range(-(-len(own + filler) // batch_size)):
+        try:
+            batch = next(batches)
+        except DataError as caught:
+            error = caught
+        if sync_stop(error is not None):
             break
         batch = batch.to(model.device)
         pixels = batch.pixels_N3SS
@@ -73,6 +79,8 @@ def validation_losses(
             sums[:2] += found
             if len(pixels) > 1:
                 sums[2:] += found_with_others
+    for reason in filter(None, world.all_gather(str(error or ""))):
+        raise DataError(reason)
     loss, targets, other_loss, other_targets = world.sum(sums.tolist())
     return {
         "val_loss": loss / max(1, targets),

@@ -335,7 +335,11 @@ def faults(world, tmp_path_factory):
     damaged = write_world(folder / "damaged world")
     break_image(damaged.folder / "images" / f"{sample_order(12, 1, 0)[6]}.png")  # of the second step
     configs["damaged"] = run_of(damaged, folder / "damaged", 2, save_steps=None)
-    jobs += [train_job(configs[name], 2) for name in ("bad input", "nan", "damaged")]
+    (folder / "damaged validation world").mkdir()
+    damaged = write_world(folder / "damaged validation world")
+    break_image(damaged.folder / "images" / "22.png")
+    configs["damaged validation"] = run_of(damaged, folder / "damaged validation", 2, save_steps=None)
+    jobs += [train_job(configs[name], 2) for name in ("bad input", "nan", "damaged", "damaged validation")]
     jobs.append(train_job(configs["die"], 2, resume="auto") | {"name": "die, resumed"})
     return configs, launch(folder, jobs)
 
@@ -423,11 +427,12 @@ def test_bad_input_is_reported_once(faults):
     assert done.all_said("bad input").count("error: nowhere.json: cannot be read") == 1
 
 
-def test_an_image_that_proves_broken_in_one_process_ends_them_all_with_the_steps_before_it_saved(faults):
+@pytest.mark.parametrize("name, step", [("damaged", 1), ("damaged validation", 3)])
+def test_an_image_that_proves_broken_in_one_process_ends_them_all_with_the_steps_before_it_saved(faults, name, step):
     configs, done = faults
-    assert done.codes["damaged"] == [2, 2], done.all_said("damaged")
-    assert re.search(r"error: .*png: broken or cut off.* Saved .*step-1: mend the file", done.all_said("damaged"))
-    assert steps_saved(configs["damaged"]) == [1]
+    assert done.codes[name] == [2, 2], done.all_said(name)
+    assert re.search(rf"error: .*png: broken or cut off.* Saved .*step-{step}: mend the file", done.all_said(name))
+    assert steps_saved(configs[name]) == [step]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_them_all_before_the_update(faults):
