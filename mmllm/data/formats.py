@@ -29,6 +29,7 @@ BINARY = {
     b"\x1f\x8b": "compressed by gzip",
     b"\xff\xd8": "a JPEG image",
 }
+VIZWIZ_KEYS = {"image", "question", "answers", "answer_type", "answerable"}
 
 
 def data_files(source: str | Path) -> list[Path]:
@@ -112,7 +113,8 @@ def json_records(text: str, path: Path, split: str | None) -> list[dict | DataEr
             raise DataError(
                 f"{path}: looks like a file of COCO, Karpathy or VQAv2, but is incomplete: {error!r}"
             ) from error
-    if isinstance(content, list) and content and is_vizwiz(content[0]):
+    row = first_row(content)
+    if "question" in row and row.keys() <= VIZWIZ_KEYS and str(row.get("image")).startswith("VizWiz_"):
         return vizwiz_records(content)
     if not isinstance(content, list):
         raise DataError(f"{path}: a list of records is needed, not {type(content).__name__}")
@@ -138,9 +140,9 @@ def dataset_records(content: dict, path: Path, split: str | None) -> list[dict |
     """The records of a JSON object: a public dataset, or the only line of a JSONL file."""
     if "questions" in content:
         return vqa_records(content, path)
-    if is_textvqa(content):
+    if "image_id" in first_row(content.get("data")):
         return textvqa_records(content)
-    if is_gqa(content):
+    if "imageId" in first_row(list(content.values())):
         return gqa_records(content)
     if "annotations" in content and "images" in content:
         return coco_records(content)
@@ -152,6 +154,11 @@ def dataset_records(content: dict, path: Path, split: str | None) -> list[dict |
     if isinstance(images, list) and any(isinstance(image, dict) and "sentences" in image for image in images):
         return karpathy_records(content, path, split)
     return [content]
+
+
+def first_row(rows: object) -> dict:
+    """The first of a list of objects; {} for anything else."""
+    return rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
 
 
 def each(rows: list, name: str, needs: str, read: Callable[[dict], dict]) -> list[dict | DataError]:
@@ -236,11 +243,6 @@ def question_record(
     return {"id": question_id, "image": image, "conversations": turns, "references": answers, "kind": kind}
 
 
-def is_gqa(content: dict) -> bool:
-    first = next(iter(content.values()), None)
-    return isinstance(first, dict) and {"question", "imageId"} <= first.keys()
-
-
 def gqa_records(content: dict) -> list[dict | DataError]:
     def read(item: tuple[str, dict]) -> dict:
         number, row = item
@@ -250,20 +252,11 @@ def gqa_records(content: dict) -> list[dict | DataError]:
     return each(list(content.items()), "questions", "`question` and `imageId`", read)
 
 
-def is_textvqa(content: dict) -> bool:
-    rows = content.get("data")
-    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "image_id" in rows[0]
-
-
 def textvqa_records(content: dict) -> list[dict | DataError]:
     def read(row: dict) -> dict:
         return question_record(row["question_id"], f"{row['image_id']}.jpg", row["question"], row.get("answers", []))
 
     return each(content["data"], "data", "`question_id`, `image_id` and `question`", read)
-
-
-def is_vizwiz(row: object) -> bool:
-    return isinstance(row, dict) and "question" in row and str(row.get("image")).startswith("VizWiz_")
 
 
 def vizwiz_records(content: list) -> list[dict | DataError]:

@@ -211,6 +211,11 @@ def test_the_questions_of_a_test_split_have_no_answer(content, tmp_path):
     assert [message.role for message in sample.messages] == ["user"] and sample.references == ()
 
 
+def test_records_about_images_of_vizwiz_are_read_as_any_others(tmp_path):
+    (sample,) = load_samples(written(tmp_path, [{"image": VIZWIZ["image"], "question": "What?", "answer": "A can."}]))
+    assert sample.messages[-1] == assistant("A can.")
+
+
 def test_one_bad_question_is_named_among_good_ones(tmp_path):
     first, second = read_samples(written(tmp_path, {"1": GQA, "2": {"imageId": "7"}}))
     assert not first.fault and second.fault.startswith("questions[1] needs `question` and `imageId`")
