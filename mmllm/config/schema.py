@@ -125,7 +125,7 @@ class TrainingConfig(Section):
     adam_beta2: Fraction = 0.95
     warmup_ratio: Rate = 0.03
     max_grad_norm: Annotated[float, Field(ge=1e-6)] = 1.0  # at 0 nothing would move
-    bf16: bool = True
+    bf16: bool = True  # float16 with a scale of the loss on cards without bfloat16
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool = False
     compile: bool = False  # the language model's blocks, by torch.compile: pays after some hundred steps

@@ -101,6 +101,8 @@ def _stages(rows: list[dict]) -> str:
     for stage in sorted({row["stage"] for row in rows}):
         mine = [row for row in rows if row["stage"] == stage]
         train, validation = training_rows(mine), validation_rows(mine)
+        if not train:  # all steps so far were skipped
+            continue
         losses, seconds = [row["loss"] for row in train], [row["ms"] / 1000 for row in train]
         tokens, images = (
             sum(row[name] * s for row, s in zip(train, seconds, strict=True))

@@ -20,5 +20,11 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager:
-    """bfloat16 autocast inside the block; nothing when `bf16` is False."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    """Autocast to `half_type` inside the block; nothing when `bf16` is False."""
+    return torch.autocast(device.type, half_type(device)) if bf16 else nullcontext()
+
+
+def half_type(device: torch.device) -> torch.dtype:
+    """bfloat16, or float16 on CUDA cards such as T4 and V100, which would emulate bfloat16 slowly."""
+    is_emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if is_emulated else torch.bfloat16

@@ -31,7 +31,7 @@ from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.metrics import NullLog, RunLog, start_wandb
 from mmllm.reporting.report import record_start, write_report
 from mmllm.runtime.console import duration, print_rank0, warned_of_disk
-from mmllm.runtime.device import autocast
+from mmllm.runtime.device import autocast, half_type
 from mmllm.runtime.distributed import World
 from mmllm.runtime.memory import keep_freed_memory
 from mmllm.runtime.signals import StopSignal
@@ -53,6 +53,7 @@ from mmllm.training.resume import (
 )
 from mmllm.training.run import Run, TrainingData, best_of, describe_best, goal
 from mmllm.training.stage import Stage
+from mmllm.training.step import LossScale
 from mmllm.training.validation import check_metric
 
 
@@ -98,6 +99,9 @@ def train(
             best, tokens = best_of(config, directory, state, sha256), state.get("tokens", 0)
             run = Run(config, directory, data, world, log, stop, writer, total_steps, best, tokens)
             run.highest, run.stale = best, state.get("stale", 0)
+            if config.training.bf16 and half_type(world.device) == torch.float16:
+                print_rank0("this card has no bfloat16: training in float16, with a scale of the loss")
+                run.scale = LossScale(*(state.get("loss_scale") or ()))
             for position in positions:
                 with named_out_of_memory(config, position.stage, world.device, lambda: run.place):
                     Stage(model, config.stages()[position.stage - 1], run, position).train()
@@ -110,10 +114,6 @@ def ready_model(
     config: ExperimentConfig, origins: dict[str, str], checkpoint: Path | None, world: World
 ) -> MultimodalLLM:
     """The model to train, prepared, on the device of this process."""
-    is_cuda = world.device.type == "cuda"
-    if config.training.bf16 and is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        print_rank0("this card has no bfloat16, and would emulate it slowly: training in float32")
-        config.training.bf16 = False
     is_sharded = is_wanted(config, world.size)
     if is_sharded and config.training.optimizer == "adamw8bit":
         raise ConfigError(
@@ -244,7 +244,7 @@ def fill_cache(config: ExperimentConfig, model: MultimodalLLM, data: TrainingDat
 
 def feature_cache(model: MultimodalLLM, folder: Path, bf16: bool) -> FeatureCache:
     """The cache in `folder` of the features that this model's vision tower computes."""
-    dtype, processor = torch.bfloat16 if bf16 else torch.float32, model.processor.image_processor
+    dtype, processor = half_type(model.device) if bf16 else torch.float32, model.processor.image_processor
 
     def encode(pixels_N3SS: Tensor) -> Tensor:
         with torch.no_grad(), autocast(model.device, bf16):

@@ -21,6 +21,7 @@ from mmllm.runtime.distributed import World
 from mmllm.runtime.signals import StopSignal
 from mmllm.storage import checkpoint as disk
 from mmllm.storage.checkpoint_writer import CheckpointWriter
+from mmllm.training.step import LossScale
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Run:
     total_steps: int
     best: dict | None = None  # name, val_loss and training.best_metric of the best checkpoint, on rank 0
     tokens: int = 0  # in all steps
+    scale: LossScale | None = None  # in float16
     stopping: int = 0  # the signal that ends the run, in all processes
     skipped: int = 0  # steps in a row
     highest: dict | None = None  # as `best`, in all processes, saved or not
@@ -109,6 +111,7 @@ class Run:
             "best": best,
             "stale": self.stale,
             "tokens": self.tokens,
+            "loss_scale": self.scale and [self.scale.value, self.scale.good_steps],
             "num_samples": len(self.data.train),
             "processes": self.world.size,
             "data_sha256": self.data.sha256,
@@ -158,6 +161,13 @@ class Run:
             )
         print_rank0(f"warning: {what}; skipped")
         self.log.write(row | {"left_out": f"loss {loss}, gradient norm {norm}"})
+
+    def report_overflow(self, row: dict) -> None:
+        """Log a step that was skipped to find the scale: its loss is right, so it counts as no failure."""
+        print_rank0(
+            f"step {row['step']}: a gradient overflows float16; skipped, the loss scale is {self.scale.value:g} now"
+        )
+        self.log.write(row | {"left_out": f"overflow, loss scale {self.scale.value:g}"})
 
     def report_step(self, row: dict, is_last: bool) -> None:
         self.skipped = 0

@@ -113,11 +113,13 @@ class Stage:
         if errors:
             self._save_and_raise(step, next(filter(None, run.world.all_gather(str(error or "")))))
         run.tokens += int(counts[1])
-        loss, norm = update_(self.model, self.optimizer, batches, run.config.training, counts[0], run.world)
+        loss, norm = update_(self.model, self.optimizer, batches, run.config.training, counts[0], run.world, run.scale)
         row = {"stage": number, "step": self.position.steps_before + step + 1, "learning_rate": rate}
         if math.isfinite(loss) and math.isfinite(norm):
             row |= {"loss": loss, "grad_norm": norm} | self._speed(counts, time.perf_counter() - begin)
             run.report_step(row, is_last=step + 1 == self.total)
+        elif run.scale and math.isfinite(loss) and run.scale.value >= 1:
+            run.report_overflow(row)
         else:
             names = run.world.all_gather(self._sample_names(step))
             run.skip_step(row, loss, norm, ", ".join(names))

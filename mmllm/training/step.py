@@ -10,6 +10,7 @@ AdamW: https://arxiv.org/abs/1711.05101; cosine decay with warm-up as in LLaVA 1
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from mmllm.runtime.distributed import World, full
 from mmllm.training.adamw8bit import AdamW8bit
 from mmllm.training.fsdp import is_sharded, reduce_after_
 
+GROWTH_INTERVAL = 2000  # steps without overflow after which the scale doubles; GradScaler's default
 PEAK_FLOPS = {  # dense bfloat16, from NVIDIA's data sheets
     "H200": 989e12,
     "H100": 989e12,
@@ -35,6 +37,25 @@ PEAK_FLOPS = {  # dense bfloat16, from NVIDIA's data sheets
 }
 
 
+@dataclass
+class LossScale:
+    """The factor of the loss that keeps gradients within float16, whose smallest number is 6e-8.
+
+    The rule of torch.amp.GradScaler, which shows no sharded gradient to other processes: here the norm of the gradient,
+    which all processes share, says whether one overflowed. A power of two changes no other bit.
+    """
+
+    value: float = 2.0**16
+    good_steps: int = 0  # since the last change
+
+    def update(self, overflows: bool) -> None:
+        self.good_steps = 0 if overflows else self.good_steps + 1
+        if overflows:
+            self.value /= 2
+        elif self.good_steps == GROWTH_INTERVAL:
+            self.value, self.good_steps = 2 * self.value, 0
+
+
 def update_(
     model: MultimodalLLM,
     optimizer: torch.optim.Optimizer,
@@ -42,29 +63,35 @@ def update_(
     settings: TrainingConfig,
     targets: float,
     world: World,
+    scale: LossScale | None = None,
 ) -> tuple[float, float]:
     """Take one step; return its loss and its gradient norm before clipping.
 
     `batches` are the micro-batches of this process, `targets` those of all processes together. When the loss or the norm
-    is not finite, no weight and no moment changes.
+    is not finite, no weight and no moment changes. An overflow (only the norm is not finite) halves `scale`.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss = accumulate_gradients(model, batches, settings.bf16, targets)
+    loss = accumulate_gradients(model, batches, settings.bf16, targets, scale.value if scale else 1.0)
     world.sum_([loss])
     if not is_sharded(model):  # the backward pass of a sharded model sums the gradients itself
         world.sum_gradients_(parameters)
+    for p in parameters if scale else []:
+        if p.grad is not None:
+            p.grad.div_(scale.value)
     norm = full(clip_grad_norm_(parameters, settings.max_grad_norm))
     loss, norm = torch.stack((loss, norm.to(loss.dtype))).tolist()  # the only wait for the device in a step
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
+    if scale and math.isfinite(loss):
+        scale.update(not math.isfinite(norm))
     optimizer.zero_grad()
     return loss, norm
 
 
 def accumulate_gradients(
-    model: MultimodalLLM, batches: list[Batch], bf16: bool = False, targets: float | None = None
+    model: MultimodalLLM, batches: list[Batch], bf16: bool = False, targets: float | None = None, scale: float = 1.0
 ) -> Tensor:
-    """Add the gradient of (summed loss / `targets`) to `.grad`; return that quotient, a scalar on the device.
+    """Add the gradient of `scale` * (summed loss / `targets`) to `.grad`; return that quotient, a scalar on the device.
 
     `targets` None: the targets of `batches`, which then are the whole step.
     """
@@ -77,7 +104,7 @@ def accumulate_gradients(
             with autocast(model.device, bf16):
                 loss_sum, _ = model(*vars(batch).values())
             loss = loss_sum / targets
-            loss.backward()
+            (loss * scale).backward()
         except (MemoryError, RuntimeError) as error:
             error.add_note(f"micro-batch {number} of {len(batches)}")
             raise

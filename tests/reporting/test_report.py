@@ -63,6 +63,15 @@ def test_the_report_holds_the_scores_of_later_evaluations(tmp_path):
     assert "| answers | accuracy |\n| --- | --- |\n| true images | 0.974 |" in report
 
 
+def test_a_stage_whose_steps_were_all_skipped_is_left_out_and_the_best_metric_is_shown(tmp_path):
+    skipped = {"stage": 1, "step": 1, "learning_rate": 0.1, "left_out": "overflow, loss scale 32768"}
+    found = [EVALUATION | {"step": step, "cider": cider} for step, cider in ((1, 0.5), (2, 0.75), (3, 0.25))]
+    write_rows(tmp_path, skipped, *found)
+    report = report_of(tmp_path)
+    assert "\n| 1 |" not in report
+    assert "Best validation CIDEr: 0.7500, at step 2." in report
+
+
 def test_a_run_without_validation_still_reports(tmp_path):
     write_rows(tmp_path, ROW)
     assert "looks at the image" not in report_of(tmp_path)
