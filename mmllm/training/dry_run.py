@@ -22,7 +22,16 @@ from mmllm.training.prepare import prepare, train_only_, trained_parts
 from mmllm.training.step_memory import Memory, stage_memory, uncompiled
 
 PUBLISHED_CLIP = {"openai/clip-vit-base-patch32": CLIPVisionConfig()}
-PUBLISHED_QWEN = {"Qwen/Qwen2.5-0.5B": Qwen2Config(), "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config()}
+QWEN_SIZES = {  # hidden, intermediate, layers, heads, key and value heads, head
+    "0.5B": (896, 4864, 24, 14, 2, 64),
+    "1.5B": (1536, 8960, 28, 12, 2, 128),
+    "3B": (2048, 11008, 36, 16, 2, 128),
+}
+PUBLISHED_QWEN = {
+    f"Qwen/Qwen2.5-{name}{kind}": Qwen2Config(Qwen2Config.vocab_size, *sizes)
+    for name, sizes in QWEN_SIZES.items()
+    for kind in ("", "-Instruct")
+}
 USABLE = 0.9  # of a card's memory: the driver's context and gaps between blocks take the rest
 STEPS_AN_EPOCH = 10  # aimed at where there is too little data for one step
 

@@ -15,10 +15,12 @@ import torch
 from mmllm.commands import train
 from mmllm.config import ExperimentConfig, load
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
+from mmllm.layers.quantized import count_weights
+from mmllm.models.qwen import Qwen2
 from mmllm.runtime.device import choose_device
 from mmllm.storage import checkpoint as disk
 from mmllm.training.data_plan import plan_data
-from mmllm.training.dry_run import architecture, describe
+from mmllm.training.dry_run import PUBLISHED_QWEN, architecture, describe
 from mmllm.training.prepare import train_only_
 from mmllm.training.step import step_flops
 from official import write_qwen
@@ -146,6 +148,15 @@ def test_a_model_of_the_hub_is_planned_from_its_config_alone(tmp_path, monkeypat
     config.model.qwen = "./else"
     with pytest.raises(CheckpointError, match="./else: no such folder with a config.json"):
         architecture(config.model)
+
+
+@pytest.mark.parametrize(
+    "name, parameters", [("0.5B", 494_032_768), ("1.5B-Instruct", 1_543_714_304), ("3B", 3_085_938_688)]
+)
+def test_the_published_sizes_are_known_without_the_hub(name, parameters):
+    with torch.device("meta"):
+        model = Qwen2(PUBLISHED_QWEN[f"Qwen/Qwen2.5-{name}"])
+    assert count_weights(model) == parameters
 
 
 def planned(tmp_path, device: str, *settings: str) -> list[str]:
