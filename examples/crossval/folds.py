@@ -18,7 +18,7 @@ from mmllm.errors import DataError, UserError
 from mmllm.evaluation.captions import best_constant_caption
 from mmllm.evaluation.evaluator import MultimodalEvaluator
 from mmllm.evaluation.results import make_directory, table, write_results
-from mmllm.inference.generate import generate
+from mmllm.inference.engine import generate
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.runtime.console import duration, print_rank0

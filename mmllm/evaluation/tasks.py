@@ -12,7 +12,7 @@ from mmllm.data.checks import image_fault
 from mmllm.data.records import CAPTION_PROMPT
 from mmllm.data.samples import Sample
 from mmllm.errors import DataError, ImageError
-from mmllm.inference.generate import generate
+from mmllm.inference.engine import generate
 from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.runtime.console import progress, stderr

@@ -19,9 +19,10 @@ from torch import Tensor
 from mmllm.data.batches import prefetch
 from mmllm.data.chat import user
 from mmllm.errors import ImageError, UserError
-from mmllm.inference.generate import generate
+from mmllm.inference.engine import generate
 from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import GenerationConfig, Prefix, Prompt
+from mmllm.runtime.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,8 @@ class RowFile:
 
     def replace(self, rows: Iterable[Row]) -> None:
         """Replaces all rows of the file, at once."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("wb") as file:
-            if self.is_csv:
-                file.write(self._csv(self.columns))
-            file.writelines(map(self.encode, rows))
-        temporary.replace(self.path)
+        head = self._csv(self.columns) if self.is_csv else b""
+        write_atomically(self.path, head + b"".join(map(self.encode, rows)))
 
     def close(self) -> None:
         if self.file is not None:
@@ -170,10 +167,7 @@ class TextFiles:
 
     def write(self, row: Row) -> None:
         if not row.error:
-            path = self.path_of(row.image)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(row.answer + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_atomically(self.path_of(row.image), f"{row.answer}\n".encode())
 
     def close(self) -> None:
         """Nothing is open."""

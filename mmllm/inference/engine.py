@@ -13,8 +13,9 @@ B rows of a step, V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from mmllm.errors import GenerationError, RunError, UserError
 from mmllm.inference.beam_search import BeamSearch
 from mmllm.inference.model_runner import ModelRunner
-from mmllm.inference.request import Generated, Handle
+from mmllm.inference.request import Generated, GenerationConfig, Handle, Prompt
 from mmllm.inference.sampling import NOT_FINITE, SamplerState, choose, non_finite_error, token_logprobs
 from mmllm.inference.static_step import BUCKET
 from mmllm.inference.text_stream import AnswerText
@@ -255,3 +256,40 @@ class Engine:
             if is_cancelled():
                 for handle in handles:
                     handle.cancel()
+
+
+def generate(
+    model: MultimodalLLM,
+    prompts: Iterable[Prompt],
+    config: GenerationConfig,
+    *,
+    slots: int | None = None,
+    is_exact: bool = True,
+    use_static_step: bool | None = None,
+    is_cancelled: Callable[[], bool] = bool,
+) -> Iterator[Generated]:
+    """Yields one answer per prompt, in order, by an engine that lives as long as the call.
+
+    Prompts are taken as slots become free, and a few ahead. `is_cancelled()` is asked after every step and ends all
+    answers. Raises UserError for a prompt that leaves no room for its answer, GenerationError where logits are not finite.
+    """
+    prompts = iter(prompts)
+    first = list(islice(prompts, slots or SLOTS[model.device.type]))
+    slots = max(len(first), config.num_beams)
+    engine = Engine(
+        model,
+        slots,
+        max_length=max((len(prompt.ids) for prompt in first), default=0) + config.max_new_tokens,
+        prefills_per_step=slots,
+        is_exact=is_exact,
+        use_static_step=use_static_step,
+    )
+    handles = deque(engine.submit(Handle(prompt, config)) for prompt in first)
+    while handles:
+        engine.step()
+        if is_cancelled():
+            for handle in handles:
+                handle.cancel()
+        while handles and handles[0].is_done:
+            yield handles.popleft().result()
+        handles += [engine.submit(Handle(prompt, config)) for prompt in islice(prompts, slots - len(engine.waiting))]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmllm.runtime.console import duration, print_rank0, short, warned_of_disk
-from mmllm.runtime.files import read_json, read_json_lines
+from mmllm.runtime.files import read_json, read_json_lines, write_atomically
 
 
 class RunLog:
@@ -21,9 +21,7 @@ class RunLog:
     def __init__(self, directory: Path, last_step: int = 0, wandb_run: object = None):
         path = directory / "metrics.jsonl"
         rows = [row for row in read_metrics(directory) if row["step"] <= last_step] if last_step else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self.path, self.file, self.unwritten = path, path.open("ab", buffering=0), bytearray()
         self.wandb_run = wandb_run
 

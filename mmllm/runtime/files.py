@@ -48,9 +48,13 @@ def refuse_other(content: dict, supported: dict, where: str | Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write `content` to `path`, atomically: a reader sees the old file or the new one. OSError where it cannot."""
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path`: a reader sees the old file or the new one. OSError where it cannot."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

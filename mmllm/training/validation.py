@@ -18,8 +18,7 @@ from mmllm.errors import DataError, ImageError
 from mmllm.evaluation.captions import caption_scores
 from mmllm.evaluation.tasks import Task, tasks_of
 from mmllm.evaluation.vqa import PEOPLE, is_answer, vqa_accuracy
-from mmllm.inference.engine import SLOTS
-from mmllm.inference.generate import generate
+from mmllm.inference.engine import SLOTS, generate
 from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import stderr

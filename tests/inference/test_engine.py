@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from mmllm.errors import GenerationError, UserError
-from mmllm.inference.engine import Engine
-from mmllm.inference.generate import generate
+from mmllm.inference.engine import Engine, generate
 from mmllm.inference.optimize import load_model
 from mmllm.inference.request import GenerationConfig, Handle, Prompt
 from mmllm.layers.quantized import quantize_

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmllm.errors import GenerationError, UserError
-from mmllm.inference.generate import generate
+from mmllm.inference.engine import generate
 from mmllm.inference.request import Generated, GenerationConfig, Prompt
 from mmllm.models.multimodal import MultimodalLLM
 from official import write_model

@@ -5,7 +5,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from mmllm.data.chat import IGNORED, assistant, user
-from mmllm.inference.generate import generate
+from mmllm.inference.engine import generate
 from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.layers.quantized import count_parameters
 from mmllm.models.config import MultimodalConfig
