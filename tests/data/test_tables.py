@@ -123,7 +123,7 @@ def test_several_files_are_joined_by_commas_and_each_has_its_images_beside_it(tm
     [
         (b"<html>\n", "neither JSON nor a table: it begins with '<html>'"),
         (b"name,size\n0.png,3\n", "neither JSON nor a table: it begins with 'name,size'"),
-        (b"PAR1\xff", "is parquet, which is not read; export it as JSONL or CSV"),
+        (b"PAR1\xff", "is a parquet file; unpack it first"),
         (b"PK\x03\x04\xff", "is a zip or Excel file, which is not read"),
         (b"image,caption\n0.png,caf\xe9\n", "save it as UTF-8 text"),
     ],
