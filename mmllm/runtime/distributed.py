@@ -11,10 +11,12 @@ others can name the one that is lost. With one process every method returns at o
 
 import datetime
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -64,6 +66,7 @@ class World:
             timeout=timeout,
             device_id=own if is_cuda else None,
         )
+        store.set(f"process {rank}", f"{platform.node()} {os.getpid()}")
         return cls(own, rank, size, neighbours, store, timeout_s)
 
     def __enter__(self) -> "World":
@@ -101,6 +104,7 @@ class World:
                     return f"rank {rank} failed: {self.store.get(f'error {rank}').decode()}"
             silent = [rank for rank in silent if not self.store.check([f"alive {rank}"])]
             time.sleep(0.05)
+        silent = [rank for rank in silent if self._is_gone(rank)] or silent  # others may not have noticed yet
         keys = [key for key in (f"position {rank}" for rank in silent) if self.store.check([key])]
         positions = ", ".join(self.store.get(key).decode() for key in keys)
         who = f"rank {', '.join(map(str, silent))} ({positions})" if silent else "another process"
@@ -108,6 +112,11 @@ class World:
             f"lost contact with {who}: it was killed, or gave no answer for {self.timeout_s} s (training.timeout_s); "
             "look at what it said, and go on with --resume auto"
         )
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether a process of this machine has ended; False for those of another, and where there is no /proc."""
+        host, _, number = self.store.get(f"process {rank}").decode().rpartition(" ")
+        return host == platform.node() and Path("/proc/self").exists() and not Path("/proc", number).exists()
 
     @property
     def is_first(self) -> bool:

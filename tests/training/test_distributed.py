@@ -5,6 +5,7 @@ The groups of processes are started by tests/processes.py, many in one launch.
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -363,6 +364,19 @@ def test_a_process_that_dies_is_named_by_the_others(faults):
     _, done = faults
     assert done.codes["die"] == [1, -9]
     assert "error: lost contact with rank 1 (in step 3): it was killed" in done.said("die", 0)
+
+
+def test_of_those_that_do_not_answer_the_one_that_has_ended_is_named(monkeypatch):
+    """The other may be waiting for the first to leave, and notice only then."""
+    monkeypatch.setattr("mmllm.runtime.distributed.GRACE_S", 0)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    store = torch.distributed.HashStore()
+    for rank, process in enumerate((os.getpid(), os.getpid(), ended.pid)):
+        store.set(f"process {rank}", f"{platform.node()} {process}")
+        store.set(f"position {rank}", "in step 3")
+    world = World(torch.device("cpu"), rank=0, size=3, store=store)
+    assert world.lost().startswith("lost contact with rank 2 (in step 3): ")
 
 
 def test_what_a_dead_process_left_half_done_is_done_again(faults, alone):
