@@ -20,5 +20,5 @@ config.training.early_stop = 2  # epochs without a lower validation loss; best_m
 config.training.stage1.epochs = 2
 config.training.stage1.learning_rate = 1e-3  # a new projector, nothing else moves
 config.training.stage2.epochs = 8
-config.training.stage2.learning_rate = 2e-4  # as in small.py: adapters begin at zero
+config.training.stage2.learning_rate = 2e-4  # as in small.py; 1e-3 for small backbones from scratch
 config.training.stage2.projector_learning_rate = 1e-4  # it has seen few images in stage 1 and goes on
