@@ -11,9 +11,7 @@ from mmllm.config import ExperimentConfig
 
 config = ExperimentConfig()
 config.experiment_name = "own"
-config.model.use_lora = (
-    True  # 2.2 million weights of the language model instead of 494: few images cannot ruin the others
-)
+config.model.use_lora = True  # trains 2.2 million weights of the language model instead of 494 million
 config.data.batch_size = 16  # images, with all their texts; full.py's 128 would leave 500 images 4 steps an epoch
 config.training.weight_decay = 0.05
 config.training.early_stop = 2  # epochs without a lower validation loss; best_model is the best one, not the last
