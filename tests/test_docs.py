@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
+from examples.shapes.__main__ import OUT
 from mmllm.config.schema import ExperimentConfig
 from mmllm.serving.settings import Settings
 from official import write_clip, write_qwen
@@ -80,7 +81,7 @@ def write_layout(folder: Path) -> None:
     write_clip(folder / "openai" / "clip-vit-base-patch32", num_hidden_layers=1)
     write_qwen(folder / "Qwen" / "Qwen2.5-0.5B-Instruct", num_hidden_layers=1)
     (folder / "configs").symlink_to(ROOT / "configs")
-    for place in ("images", "data/flickr8k/train", "data/flickr8k/dev", "outputs/toy/data/images"):
+    for place in ("images", "data/flickr8k/train", "data/flickr8k/dev", OUT / "data" / "images"):
         (folder / place).mkdir(parents=True)
     shown = [json.loads(line) for line in blocks("README.md", "json")[0].strip().split("\n")]
     records = [shown[i % 3] | {"image": f"{i}.jpg"} for i in range(12)]
@@ -93,7 +94,7 @@ def write_layout(folder: Path) -> None:
             (folder / "data" / "flickr8k" / split / "captions.jsonl").write_text(captions)
     image.save(folder / "x.jpg")
     image.save(folder / "image.jpg")
-    image.save(folder / "outputs" / "toy" / "data" / "images" / "held_out000.png")
+    image.save(folder / OUT / "data" / "images" / "held_out000.png")
     (folder / "train.json").write_text(json.dumps(records))
     (folder / "val.json").write_text(json.dumps(records[:6]))
     (folder / "list.txt").write_text("3.jpg\n1.jpg\n")

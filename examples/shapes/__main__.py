@@ -6,11 +6,13 @@ from pathlib import Path
 from mmllm.errors import run
 from mmllm.runtime.threads import limit_threads
 
+OUT = Path("outputs/shapes")  # README names images in it
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.shapes", description=__doc__)
     parser.add_argument("command", choices=["demo", "backbones", "data"])
-    parser.add_argument("--out", type=Path, default="outputs/shapes", metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args()
     limit_threads()
     from examples.shapes import backbones, demo
