@@ -9,6 +9,7 @@ O outputs, K inputs.
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -52,7 +53,8 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
         raise RunError("no C++ compiler; install g++ or set CXX")
     key = "\0".join([SOURCE.read_text(), torch.__version__, compiler, *flags, processor()])
     library = cache_folder() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists():
+    checksum = library.with_suffix(".sha256")  # loading a library that was cut off would end the process
+    if library.exists() and checksum.exists() and checksum.read_text() == sha256_of(library):
         return library
     stderr_rank0(f"compiling {SOURCE.name} once, about 10 s; kept in {library.parent}")
     root = Path(torch.__file__).parent
@@ -61,16 +63,31 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
-            command = [compiler, *flags, *headers, str(SOURCE), "-o", made, *LIBRARIES, f"-L{root / 'lib'}"]
+            command = [
+                *shlex.split(compiler),
+                *flags,
+                *headers,
+                str(SOURCE),
+                "-o",
+                made,
+                *LIBRARIES,
+                f"-L{root / 'lib'}",
+            ]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 lines = result.stderr.splitlines()
                 reason = next((line for line in lines if "error" in line), "\n".join(lines)[:200])
                 raise RunError(f"{compiler} cannot compile {SOURCE.name}: {reason}")
+            made.with_suffix(".sha256").write_text(sha256_of(made))
+            made.with_suffix(".sha256").replace(checksum)
             made.replace(library)  # atomic: another process may be building the same
     except OSError as error:
         raise RunError(f"{library}: cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder") from error
     return library
+
+
+def sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def register_shapes() -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mmllm.errors import RunError
+
 
 def program() -> list[str]:
     """The words before the arguments of this process: `mmllm`, `python -m mmllm` or `python train.py`."""
@@ -28,7 +30,11 @@ def commit() -> str | None:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmllm"
+    """The user's folder for compiled code; RunError where the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmllm"
+    except RuntimeError as error:
+        raise RunError("no home folder for compiled code; set XDG_CACHE_HOME to a folder") from error
 
 
 def processor() -> str:

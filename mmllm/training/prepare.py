@@ -6,6 +6,7 @@ no parameter changes its name, and a checkpoint written with recomputation loads
 """
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def compile_blocks_(blocks: Iterable[nn.Module]) -> None:
     Validation and captions have other shapes and another graph, and run the plain block. With dropout, the random numbers
     differ from those of the plain block.
     """
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    compilers = shlex.split(os.environ["CXX"])[:1] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
     if not any(map(shutil.which, compilers)):
         raise ConfigError(
             f"training.compile needs a C++ compiler, and there is no {' or '.join(compilers)} on the PATH; install one, or "

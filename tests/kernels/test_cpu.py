@@ -241,3 +241,24 @@ def test_without_a_compiler_or_a_folder_to_write_to_the_reason_is_one_line(monke
     with pytest.raises(RunError, match="cannot compile cpu.cpp: error: no such machine"):
         kernels.build()
     assert not list((tmp_path / "cache").rglob("*.so")), "no half-made file is left"
+
+
+def test_a_library_that_was_damaged_is_built_again(monkeypatch, tmp_path):
+    compiler = tmp_path / "my compiler"  # stands for the real one, which takes seconds
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho the library > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", f"env LANG=C '{compiler}'")  # as "ccache g++": a command with arguments
+    library = kernels.build()
+    for damage in (b"", b"the lib"):
+        library.write_bytes(damage)
+        assert kernels.build() == library and library.read_bytes() == b"the library\n"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    assert kernels.build() == library, "a whole library is not built again"
+
+
+def test_a_user_without_a_home_gets_one_line(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(RunError, match="no home folder for compiled code; set XDG_CACHE_HOME"):
+        kernels.build()
