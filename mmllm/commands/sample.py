@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from mmllm.commands import add_generation_options, add_model_options, generation_config, make_parser
-from mmllm.errors import ImageError
+from mmllm.errors import ImageError, UserError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -68,6 +68,8 @@ def chat(pipeline, options: argparse.Namespace, config) -> int:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             text = ""
+        except UnicodeDecodeError as error:
+            raise UserError("the question is not Unicode; write it as UTF-8") from error
         if not text:
             return 0
         messages.append(user(text, images=0 if messages else len(pixels)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
-from mmllm.errors import CheckpointError
+from mmllm.errors import CheckpointError, UserError
 
 FILE = "tokenizer.json"
 
@@ -46,7 +46,13 @@ class Tokenizer:
         return number
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; names of control tokens in it are encoded as text."""
+        """Ids of plain text; names of control tokens in it are encoded as text. UserError for text that is no Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text after {text[: error.start].strip()[-20:]!r} is not Unicode; write it as UTF-8"
+            ) from error
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:

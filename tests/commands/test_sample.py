@@ -1,5 +1,6 @@
 """The command line of sample.py: what it prints, and with which exit code it leaves."""
 
+import io
 import subprocess
 import sys
 
@@ -159,3 +160,13 @@ def test_from_the_command_to_the_answer_nothing_is_imported_that_is_not_needed(f
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "torch" in imported and "mmllm.inference.engine" in imported
     assert not imported & {"torch._dynamo", "sympy", "huggingface_hub", "transformers", "starlette"}
+
+
+def test_a_question_that_is_not_unicode_is_one_line_and_exit_code_2(call, folder, image, monkeypatch):
+    common = ("--model", folder, "--image", image, "--max-new-tokens", 3, "--device", "cpu")
+    code, out, err = call(*common, "--prompt", "caf\udce9")  # how Python passes on an argument in Latin-1
+    assert (code, out) == (2, "") and err.endswith("error: the text after 'caf' is not Unicode; write it as UTF-8\n")
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
+        code, _, err = call(*common, "--chat")
+        assert code == 2 and "is not Unicode; write it as UTF-8" in err
