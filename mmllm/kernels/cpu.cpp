@@ -418,7 +418,7 @@ static std::tuple<Tensor, Tensor> int4_pack(const Tensor& weight) {
     for (int64_t g = 0; g < groups; g++, w += GROUP) {
       float peak = 0;
       for (int64_t k = 0; k < GROUP; k++)
-        if (std::abs(w[k]) > std::abs(peak)) peak = w[k];
+        if (std::abs(w[k]) > std::abs(peak) || w[k] != w[k]) peak = w[k];  // NaN stays
       at::BFloat16 rounded(peak / -8.f);
       if (float(rounded) == 0) rounded = 1.f;
       scale_of[(p * groups + g) * LANES + lane] = rounded;

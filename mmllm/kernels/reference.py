@@ -27,7 +27,7 @@ def quantize_int8(weight_OK: Tensor) -> tuple[Tensor, Tensor]:
     peak_O1 = weight_OK.float().abs().amax(1, keepdim=True)
     fraction, exponent = torch.frexp(peak_O1 / MAX_INT8)
     scale_O1 = torch.ldexp(torch.ceil(fraction * 2**SCALE_BITS), exponent - SCALE_BITS)
-    scale_O1 = torch.where(scale_O1 > 0, scale_O1, torch.ones_like(scale_O1))
+    scale_O1 = scale_O1.masked_fill(scale_O1 == 0, 1)  # not finite: stays, and so do the results
     return (weight_OK.float() / scale_O1).round().clamp(-MAX_INT8, MAX_INT8).to(torch.int8), scale_O1
 
 

@@ -262,3 +262,18 @@ def test_a_user_without_a_home_gets_one_line(monkeypatch):
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     with pytest.raises(RunError, match="no home folder for compiled code; set XDG_CACHE_HOME"):
         kernels.build()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_makes_its_output_so_in_every_precision(value):
+    weight, x = torch.randn(37, 64), torch.randn(3, 64)
+    weight[5, 7] = value
+    q, scale = reference.quantize_int8(weight)
+    results = [reference.int8_linear(x, q, scale[:, 0], None, 24)]
+    results.append(x @ reference.int4_matrix(*reference.quantize_int4(weight)).T)
+    if kernels.native():
+        results.append(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0].contiguous(), None, 24))
+        for matrix in (weight, reference.int4_matrix(*reference.quantize_int4(weight))):
+            results.append(torch.ops.mmllm.int4_linear(x, *torch.ops.mmllm.int4_pack(matrix), None, 37))
+    for y in results:
+        assert not y[:, 5].isfinite().any() and y[:, [4, 6]].isfinite().all()
