@@ -79,6 +79,7 @@ def test_a_cached_step_runs_no_tower():
         assert bench_train.own_step(spec)() > 0
 
 
+@pytest.mark.slow
 def test_the_loss_curve_on_an_int8_base_is_within_2_percent_of_the_float_one():
     curves = []
     for case in ("stage 2, LoRA", "stage 2, LoRA on int8"):
@@ -189,6 +190,7 @@ def test_make_gpu_refuses_in_one_line_where_there_is_none(tmp_path):
         bench.main(["gpu", "--out", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_part_of_make_gpu_that_fails_or_hangs_does_not_stop_the_next(tmp_path, capsys):
     parts = {"bad": (60, ["-c", "1/0"]), "slow": (1, ["-c", "while True: pass"]), "good": (60, ["-c", "print(7)"])}
     assert bench_gpu.run_parts(parts, tmp_path) == 1

@@ -198,6 +198,7 @@ def test_rows_come_back_as_they_were_written(tmp_path, suffix):
         (["{photos}", "--out", "{photos}/c.jsonl"], "holds no rows of image, caption, confidence, error"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_captioned_is_one_line_with_the_mend(photos, tmp_path, arguments, says):
     (tmp_path / "empty").mkdir()
     (photos / "c.jsonl").write_text('{"something": "else"}\n')

@@ -119,6 +119,7 @@ def test_weights_that_are_no_plain_numbers_are_refused_by_name(sources, tmp_path
         convert("--clip", clip, "--qwen", qwen, "--out", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_missing_source_is_one_line_and_code_2(tmp_path):
     command = [sys.executable, ROOT / "convert_weights.py", "--clip", "./nowhere", "--qwen", "./q", "--out", "o"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -176,6 +176,7 @@ def test_a_card_that_is_not_here_can_be_planned_for(tmp_path):
         choose_device("cuda:24GB")
 
 
+@pytest.mark.slow
 def test_the_first_single_change_that_makes_a_stage_fit_is_named(tmp_path):
     """0.12 GB: rows of 480 tokens do not fit in batches of 32."""
     lines = planned(tmp_path, "cuda:0.12GB", "data.batch_size=32", "data.max_length=480", "data.train_data_path=none")

@@ -134,6 +134,7 @@ def test_a_saved_processor_is_the_same(process, tmp_path):
         load_processor(tmp_path, 16)
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_will_be_trained_on(tmp_path):
     model = write_model(tmp_path / "model")
     Image.new("RGB", (40, 40)).save(tmp_path / "x.png")

@@ -104,6 +104,7 @@ def test_an_image_that_cannot_be_read_is_an_error_of_that_image(world, model, tm
     assert cache(images_of(world)[0]).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_run_with_kept_or_given_features_is_the_run_with_images(world, tmp_path):
     plain = world.config(tmp_path / "plain")
     assert train(plain) == 0

@@ -70,6 +70,7 @@ def test_captions_follow_the_embeddings_and_change_with_them(world, capsys):
         assert len(seen) == 30
 
 
+@pytest.mark.slow
 def test_a_given_language_model_replaces_the_small_one(world):
     write_qwen(world / "qwen")
     run(world, f"--qwen={world / 'qwen'}", "stage1.epochs=1", "stage2.epochs=0", "--max-new-tokens=2")

@@ -145,6 +145,7 @@ def test_any_split_gives_the_same_gradient_of_adapters_beside_int8(world):
 
 
 @pytest.mark.parametrize("rounding", ["int8", "int4"])
+@pytest.mark.slow
 def test_a_run_with_adapters_on_integers_is_resumed_bit_for_bit(world, tmp_path, rounding):
     whole = small_config(world, tmp_path / "whole", rounding, save_steps=1, keep_checkpoints=100)
     assert train(whole) == 0
@@ -158,6 +159,7 @@ def test_a_run_with_adapters_on_integers_is_resumed_bit_for_bit(world, tmp_path,
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_loss_stays_near_that_of_a_float_base(world, tmp_path):
     losses = []
     for folder, is_int8 in ((tmp_path / "a", False), (tmp_path / "b", True)):

@@ -49,6 +49,7 @@ def test_weights_that_change_precision_leave_no_gaps():
     assert 95 < float(output_of(WEIGHTS)) < 125
 
 
+@pytest.mark.slow
 def test_a_system_without_the_resource_module_has_no_peak():
     program = "import pathlib, sys, torch\nsys.modules['resource'] = None\npathlib.Path.exists = lambda self: False\n"
     done = subprocess.run([sys.executable, "-c", program + PEAK], capture_output=True, text=True)

@@ -69,6 +69,7 @@ def test_the_last_block_may_be_shorter_and_zeros_stay_zeros():
     assert all((moment == 0).all() and len(moment) == 4196 for moment in read_moments(state, piece))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits_and_keeps_its_optimizer(tmp_path):
     world = write_world(tmp_path)
     whole = world.config(tmp_path / "whole", optimizer="adamw8bit")

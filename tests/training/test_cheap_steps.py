@@ -171,6 +171,7 @@ def test_a_batch_is_no_longer_than_its_longest_row(world, model):
         assert (batch.ids_BT[:, -1] != model.processor.tokenizer.pad_id).any()
 
 
+@pytest.mark.slow
 def test_a_run_by_length_is_the_run_without(world, tmp_path):
     configs = [world.config(tmp_path / str(grouped)) for grouped in (False, True)]
     configs[1].data.group_by_length = True

@@ -61,6 +61,7 @@ def test_a_step_without_contents_takes_what_the_real_one_takes():
     assert peak == pytest.approx(live.peak, rel=0.03)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_recomputed_or_int8_takes_less():
     stage_1, full, lora = predicted(stage=1), predicted(), predicted("model.use_lora=true")
     recomputed = predicted("training.gradient_checkpointing=true", rows=16)

@@ -20,6 +20,7 @@ def run_with_losses(monkeypatch, config: ExperimentConfig, losses: list[float], 
     return train(config, **how)
 
 
+@pytest.mark.slow
 def test_a_run_ends_after_the_given_number_of_checkpoints_without_a_lower_loss(tmp_path, monkeypatch, capsys):
     config = write_world(tmp_path).config(tmp_path / "out", early_stop=2)
     config.training.stage2.epochs = 6
@@ -36,6 +37,7 @@ def test_a_run_ends_after_the_given_number_of_checkpoints_without_a_lower_loss(t
     assert disk.checkpoints(directory_of(config))[-1].name == "checkpoint-epoch-6-step-30"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_between_ends_at_the_same_step(tmp_path, monkeypatch):
     world, losses = write_world(tmp_path), [5.0, 3.0, 4.0, 3.5]
     whole = world.config(tmp_path / "whole", early_stop=2, keep_checkpoints=9)

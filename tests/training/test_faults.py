@@ -86,6 +86,7 @@ def test_one_failed_save_is_tolerated_and_the_next_one_ends_the_run(world, tmp_p
     assert [row["step"] for row in read_metrics(directory_of(config))] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(world, tmp_path, monkeypatch):
     """Room is needed for two that are kept, the best one, and the one being written; what an old run holds counts."""
     usage, config = shutil.disk_usage(tmp_path), world.config(tmp_path, save_steps=1)
@@ -145,6 +146,7 @@ def test_an_image_that_cannot_be_decoded_in_the_middle_of_a_run_is_replaced_and_
     assert "warning: sample 3 (s3) is replaced by the next one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_broken_image_ends_the_run_with_its_steps_saved_and_the_run_can_go_on_without_it(tmp_path):
     world = write_world(tmp_path)
     index = sample_order(20, 1, 0)[9]  # of the third step

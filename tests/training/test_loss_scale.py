@@ -73,6 +73,7 @@ def test_the_scale_doubles_after_many_steps_without_overflow():
     assert scale == LossScale(16.0, 0)
 
 
+@pytest.mark.slow
 def test_overflows_count_as_no_failure_and_a_resumed_run_keeps_the_scale(world, tmp_path, float16, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "LossScale", lambda *state: LossScale(*(state or (2.0**FIRST, 0))))
     config = world.config(tmp_path / "whole", bf16=True, save_steps=1, keep_checkpoints=99)  # max_skipped_steps=0
