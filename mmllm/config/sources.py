@@ -42,7 +42,7 @@ def resolve(
             raise ConfigError(f"{COMMAND_LINE}: {override!r}; settings are written key=value")
         given.append((name, text, COMMAND_LINE))
     config, origins = _apply(source, {}, given)
-    directory = Path(config.output_dir) / config.experiment_name
+    directory = Path(config.output_dir).expanduser() / config.experiment_name
     if resume == "auto" or (resume and directory.resolve() in (Path(resume).resolve(), Path(resume).resolve().parent)):
         config, origins = _apply(source, earlier_settings(directory), given)
         if config.data.train_data_path is None:

@@ -231,7 +231,7 @@ def feature_table(config: ExperimentConfig, model: MultimodalLLM) -> FeatureTabl
 def fill_cache(config: ExperimentConfig, model: MultimodalLLM, data: TrainingData, world: World) -> FeatureCache:
     """The cache with the features of all images; each process computes its share of those that are missing."""
     begin = time.perf_counter()
-    cache = feature_cache(model, Path(config.output_dir) / "features", config.training.bf16)
+    cache = feature_cache(model, Path(config.output_dir).expanduser() / "features", config.training.bf16)
     images = {path for sample in (*data.train, *data.val) for path in sample.images}
     made = cache.fill(images, rank=world.rank, world_size=world.size, num_workers=config.data.num_workers)
     (made,) = world.sum([made])  # and wait until all are there

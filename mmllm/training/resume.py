@@ -51,7 +51,7 @@ def sha256_of(path: str | Path) -> str:
 
 def open_directory(config: ExperimentConfig, at_end: ExitStack) -> Path:
     """The directory of the run, locked until `at_end`; UserError where another run holds it or nothing can be written."""
-    directory = Path(config.output_dir) / config.experiment_name
+    directory = Path(config.output_dir).expanduser() / config.experiment_name
     try:
         directory.mkdir(parents=True, exist_ok=True)
         at_end.enter_context(locked(directory))

@@ -250,3 +250,12 @@ def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path, capsys):
     (tmp_path / "checkpoint-epoch-1-step-5").mkdir()
     with pytest.raises(CheckpointError, match="none of its checkpoints is whole; begin the run anew"):
         find_checkpoint(tmp_path / "other", str(tmp_path), overwrite=False)
+
+
+def test_a_tilde_in_output_dir_is_the_home_folder(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = world.config("~/runs")
+    config.training.stage2.epochs = 0
+    assert train(config) == 0
+    assert (tmp_path / "runs" / "tiny" / "best_model").exists() and not (tmp_path / "~").exists()
