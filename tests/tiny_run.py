@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmllm.config.schema import ExperimentConfig
 from mmllm.storage import checkpoint as disk
@@ -59,6 +59,19 @@ def write_world(folder: Path, **qwen) -> World:
     (folder / "train.json").write_text(json.dumps(records[:20]))
     (folder / "val.json").write_text(json.dumps(records[20:]))
     return World(folder)
+
+
+def poison(world: World, number: int) -> World:
+    """The language model of `world` answers NaN to the digit 7, and training sample `number` asks about it."""
+    file = world.folder / "qwen" / "model.safetensors"
+    tensors = load_file(file)
+    vocabulary = json.loads((world.folder / "qwen" / "tokenizer.json").read_text())["model"]["vocab"]
+    tensors["model.embed_tokens.weight"][vocabulary["7"]] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    records = json.loads((world.folder / "train.json").read_text())
+    records[number]["prompt"] = "What are 7?"
+    (world.folder / "train.json").write_text(json.dumps(records))
+    return world
 
 
 def directory_of(config: ExperimentConfig) -> Path:

@@ -165,7 +165,7 @@ def upright(image: Image.Image, original: Image.Image) -> Image.Image:
     """`image` turned as the EXIF data of `original` says; EXIF data that cannot be read does not matter."""
     try:
         orientation = original.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # as above
+    except Exception:  # Pillow's EXIF reader raises anything; the pixels are good without it
         return image
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 

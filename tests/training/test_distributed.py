@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from conftest import ROOT
 from mmllm.config.schema import ExperimentConfig
@@ -29,7 +29,7 @@ from mmllm.training.experiment import train
 from mmllm.training.fsdp import is_wanted
 from mmllm.training.step import accumulate_gradients
 from processes import KINDS, WAYS, model_for
-from tiny_run import break_image, write_world
+from tiny_run import break_image, poison, write_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a launch runs many groups
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -348,16 +348,7 @@ def faults(world, tmp_path_factory):
 def broken_world(folder: Path):
     """A world in which one image is asked about with a word whose embedding is not a number."""
     (folder / "broken world").mkdir()
-    world = write_world(folder / "broken world", tie_word_embeddings=False)
-    file = world.folder / "qwen" / "model.safetensors"
-    tensors = load_file(file)
-    vocabulary = json.loads((world.folder / "qwen" / "tokenizer.json").read_text())["model"]["vocab"]
-    tensors["model.embed_tokens.weight"][vocabulary["7"]] = float("nan")
-    save_file(tensors, file, {"format": "pt"})
-    records = json.loads((world.folder / "train.json").read_text())
-    records[5]["prompt"] = "What are 7?"
-    (world.folder / "train.json").write_text(json.dumps(records))
-    return world
+    return poison(write_world(folder / "broken world", tie_word_embeddings=False), 5)
 
 
 def test_a_process_that_dies_is_named_by_the_others(faults):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mmllm.data.order import sample_order
 from mmllm.errors import CheckpointError, ConfigError, DataError, RunError, UserError
@@ -17,7 +17,7 @@ from mmllm.storage import checkpoint as disk
 from mmllm.training import stage
 from mmllm.training.experiment import train
 from mmllm.training.resume import find_checkpoint
-from tiny_run import break_image, directory_of, weights, write_world
+from tiny_run import break_image, directory_of, poison, weights, write_world
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +28,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
     """A world whose language model answers NaN to the digit 7, which one training sample asks about."""
-    world = write_world(tmp_path_factory.mktemp("poisoned"), tie_word_embeddings=False)
-    file = world.folder / "qwen" / "model.safetensors"
-    tensors = load_file(file)
-    vocabulary = json.loads((world.folder / "qwen" / "tokenizer.json").read_text())["model"]["vocab"]
-    tensors["model.embed_tokens.weight"][vocabulary["7"]] = float("nan")
-    save_file(tensors, file, {"format": "pt"})
-    records = json.loads((world.folder / "train.json").read_text())
-    records[13]["prompt"] = "What are 7?"
-    (world.folder / "train.json").write_text(json.dumps(records))
-    return world
+    return poison(write_world(tmp_path_factory.mktemp("poisoned"), tie_word_embeddings=False), 13)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(poisoned, tmp_path):
