@@ -47,6 +47,10 @@ class ActiveRequest:
     tokens: list[int] = field(default_factory=list)  # chosen but not yet in the cache, one per slot
 
 
+def has_beams(request: ActiveRequest) -> bool:
+    return request.search is not None
+
+
 class Engine:
     """Answers requests in `slots` slots (None: SLOTS). The cache begins with room for `max_length` tokens and grows.
 
@@ -114,20 +118,30 @@ class Engine:
         return self.has_work
 
     def _admit(self) -> bool:
-        """Gives the next waiting request its slots and its first token. False: none is waiting, or slots are missing."""
-        if not self.waiting or len(self.free) < self.waiting[0].config.num_beams:
+        """Gives the next waiting request its slots and its first token, and those that wait behind it with the same prompt
+        (the same object): it is read once for all. False: none is waiting, or slots are missing."""
+        if not self._fits_next():
             return False
-        handle = self.waiting.popleft()
-        request = self._activate(handle)
-        first, *others = request.slots
+        prompt = self.waiting[0].prompt
+        request = self._activate(self.waiting.popleft())
         try:
-            logits_1V = self.runner.prefill(first, handle.prompt, handle.config.max_new_tokens)
+            logits_1V = self.runner.prefill(request.slots[0], prompt, request.handle.config.max_new_tokens)
         except (UserError, RunError, ValueError, torch.OutOfMemoryError) as error:
             self._fail_request(request, error)
             return True
-        self.runner.cache.copy_([first] * len(others), others, request.position)
-        self._choose([request], logits_1V.expand(len(request.slots), -1))
+        requests = [request]
+        while self._fits_next() and self.waiting[0].prompt is prompt:
+            requests.append(self._activate(self.waiting.popleft()))
+        first, *others = [slot for request in requests for slot in request.slots]
+        self.runner.make_room(len(prompt.ids) + max(request.handle.config.max_new_tokens for request in requests))
+        self.runner.cache.copy_([first] * len(others), others, len(prompt.ids))
+        requests.sort(key=has_beams)
+        self._choose(requests, logits_1V.expand(len(others) + 1, -1))
         return True
+
+    def _fits_next(self) -> bool:
+        """Whether a request is waiting and there are slots for it."""
+        return bool(self.waiting) and len(self.free) >= self.waiting[0].config.num_beams
 
     def _decode(self) -> Tensor:
         """Puts the last token of every active row into the cache. Logits (B, V) of the next ones."""
@@ -200,7 +214,7 @@ class Engine:
         else:
             request.search = BeamSearch(config, prompt_ids, self.tokenizer, vocab_size, device)
         self.active.append(request)
-        self.active.sort(key=lambda request: request.search is not None)  # the order that _choose expects
+        self.active.sort(key=has_beams)  # the order that _choose expects
         if handle.on_start:
             handle.on_start()
         return request

@@ -33,14 +33,17 @@ class ModelRunner:
 
     def prefill(self, slot: int, prompt: Prompt, max_new_tokens: int) -> Tensor:
         """Reads a prompt into a slot, with room for its answer. Logits of its first new token, (1, V)."""
-        needed = len(prompt.ids) + max_new_tokens
-        if needed > self.cache.length:
-            self.cache.grow_(round_up(needed))
+        self.make_room(len(prompt.ids) + max_new_tokens)
         prefix, start, pixels_N3SS = prompt.prefix, 0, prompt.pixels
         if prefix is not None and prefix.begins(prompt.ids):
             self.cache.write(slot, prefix.keys_LGTK, prefix.values_LGTK)
             start, pixels_N3SS = len(prefix.ids), prompt.pixels[len(prefix.pixels) :]
         return self._read(self.cache, slot, start, prompt.ids[start:], pixels_N3SS)
+
+    def make_room(self, length: int) -> None:
+        """Lets every slot hold at least `length` tokens."""
+        if length > self.cache.length:
+            self.cache.grow_(round_up(length))
 
     @torch.inference_mode()
     def encode_prefix(self, ids: tuple[int, ...], pixels_N3SS: Tensor) -> Prefix:

@@ -260,6 +260,20 @@ def test_a_prefix_is_encoded_once_and_used_by_many_prompts(model):
         assert run(engine, handle)[0].ids == alone(model, asked, SHORT).ids
 
 
+def test_requests_that_wait_with_the_same_prompt_read_it_once_and_are_answered_as_if_alone(model, monkeypatch):
+    engine, prompt = Engine(model, 5), image_prompt(model, 5, 7, 8)
+    configs = [GenerationConfig(max_new_tokens=6 + 200 * seed, temperature=1.0, seed=seed) for seed in range(3)]
+    configs.insert(1, GenerationConfig(max_new_tokens=6, num_beams=2))
+    reads, prefill = [], engine.runner.prefill
+    monkeypatch.setattr(engine.runner, "prefill", lambda *arguments: reads.append(1) or prefill(*arguments))
+    found = run(engine, *(submit(engine, prompt, config) for config in configs))
+    assert len(reads) == 1
+    assert len({answer.ids for answer in found}) == 4
+    for config, answer in zip(configs, found, strict=True):
+        other = Engine(model, config.num_beams)
+        assert run(other, submit(other, prompt, config)) == [answer]
+
+
 def test_a_prefix_that_a_prompt_does_not_begin_with_is_ignored(model):
     engine = Engine(model, 1)
     prefix = engine.runner.encode_prefix((4, 5), NO_IMAGE)
