@@ -17,7 +17,7 @@ from torch import Tensor
 from mmllm.data.order import sample_order
 from mmllm.data.samples import load_samples
 from mmllm.errors import DataError
-from mmllm.evaluation.captions import ngrams, weighted
+from mmllm.evaluation.cider import CiderD
 from mmllm.evaluation.ptb import words
 
 Captions = dict[str, tuple[str, ...]]  # by image name
@@ -80,9 +80,9 @@ def nearest(query_F: Tensor, others: dict[str, Tensor], count: int) -> list[str]
     return [names[i] for i in cosines_N.argsort(descending=True, stable=True)[:count].tolist()]
 
 
-def consensus(texts: Sequence[str], images_with: Counter, num_images: int) -> str:
+def consensus(texts: Sequence[str], scorer: CiderD) -> str:
     """The one of `texts` that is most like all of them, in CIDEr's n-grams and weights."""
-    vectors = [weighted(ngrams(words(text)), images_with, num_images) for text in texts]
+    vectors = [scorer.vector(words(text)).unit() for text in texts]
     together = Counter()
     for vector in vectors:
         for gram, weight in vector.items():
@@ -96,12 +96,10 @@ def copied(
 ) -> dict[str, list[str]]:
     """The neighbors' captions for each `tested` image: their consensus, and the first of the nearest."""
     known = {name: features[name] for name in training}
-    images_with = Counter(
-        gram for name in training for gram in set().union(*(ngrams(words(text)) for text in captions[name]))
-    )
+    scorer = CiderD([words(text) for text in captions[name]] for name in training)
     firsts, agreed = [], []
     for name in tested:
         near = nearest(features[name], known, NEIGHBORS)
         firsts.append(captions[near[0]][0])
-        agreed.append(consensus([text for other in near for text in captions[other]], images_with, len(training)))
+        agreed.append(consensus([text for other in near for text in captions[other]], scorer))
     return {f"{NEIGHBORS} neighbors": agreed, "nearest": firsts}

@@ -1,10 +1,10 @@
-"""Scores of captions (BLEU, ROUGE-L, CIDEr, METEOR), equal to the official ones; pycocoevalcap does the counting.
+"""Scores of captions (BLEU, ROUGE-L, CIDEr, METEOR), equal to the official ones.
 
 How a caption is split into words changes CIDEr by a sixth, so `ptb.words` comes first. CIDEr weighs words by how few of
 the evaluated images they belong to: scores of different sets cannot be compared, and that of a single image is 0.
+pycocoevalcap counts for BLEU and ROUGE-L; cider.py computes CIDEr.
 """
 
-import math
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mmllm.errors import RunError, UserError
+from mmllm.evaluation.cider import CiderD
 from mmllm.evaluation.ptb import words
 
 JAVA_TIMEOUT_S = 60  # to start and, beside a second per caption, for METEOR's work
@@ -22,7 +23,6 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
     """bleu_1 ... bleu_4, rouge_l and cider. UserError if no reference holds a word."""
     # imported here because VQA accuracy needs neither numpy nor pycocoevalcap
     from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
     candidate = {i: [words(text)] for i, text in enumerate(predictions)}
@@ -31,7 +31,8 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
         raise UserError("no reference holds a word")
     scores = {f"bleu_{n}": s for n, s in enumerate(Bleu(4).compute_score(truth, candidate, verbose=0)[0], 1)}
     scores["rouge_l"] = Rouge().compute_score(truth, candidate)[0]
-    scores["cider"] = Cider().compute_score(truth, candidate)[0]
+    cider = CiderD(list(truth.values())).scores([text for (text,) in candidate.values()], list(truth.values()))
+    scores["cider"] = sum(cider) / len(cider)
     return {name: float(score) for name, score in scores.items()}
 
 
@@ -75,37 +76,20 @@ def best_constant_caption(references: Sequence[Sequence[str]], finalists: int = 
     A model that does not beat it does not use its images. Scoring each of 5,000 captions would take an hour, so all are
     ranked by their similarity to the mean reference and only the best are scored.
     """
-    from pycocoevalcap.cider.cider import Cider
-
-    truth = {i: [words(text) for text in texts] for i, texts in enumerate(references)}
+    scorer = CiderD([[words(text) for text in texts] for texts in references])
     text_of = {words(text): text for texts in references for text in texts}
-    counts = {text: ngrams(text) for text in text_of}
-    images_with = Counter(gram for texts in truth.values() for gram in set().union(*(counts[text] for text in texts)))
-    weights = {text: weighted(counts[text], images_with, len(truth)) for text in counts}
+    vectors = {text: scorer.vector(text) for text in text_of}
+    truth = [[vectors[words(text)] for text in texts] for texts in references]
     mean = Counter()
-    for texts in truth.values():
-        for text in texts:
-            for gram, weight in weights[text].items():
+    for texts in truth:
+        for vector in texts:
+            for gram, weight in vector.unit().items():
                 mean[gram] += weight / len(texts)
 
     def similarity(text: str) -> float:
-        return sum(weight * mean[gram] for gram, weight in weights[text].items())
+        return sum(weight * mean[gram] for gram, weight in vectors[text].unit().items())
 
     def cider(text: str) -> float:
-        return Cider().compute_score(truth, dict.fromkeys(truth, [text]))[0]
+        return sum(scorer.score(vectors[text], texts) for texts in truth)
 
-    return text_of[max(sorted(weights, key=similarity)[-finalists:], key=cider)]
-
-
-def ngrams(text: str) -> Counter:
-    parts = text.split()
-    return Counter(tuple(parts[i : i + n]) for n in range(1, 5) for i in range(len(parts) - n + 1))
-
-
-def weighted(counts: Counter, images_with: Counter, num_images: int) -> dict[tuple, float]:
-    """CIDEr's tf-idf weights of the n-grams of a text, normalised to length 1 for each n."""
-    weights = {gram: count * math.log(num_images / images_with[gram]) for gram, count in counts.items()}
-    square = Counter()
-    for gram, weight in weights.items():
-        square[len(gram)] += weight**2
-    return {gram: weight / math.sqrt(square[len(gram)]) for gram, weight in weights.items() if weight}
+    return text_of[max(sorted(vectors, key=similarity)[-finalists:], key=cider)]

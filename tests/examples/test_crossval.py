@@ -1,6 +1,5 @@
 import json
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from examples.crossval import __main__ as command
 from examples.crossval.caption_space import CaptionSpace, each_by_the_others, noisy
 from examples.crossval.table import consensus, deal, nearest, read_captions, read_features, standardised
 from mmllm.errors import DataError, UserError
-from mmllm.evaluation.captions import ngrams, weighted
+from mmllm.evaluation.cider import CiderD
 from official import write_qwen
 
 THINGS, PLACES = ("dog", "boat", "bird"), ("grass", "sand", "water")
@@ -127,12 +126,12 @@ def test_the_nearest_images_are_those_of_the_highest_cosine():
 
 def test_the_consensus_is_the_caption_with_the_highest_cider_against_all():
     texts = ["a dog runs on grass", "a dog runs", "a dog runs on sand", "two cats"]
-    images_with = Counter({gram: 1 for text in texts for gram in ngrams(text)})
-    vectors = [weighted(ngrams(text), images_with, 10) for text in texts]
+    scorer = CiderD([texts, ["a park"], ["the sea"]])
+    vectors = [scorer.vector(text).unit() for text in texts]
     likeness = [
         sum(weight * other.get(gram, 0) for other in vectors for gram, weight in one.items()) for one in vectors
     ]
-    assert consensus(texts, images_with, 10) == texts[likeness.index(max(likeness))] == "a dog runs on grass"
+    assert consensus(texts, scorer) == texts[likeness.index(max(likeness))] == "a dog runs on grass"
 
 
 def test_standardisation_uses_the_training_images_alone():
