@@ -21,11 +21,11 @@ from starlette.types import Receive, Scope, Send
 
 from mmllm.serving.http import CLIENT_CLOSED_REQUEST, HttpError, cancel_on_disconnect, internal_error
 
-MAX_UNSENT_CHARACTERS = 64_000  # of a client that does not read
+MAX_UNSENT_CHARACTERS = 256_000  # of events for a client that does not read
 
 
-class TextStream:
-    """Pieces of text on their way from a task that produces them to a client.
+class EventQueue:
+    """Events on their way from a task that produces them to a client.
 
     If the client does not read, the task is cancelled once `MAX_UNSENT_CHARACTERS` wait for it.
     """
@@ -34,32 +34,34 @@ class TextStream:
         self.queue: asyncio.Queue[str | None] = asyncio.Queue()
         self.unsent = 0
 
-    def start(self, work: Coroutine[None, None, dict]) -> None:
+    def start(self, work: Coroutine[None, None, dict | None]) -> None:
+        """Begins `work`; what it returns, unless None, is the last event."""
         self.task = asyncio.create_task(work)
         self.task.add_done_callback(lambda _: self.queue.put_nowait(None))
 
-    def put(self, piece: str) -> None:
-        self.unsent += len(piece)
-        self.queue.put_nowait(piece)
+    def put(self, content: dict) -> None:
+        text = event(content)
+        self.unsent += len(text)
+        self.queue.put_nowait(text)
         if self.unsent > MAX_UNSENT_CHARACTERS:
             self.task.cancel()
 
     async def get(self) -> str | None:
-        """The next piece, or None when the task is done."""
-        piece = await self.queue.get()
-        self.unsent -= len(piece or "")
-        return piece
+        """The text of the next event, or None when the task is done."""
+        text = await self.queue.get()
+        self.unsent -= len(text or "")
+        return text
 
 
 class EventStream(StreamingResponse):
-    """Sends `first`, the pieces after it, and the result or error of the task behind them.
+    """Sends `first`, the events after it, and the result or error of the task behind them.
 
-    While no piece arrives, a comment every `ping_s` seconds keeps the connection open. The task is cancelled when the
+    While no event arrives, a comment every `ping_s` seconds keeps the connection open. The task is cancelled when the
     client leaves.
     """
 
-    def __init__(self, request: Request, first: str | None, stream: TextStream, ping_s: float):
-        self.request, self.first, self.stream, self.ping_s = request, first, stream, ping_s
+    def __init__(self, request: Request, first: str | None, queue: EventQueue, ping_s: float):
+        self.request, self.first, self.queue, self.ping_s = request, first, queue, ping_s
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events(), headers=headers)
 
@@ -69,26 +71,24 @@ class EventStream(StreamingResponse):
         except ClientDisconnect:
             scope["log"]["status"] = CLIENT_CLOSED_REQUEST
         finally:
-            self.stream.task.cancel()
+            self.queue.task.cancel()
 
     async def _events(self) -> AsyncIterator[str]:
-        piece, task = self.first, self.stream.task
-        while piece is not None:
-            if piece:
-                yield event({"delta": piece})
+        text, task = self.first, self.queue.task
+        while text is not None:
+            yield text
             try:
                 async with asyncio.timeout(self.ping_s):
-                    piece = await self.stream.get()
+                    text = await self.queue.get()
             except TimeoutError:
-                yield ": ping\n\n"
-                piece = ""
+                text = ": ping\n\n"
         if task.cancelled():
             return
         error = task.exception()
-        if error is None:
-            yield event(task.result())
-        else:
+        if error is not None:
             yield event((error if isinstance(error, HttpError) else internal_error(self.request)).body)
+        elif task.result() is not None:
+            yield event(task.result())
         yield "data: [DONE]\n\n"
         if error is not None and not isinstance(error, HttpError):
             raise error  # for the log

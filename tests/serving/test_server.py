@@ -544,7 +544,7 @@ def test_text_does_not_wait_behind_images(pipeline, monkeypatch):
         may_go_on.wait()
         return decode(data, name, **options)
 
-    monkeypatch.setattr("mmllm.serving.app.decode", slow_decode)
+    monkeypatch.setattr("mmllm.serving.service.decode", slow_decode)
     with serving(pipeline) as server, ThreadPoolExecutor(2) as others:
         waiting = [others.submit(server.chat, image_base64=BASE64) for _ in range(2)]
         for _ in waiting:

@@ -11,7 +11,7 @@ import torch
 from starlette.testclient import TestClient
 
 from mmllm.inference.pipeline import load_pipeline
-from mmllm.serving.events import MAX_UNSENT_CHARACTERS, EventStream, TextStream
+from mmllm.serving.events import MAX_UNSENT_CHARACTERS, EventQueue, EventStream
 from mmllm.serving.http import HttpError
 from official import write_model
 from server_process import (
@@ -253,8 +253,8 @@ def sent_until(text: str, work, ping_s: float = 60) -> str:
     """What a stream sends, up to the message that contains `text`."""
 
     async def scene() -> str:
-        stream, bodies = TextStream(), []
-        stream.start(work)
+        queue, bodies = EventQueue(), []
+        queue.start(work)
 
         async def send(message: dict) -> None:
             bodies.append(message.get("body", b"").decode())
@@ -262,7 +262,7 @@ def sent_until(text: str, work, ping_s: float = 60) -> str:
                 raise EOFError
 
         with pytest.raises(EOFError):
-            await EventStream(ConnectedClient(), "", stream, ping_s)({"log": {}}, None, send)
+            await EventStream(ConnectedClient(), "", queue, ping_s)({"log": {}}, None, send)
         return "".join(bodies)
 
     return asyncio.run(scene())
@@ -285,11 +285,11 @@ def test_a_failure_in_a_stream_has_our_own_message(error, code):
 
 def test_work_for_a_client_who_does_not_read_is_cancelled():
     async def scene() -> tuple[int, int]:
-        stream = TextStream()
-        stream.start(asyncio.sleep(100))
-        stream.put("x" * MAX_UNSENT_CHARACTERS)
-        before = stream.task.cancelling()
-        stream.put("x")
-        return before, stream.task.cancelling()
+        queue = EventQueue()
+        queue.start(asyncio.sleep(100))
+        queue.put({"delta": "x" * (MAX_UNSENT_CHARACTERS - 50)})
+        before = queue.task.cancelling()
+        queue.put({"delta": "x" * 50})
+        return before, queue.task.cancelling()
 
     assert asyncio.run(scene()) == (0, 1)
