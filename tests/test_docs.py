@@ -33,6 +33,8 @@ NOT_RUN = {  # the beginning of a command line: why it is not run here
     "torchrun": "needs several processes; tests/training/test_distributed.py starts it",
     "python -m benchmarks": "minutes at full size; tests/benchmarks runs it on tiny models",
     "pip install": "needs the network",
+    "uvicorn serve:app": "starts several processes; tests/serving/test_workers.py does, too",
+    "gunicorn serve:app": "starts several processes; tests/serving/test_workers.py does, too",
     "python -m examples.caption_with_ray": "needs Ray; tests/examples runs it where Ray is installed",
     "python -m examples.crossval": "needs a table of embeddings; tests/examples runs it on a small one",
 }

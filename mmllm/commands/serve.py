@@ -2,7 +2,8 @@
 
     mmllm serve                                   # the newest model under outputs/, on http://127.0.0.1:8000
     mmllm serve --model models/start --port 8001
-    uvicorn mmllm.commands.serve:app              # the same, run by uvicorn; one process, never --workers
+    uvicorn serve:app --workers 4                 # the same in several processes, which share weights and conversations
+    gunicorn serve:app -w 4 -k uvicorn.workers.UvicornWorker
 
     curl -X POST "http://localhost:8000/caption" -F "image=@image.jpg" -F "prompt=Describe this image"
 
@@ -31,12 +32,44 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def __getattr__(name: str) -> object:
-    """`app` for uvicorn, made when it is asked for: importing this module does nothing."""
-    if name != "app":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class WorkerApp:
+    """The application of a process that uvicorn or gunicorn started: made when that process is ready to serve."""
+
+    app = None
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "lifespan":
+            try:
+                self.app = make_worker_app()
+            except (UserError, RunError) as error:
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": f"error: {error}"})
+                return
+        if self.app is None:
+            raise RunError("the application was never started; start the server without --lifespan off")
+        await self.app(scope, receive, send)
+
+
+app = WorkerApp()
+
+
+def make_worker_app():
+    """The application of one of the processes of uvicorn or gunicorn, which share threads, weights and conversations."""
     limit_threads()  # main() of mmllm has not run
-    return make_app(settings_for({}))
+    import torch
+
+    from mmllm.serving.conversations import shared_folder
+    from mmllm.serving.server import adopt_, running_server, workers_of
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    server, settings = running_server(), settings_for({})
+    workers = workers_of(server)
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        settings = settings.model_copy(update={"state": settings.state or shared_folder()})
+    app = make_app(settings, is_shared=workers > 1)
+    adopt_(server, app, settings)
+    return app
 
 
 def settings_for(flags: dict[str, object]):
@@ -48,17 +81,25 @@ def settings_for(flags: dict[str, object]):
     return settings.model_copy(update={"model": settings.model or str(default_model())})
 
 
-def make_app(settings):
+def make_app(settings, *, is_shared: bool = False):
+    """The server's application; `is_shared`: other processes serve the same model."""
     from mmllm.inference.pipeline import load_pipeline
     from mmllm.kernels import cpu as kernels
     from mmllm.runtime.device import choose_device
+    from mmllm.runtime.memory import return_freed_memory
     from mmllm.serving.app import create_app
 
     def load():
         # on a CPU float32 gains nothing from answering side by side; our int8 products do
         is_cpu = choose_device(settings.device).type == "cpu"
         dtype = settings.dtype or ("int8" if is_cpu and kernels.native() else None)
-        pipeline = load_pipeline(settings.model, device=settings.device, dtype=dtype)
+        source = settings.model
+        if is_shared and is_cpu and dtype == "int8":
+            from mmllm.inference.int8_copy import int8_copy
+
+            source = int8_copy(source)
+        pipeline = load_pipeline(source, device=settings.device, dtype=dtype)
+        return_freed_memory()
         if dtype != settings.dtype:
             log = logging.getLogger("mmllm.serving")
             log.info("weights in int8, the server's default on a CPU (--dtype float32 for full precision)")

@@ -39,11 +39,18 @@ def keep_freed_memory(device: torch.device) -> None:
     glibc returns each freed block of over 32 MB at once, and fresh pages are slow: up to 2 of the 4 seconds of a step.
     Without glibc nothing changes.
     """
+    return_freed_memory()
     libc = _glibc() if device.type == "cpu" else None
     if libc:
-        libc.malloc_trim(0)
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Gives the system what was freed, which glibc keeps for later: after a load, hundreds of megabytes."""
+    libc = _glibc()
+    if libc:
+        libc.malloc_trim(0)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Service:
     def __init__(self, load: Callable[[], MultimodalInferencePipeline], settings: Settings):
         self.settings = settings
         self.worker = Worker(load, settings.slots, settings.max_context)
-        self.conversations = Conversations(settings.conversations, settings.conversation_ttl_s)
+        self.conversations = Conversations(settings.conversations, settings.conversation_ttl_s, settings.state)
         self.bodies = http.BodyReader(settings)
         self.image_threads = worker_pool(2, "images")
         self.text_threads = worker_pool(1, "text")  # of its own: text never waits behind images
@@ -68,6 +68,7 @@ class Service:
         self.worker.stop()
         if not self.worker.is_loading:  # a load cannot be interrupted
             await asyncio.to_thread(self.worker.thread.shutdown)
+        self.conversations.close()
         self.image_threads.shutdown(wait=False, cancel_futures=True)
         self.text_threads.shutdown(wait=False, cancel_futures=True)
 

@@ -41,6 +41,7 @@ class Settings(BaseModel):
     max_context: Count = 2048  # tokens of prompt and answer; a prompt is read in one step, which cannot be interrupted
     conversations: Count = 1000  # each holds its text and one image of 224 x 224: at most 150 kB
     conversation_ttl_s: Amount = 3600
+    state: Path | None = None  # folder of the conversations; None: in memory, or where several workers find them
     header_timeout_s: Amount = 10
     body_timeout_s: Amount = 30
     queue_timeout_s: Amount = 30

@@ -1,0 +1,48 @@
+"""int8 weights that several processes hold once, because each maps the same file."""
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmllm.inference.optimize import make_int8_
+from mmllm.models.loading import read_info
+from mmllm.models.multimodal import MultimodalLLM
+from mmllm.runtime.console import stderr
+from mmllm.runtime.machine import cache_folder
+from mmllm.storage.atomic import reported
+from mmllm.storage.weights import locate
+
+
+def int8_copy(source: str | Path) -> Path:
+    """The model directory `source` in int8: itself if it is, else a copy in the user's cache folder, made once.
+
+    One copy of each directory is kept; it is made again when a file of the directory has changed.
+    """
+    folder = locate(source).resolve()
+    if read_info(folder).is_packed:
+        return folder
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
+    of_folder, of_files = (hashlib.sha256(repr(value).encode()).hexdigest()[:16] for value in (str(folder), files))
+    copies = cache_folder() / "int8"
+    copy = copies / f"{of_folder}-{of_files}"
+    with reported(copies), locked_file(copies / f"{of_folder}.lock"):
+        if not copy.exists():
+            stderr(f"writing {folder.name} in int8 once, to {copy}, for all workers")
+            for old in copies.glob(f"{of_folder}-*"):
+                shutil.rmtree(old)
+            model = MultimodalLLM.from_pretrained(folder, dtype=None)
+            make_int8_(model)
+            model.save_pretrained(copy)
+    return copy
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Waits until no other process holds the lock of this file, then holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
