@@ -17,7 +17,8 @@ from mmllm.data.records import CAPTION_PROMPT
 from mmllm.errors import DataError, UserError
 from mmllm.evaluation.captions import best_constant_caption
 from mmllm.evaluation.evaluator import MultimodalEvaluator
-from mmllm.evaluation.results import make_directory, table, write_results
+from mmllm.evaluation.predictions import make_directory, write_results
+from mmllm.evaluation.results import table
 from mmllm.inference.engine import generate
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import GenerationConfig, Prompt

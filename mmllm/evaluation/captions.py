@@ -2,38 +2,68 @@
 
 How a caption is split into words changes CIDEr by a sixth, so `ptb.words` comes first. CIDEr weighs words by how few of
 the evaluated images they belong to: scores of different sets cannot be compared, and that of a single image is 0.
-pycocoevalcap counts for BLEU and ROUGE-L; cider.py computes CIDEr.
+pycocoevalcap counts for BLEU and ROUGE-L, cider.py computes CIDEr.
 """
 
+import math
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmllm.errors import RunError, UserError
 from mmllm.evaluation.cider import CiderD
 from mmllm.evaluation.ptb import words
+
+if TYPE_CHECKING:
+    import numpy as np
 
 JAVA_TIMEOUT_S = 60  # to start and, beside a second per caption, for METEOR's work
 
 
 def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """bleu_1 ... bleu_4, rouge_l and cider. UserError if no reference holds a word."""
+    return scores_of_sums(caption_rows(predictions, references).sum(axis=0))
+
+
+def caption_rows(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> "np.ndarray":
+    """For each caption the numbers whose sums make the scores: matched and predicted n-grams (4 + 4), its length and that
+    of its reference, ROUGE-L, CIDEr, and 1."""
     # imported here because VQA accuracy needs neither numpy nor pycocoevalcap
-    from pycocoevalcap.bleu.bleu import Bleu
+    import numpy as np
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.rouge.rouge import Rouge
 
-    candidate = {i: [words(text)] for i, text in enumerate(predictions)}
-    truth = {i: [words(text) for text in texts] for i, texts in enumerate(references)}
-    if not any(text for texts in truth.values() for text in texts):
+    candidates, truth = list(map(words, predictions)), [list(map(words, texts)) for texts in references]
+    if not any(text for texts in truth for text in texts):
         raise UserError("no reference holds a word")
-    scores = {f"bleu_{n}": s for n, s in enumerate(Bleu(4).compute_score(truth, candidate, verbose=0)[0], 1)}
-    scores["rouge_l"] = Rouge().compute_score(truth, candidate)[0]
-    cider = CiderD(list(truth.values())).scores([text for (text,) in candidate.values()], list(truth.values()))
-    scores["cider"] = sum(cider) / len(cider)
-    return {name: float(score) for name, score in scores.items()}
+    bleu, rouge = BleuScorer(n=4), Rouge()
+    for pair in zip(candidates, truth, strict=True):
+        bleu += pair
+    counts = [
+        [*row["correct"], *row["guess"], row["testlen"], min((abs(n - row["testlen"]), n) for n in row["reflen"])[1]]
+        for row in bleu.ctest
+    ]
+    overlap = [rouge.calc_score([text], texts) for text, texts in zip(candidates, truth, strict=True)]
+    cider = CiderD(truth).scores(candidates, truth)
+    return np.column_stack([np.array(counts, float), overlap, cider, np.ones(len(truth))])
+
+
+def scores_of_sums(sums: "np.ndarray") -> dict[str, float]:
+    """The scores of a set of captions by the sum of its `caption_rows`."""
+    correct, guess, (length, reference_length, rouge, cider, count) = sums[:4], sums[4:8], sums[8:]
+    ratio = (length + 1e-15) / (reference_length + 1e-9)  # the small numbers are those of the official code
+    scores, product = {}, 1.0
+    for n in range(4):
+        product *= (correct[n] + 1e-15) / (guess[n] + 1e-9)
+        scores[f"bleu_{n + 1}"] = product ** (1 / (n + 1)) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1)
+    return {name: float(score) for name, score in scores.items()} | {
+        "rouge_l": float(rouge / count),
+        "cider": float(cider / count),
+    }
 
 
 @cache
@@ -68,6 +98,20 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> f
         return float(run(("EVAL", *statistics))[-1])  # a line per caption, then the score of all
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
         raise RunError(f"METEOR's Java program failed; try `{' '.join(command)}`, or leave METEOR out") from error
+
+
+def spice(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """SPICE, by the Java program in pycocoevalcap, which downloads its parser (400 MB) once. RunError if it fails."""
+    from pycocoevalcap.spice.spice import Spice
+
+    candidate = {i: [words(text)] for i, text in enumerate(predictions)}
+    truth = {i: [words(text) for text in texts] for i, texts in enumerate(references)}
+    try:
+        return float(Spice().compute_score(truth, candidate)[0])
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise RunError(
+            f"SPICE's Java program failed ({error}); it was written for Java 8, or leave SPICE out"
+        ) from error
 
 
 def best_constant_caption(references: Sequence[Sequence[str]], finalists: int = 20) -> str:

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 
 from mmllm.errors import RunError, UserError
-from mmllm.evaluation.captions import caption_scores, java_fault, meteor
+from mmllm.evaluation.captions import caption_scores, java_fault, meteor, spice
 from mmllm.evaluation.vqa import PEOPLE, vqa_accuracy, vqa_accuracy_normalised
 from mmllm.runtime.console import stderr_rank0
 
@@ -16,27 +16,30 @@ class MultimodalEvaluator:
         print(f"BLEU-4: {results['bleu_4']:.4f}")
 
     `meteor` None: METEOR too where Java works. True: UserError where it does not. Where Java is there but broken, or METEOR
-    fails later, a line on stderr says so and METEOR is left out: the other scores are not lost.
+    fails later, a line on stderr says so and METEOR is left out: the other scores are not lost. `spice` True: SPICE in the
+    same way; it is slow, so never without being asked for.
     """
 
-    def __init__(self, meteor: bool | None = None):
+    def __init__(self, meteor: bool | None = None, spice: bool = False):
         java = shutil.which("java")
-        fault = "" if meteor is False else java_fault(java)
-        if fault and meteor:
-            raise UserError(f"METEOR is a Java program and {fault}; install Java, or leave METEOR out")
+        fault = java_fault(java) if spice or meteor is not False else ""
+        if fault and (meteor or spice):
+            name = "METEOR" if meteor else "SPICE"
+            raise UserError(f"{name} is a Java program and {fault}; install Java, or leave {name} out")
         if fault and java:
             stderr_rank0(f"METEOR is left out: {fault}")
-        self.meteor = meteor is not False and not fault
+        self.meteor, self.spice = meteor is not False and not fault, spice
 
     def evaluate_captioning(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        """bleu_1 ... bleu_4, rouge_l, cider and perhaps meteor of one prediction per image."""
+        """bleu_1 ... bleu_4, rouge_l, cider and perhaps meteor and spice of one prediction per image."""
         check_pairs(predictions, references, "references")
         scores = caption_scores(predictions, references)
-        if self.meteor:
-            try:
-                scores["meteor"] = meteor(predictions, references)
-            except RunError as error:
-                stderr_rank0(f"METEOR is left out: {error}")
+        for is_wanted, name, measure in ((self.meteor, "meteor", meteor), (self.spice, "spice", spice)):
+            if is_wanted:
+                try:
+                    scores[name] = measure(predictions, references)
+                except RunError as error:
+                    stderr_rank0(f"{name.upper()} is left out: {error}")
         return scores
 
     def evaluate_vqa(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -1,87 +1,92 @@
-"""An evaluation: what predictions score, the result files of COCO and VQAv2, and the table on the console."""
+"""What predictions score, and the table on the console."""
 
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
-from mmllm.errors import UserError
-from mmllm.evaluation.captions import best_constant_caption
+from mmllm.evaluation.captions import best_constant_caption, caption_rows, scores_of_sums
 from mmllm.evaluation.evaluator import MultimodalEvaluator
-from mmllm.evaluation.tasks import Task, predict, with_other_images
+from mmllm.evaluation.predictions import Predictions, write_predictions
+from mmllm.evaluation.tasks import Task
 from mmllm.evaluation.vqa import PEOPLE, is_answer, vqa_accuracy, vqa_accuracy_normalised
-from mmllm.inference.pipeline import MultimodalInferencePipeline
-from mmllm.inference.request import GenerationConfig
-from mmllm.runtime.files import write_json
 
 Rules = dict[str, Callable[[str, tuple[str, ...]], float]]  # name of a score: the score of an answer and its references
+BY_PEOPLE: Rules = {"vqa_accuracy": vqa_accuracy, "vqa_accuracy_normalised": vqa_accuracy_normalised}
+BY_REFERENCE: Rules = {"accuracy": is_answer, "exact_match": lambda text, references: text in references}
 
 
-def evaluate(
-    pipeline: MultimodalInferencePipeline,
+def score_runs(
     tasks: list[Task],
-    config: GenerationConfig,
+    runs: dict[str, Predictions],
     out: Path,
-    about: dict,
     *,
     evaluator: MultimodalEvaluator,
-    slots: int,
-    shuffle_seed: int | None,
     has_constant: bool,
-) -> dict:
-    """Asks everything with the true images and with exchanged ones, and scores the answers.
+) -> dict[str, dict]:
+    """The scores of each run, of which the first has the true images; writes its predictions to `out`.
 
-    Writes predictions and scores.json to `out`; returns the content of scores.json, which begins with `about`.
-
-    `shuffle_seed` None does not ask again with exchanged images. `evaluator` scores the true images; METEOR, which is
-    slow, is for them alone. `unreadable` in the result names the tasks that were left out.
+    METEOR, SPICE and intervals are for the true images alone.
     """
-    runs = {"true images": tasks}
-    if shuffle_seed is not None:
-        if others := with_other_images(tasks, shuffle_seed):
-            runs["shuffled images"] = others
-        else:
-            print("fewer than two images: there is nothing to exchange")
-    without_meteor = MultimodalEvaluator(meteor=False)
-    scores, unreadable, seconds = {}, set(), 0.0
-    for name, asked in runs.items():
-        start = time.perf_counter()
-        predictions = predict(pipeline, asked, config, slots, name)
-        seconds += time.perf_counter() - start
-        unreadable |= {task.id for task, text in zip(tasks, predictions, strict=True) if text is None}
-        write_predictions(out, tasks, predictions, suffix="" if asked is tasks else "_shuffled")
-        scores[name] = score(tasks, predictions, evaluator if asked is tasks else without_meteor)
-    if has_constant:
-        scores["best constant"] = score(tasks, constant_predictions(tasks), without_meteor)
-    result = about | {"generation": asdict(config), "seconds": round(seconds, 1)}
-    result |= {"unreadable": sorted(unreadable), "scores": scores}
-    write_results(out / "scores.json", result)
-    return result
-
-
-def score(tasks: list[Task], predictions: list[str | None], evaluator: MultimodalEvaluator) -> dict[str, dict]:
-    """Scores of the captions, of the questions that several people answered ("vqa"), and of the others ("answers").
-
-    Each part has its `count`, questions also `by_kind`. A task without prediction or references is not scored.
-    """
-    pairs = [
-        (task, text) for task, text in zip(tasks, predictions, strict=True) if task.references and text is not None
-    ]
-    captions = [(task, text) for task, text in pairs if task.is_caption]
-    by_people = [(task, text) for task, text in pairs if not task.is_caption and len(task.references) >= PEOPLE]
-    others = [(task, text) for task, text in pairs if not task.is_caption and len(task.references) < PEOPLE]
+    plain = MultimodalEvaluator(meteor=False)
     scores = {}
-    if captions:
-        measured = evaluator.evaluate_captioning([text for _, text in captions], [t.references for t, _ in captions])
-        scores["captions"] = {"count": len(captions)} | measured
-    if by_people:
-        rules = {"vqa_accuracy": vqa_accuracy, "vqa_accuracy_normalised": vqa_accuracy_normalised}
-        scores["vqa"] = mean_by_kind(by_people, rules)
-    if others:
-        scores["answers"] = mean_by_kind(others, {"accuracy": is_answer})
+    for name, predictions in runs.items():
+        is_first = not scores
+        write_predictions(out, tasks, predictions, suffix="" if is_first else f"_{name.split()[0]}")
+        scores[name] = score(tasks, predictions, evaluator if is_first else plain)
+        if is_first:
+            for part, found in score_intervals(tasks, predictions).items():
+                scores[name][part]["interval"] = found
+    if has_constant:
+        scores["best constant"] = score(tasks, constant_predictions(tasks), plain)
     return scores
+
+
+def parts(tasks: list[Task], predictions: Predictions) -> dict[str, list[tuple[Task, str]]]:
+    """The captions, the questions that several people answered ("vqa"), and the others ("answers"), as far as there are
+    any. A task without prediction or references is in none."""
+    found = defaultdict(list)
+    for task, text in zip(tasks, predictions, strict=True):
+        if task.references and text is not None:
+            is_vqa = len(task.references) >= PEOPLE
+            found["captions" if task.is_caption else "vqa" if is_vqa else "answers"].append((task, text))
+    return {part: found[part] for part in ("captions", "vqa", "answers") if part in found}
+
+
+def rules_of(part: str) -> Rules:
+    return BY_PEOPLE if part == "vqa" else BY_REFERENCE
+
+
+def score(tasks: list[Task], predictions: Predictions, evaluator: MultimodalEvaluator) -> dict[str, dict]:
+    """The scores of each of `parts`, with its `count`, of questions also `by_kind`."""
+    scores = {}
+    for part, pairs in parts(tasks, predictions).items():
+        if part == "captions":
+            measured = evaluator.evaluate_captioning([text for _, text in pairs], [t.references for t, _ in pairs])
+            scores[part] = {"count": len(pairs)} | measured
+        else:
+            scores[part] = mean_by_kind(pairs, rules_of(part))
+    return scores
+
+
+def score_intervals(tasks: list[Task], predictions: Predictions) -> dict[str, dict[str, list[float]]]:
+    """The 95 % intervals of the scores of each of `parts`."""
+    import numpy as np
+
+    from mmllm.evaluation.bootstrap import intervals
+
+    found = {}
+    for part, pairs in parts(tasks, predictions).items():
+        if part == "captions":
+            rows, measure = caption_rows([text for _, text in pairs], [t.references for t, _ in pairs]), scores_of_sums
+        else:
+            rules = rules_of(part)
+            rows = np.array([[*(rule(text, task.references) for rule in rules.values()), 1] for task, text in pairs])
+
+            def measure(sums: np.ndarray, names: Rules = rules) -> dict[str, float]:
+                return dict(zip(names, sums[:-1] / sums[-1], strict=True))
+
+        found[part] = intervals(rows, [task.images or task.id for task, _ in pairs], measure)
+    return found
 
 
 def mean_by_kind(pairs: list[tuple[Task, str]], rules: Rules) -> dict:
@@ -108,40 +113,6 @@ def constant_predictions(tasks: list[Task]) -> list[str]:
     return [caption if task.is_caption else common.get(task.kind, "") for task in tasks]
 
 
-def write_predictions(out: Path, tasks: list[Task], predictions: list[str | None], suffix: str) -> None:
-    """Writes captions.json as COCO's server wants it and answers.json as VQAv2's does, if there are any."""
-    pairs = [(task, text) for task, text in zip(tasks, predictions, strict=True) if text is not None]
-    captions = [{"image_id": number_or_name(task.id), "caption": text} for task, text in pairs if task.is_caption]
-    answers = [{"question_id": number_or_name(task.id), "answer": text} for task, text in pairs if not task.is_caption]
-    for name, results in (("captions", captions), ("answers", answers)):
-        path = out / f"{name}{suffix}.json"
-        path.unlink(missing_ok=True)  # of an earlier evaluation
-        if results:
-            write_results(path, results)
-
-
-def number_or_name(name: str) -> int | str:
-    return int(name) if name.isdecimal() else name
-
-
-def make_directory(path: Path) -> None:
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
-def write_results(path: Path, content: object) -> None:
-    with writing(path):
-        write_json(path, content)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written, {error.strerror}; name another folder with --out") from error
-
-
 def table(rows: dict[str, dict]) -> list[str]:
     """The lines of the scores: a block for the captions, and one for each kind of scoring of answers."""
     lines = []
@@ -154,10 +125,16 @@ def table(rows: dict[str, dict]) -> list[str]:
         cells = [[f"{part} ({first['count']})", *columns]]
         for name, values in found.items():
             cells.append([name, *(f"{values[column]:.4f}" if column in values else "-" for column in columns)])
+            if bounds := rows[name][part].get("interval"):
+                cells.append(["  95 % of resampled sets", *(between(bounds.get(column)) for column in columns)])
         lines += ["", *aligned(cells)]
         if part == "captions" and first["count"] == 1:
             lines.append("CIDEr of a single image is 0 by its definition")
     return [*lines, ""] if lines else ["no sample has a reference: nothing to score", ""]
+
+
+def between(bounds: list[float] | None) -> str:
+    return f"{bounds[0]:.3f}-{bounds[1]:.3f}" if bounds else ""
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -172,4 +149,4 @@ def with_kinds(scores: dict) -> dict[str, float]:
     """The scores of a part, with a column for each kind of question."""
     accuracy = "accuracy" if "accuracy" in scores else "vqa_accuracy"
     kinds = {kind: values[accuracy] for kind, values in scores.get("by_kind", {}).items()}
-    return {name: value for name, value in scores.items() if name != "by_kind"} | kinds
+    return {name: value for name, value in scores.items() if name not in ("by_kind", "interval")} | kinds

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
+
 from mmllm.data.batches import prefetch
 from mmllm.data.chat import Message
 from mmllm.data.checks import image_fault
@@ -15,7 +17,9 @@ from mmllm.errors import DataError, ImageError
 from mmllm.inference.engine import generate
 from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import GenerationConfig, Prompt
-from mmllm.runtime.console import progress, stderr
+from mmllm.runtime.console import stderr
+
+CLIP_MEAN = (123, 117, 104)  # of the pixels that CLIP was trained on: what normalisation turns into zeros
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,19 @@ def with_other_images(tasks: list[Task], seed: int) -> list[Task]:
     return [replace(task, images=tuple(other[path] for path in task.images)) for task in tasks]
 
 
-def predict(
-    pipeline: MultimodalInferencePipeline, tasks: list[Task], config: GenerationConfig, slots: int, what: str
-) -> list[str | None]:
-    """The model's answers in the order of the tasks, `slots` of them at a time; images are read a few tasks ahead.
+def with_blank_images(tasks: list[Task], path: Path) -> list[Task]:
+    """The tasks with every image replaced by one of a single color, CLIP's mean, which is written to `path`."""
+    Image.new("RGB", (224, 224), CLIP_MEAN).save(path)
+    return [replace(task, images=(path,) * len(task.images)) for task in tasks]
 
-    None where an image cannot be decoded, which a line on stderr says: the other answers are not lost.
+
+def predict(
+    pipeline: MultimodalInferencePipeline, tasks: list[Task], config: GenerationConfig, slots: int
+) -> Iterator[tuple[Task, str | None]]:
+    """The model's answer to each task, in order, `slots` of them at a time; images are read a few tasks ahead.
+
+    None where an image cannot be decoded, which a line on stderr says: the other answers are not lost. An answer does not
+    depend on the tasks beside it.
     """
 
     def read(number: int) -> Prompt | ImageError:
@@ -94,18 +105,19 @@ def predict(
         except ImageError as error:
             return error
 
-    asked: deque[int] = deque()
+    pending: deque[tuple[Task, ImageError | None]] = deque()  # in the order of the answers, errors between them
 
     def prompts() -> Iterator[Prompt]:
-        for number, prompt in enumerate(prefetch(read, range(len(tasks)), num_workers=2)):
+        for task, prompt in zip(tasks, prefetch(read, range(len(tasks)), num_workers=2), strict=True):
             if isinstance(prompt, ImageError):
-                stderr(f"warning: {tasks[number].id} is left out: {prompt}")
+                stderr(f"warning: {task.id} is left out: {prompt}")
+                pending.append((task, prompt))
             else:
-                asked.append(number)
+                pending.append((task, None))
                 yield prompt
 
-    answers: list[str | None] = [None] * len(tasks)
-    generated = generate(pipeline.model, prompts(), config, slots=slots, is_exact=False)
-    for answer in progress(generated, len(tasks), what):
-        answers[asked.popleft()] = answer.text.strip()
-    return answers
+    for answer in generate(pipeline.model, prompts(), config, slots=slots):
+        while pending[0][1]:
+            yield pending.popleft()[0], None
+        yield pending.popleft()[0], answer.text.strip()
+    yield from ((task, None) for task, _ in pending)

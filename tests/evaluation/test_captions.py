@@ -109,6 +109,27 @@ def test_java_that_fails_later_costs_meteor_and_not_the_other_scores(fake_java, 
     assert "METEOR is left out: METEOR's Java program failed" in capsys.readouterr().err
 
 
+SPICE_JAVA = """
+[ "$1" = -version ] && { echo version 8; exit; }
+while [ "$1" != -out ]; do shift; done
+echo '[{"image_id": 0, "scores": {"All": {"f": 0.25}}}, {"image_id": 1, "scores": {"All": {"f": 0.5}}}]' > $2
+"""
+
+
+def test_spice_is_what_its_program_writes_and_is_left_out_where_it_fails(fake_java, monkeypatch, capsys):
+    monkeypatch.setattr("pycocoevalcap.spice.spice.get_stanford_models", lambda: None)  # a download of 400 MB
+    fake_java(SPICE_JAVA)
+    captions = ["a cat", "a dog"], [["a cat"], ["the dog"]]
+    assert MultimodalEvaluator(meteor=False, spice=True).evaluate_captioning(*captions)["spice"] == 0.375
+    fake_java('[ "$1" = -version ] && echo version 17')
+    scores = MultimodalEvaluator(meteor=False, spice=True).evaluate_captioning(*captions)
+    assert scores["cider"] > 0 and "spice" not in scores
+    assert "SPICE is left out: SPICE's Java program failed" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="SPICE is a Java program and there is no `java` here"):
+        MultimodalEvaluator(spice=True)
+
+
 def test_an_empty_prediction_scores_nothing_and_breaks_nothing(evaluator):
     scores = evaluator.evaluate_captioning(["", "a dog"], [["a cat"], ["a dog"]])
     assert 0 < scores["bleu_1"] < 1

@@ -27,7 +27,11 @@ def test_answers_are_scored_exactly_and_by_kind_or_by_the_rule_of_vqa():
     assert scores["answers"] == {
         "count": 3,
         "accuracy": pytest.approx(2 / 3),
-        "by_kind": {"color": {"count": 2, "accuracy": 0.5}, "count": {"count": 1, "accuracy": 1.0}},
+        "exact_match": 0.0,  # red is not "Red."
+        "by_kind": {
+            "color": {"count": 2, "accuracy": 0.5, "exact_match": 0.0},
+            "count": {"count": 1, "accuracy": 1.0, "exact_match": 0.0},
+        },
     }
     assert scores["vqa"] == {"count": 1, "vqa_accuracy": 0.0, "vqa_accuracy_normalised": 1.0}
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from conftest import ROOT
 from mmllm.commands import evaluate
 from mmllm.errors import DataError, RunError, UserError
+from mmllm.evaluation import predictions
 from official import write_model
 
 COLOURS = {"red.png": "#ff0000", "green.png": "#00ff00", "blue.png": "#0000ff"}
@@ -112,3 +114,88 @@ def test_an_image_that_breaks_in_the_middle_is_left_out_and_the_other_answers_ar
     ]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["unreadable"] == ["1", "101"] and scores["scores"]["true images"]["captions"]["count"] == 2
+
+
+def run(folder, out, *options) -> dict:
+    evaluate.main([f"--data={folder / 'data.json'}", f"--out={out}", *map(str, options)])
+    return json.loads((out / "scores.json").read_text())
+
+
+def with_model(folder) -> list[str]:
+    return [f"--model={folder / 'model'}", "--max-new-tokens=4", "--device=cpu"]
+
+
+def test_stored_predictions_score_the_same_without_a_model(folder, tmp_path):
+    found = run(folder, tmp_path / "model", *with_model(folder), "--no-shuffled")
+    files = [tmp_path / "model" / name for name in ("captions.json", "answers.json")]
+    again = run(folder, tmp_path / "stored", "--predictions", *files, "--constant")
+    assert again["scores"]["true images"] == found["scores"]["true images"]
+    assert list(again["scores"]) == ["true images", "best constant"]
+
+
+def test_a_prediction_that_is_missing_is_named_and_the_others_are_scored(folder, tmp_path, capsys):
+    (tmp_path / "captions.json").write_text(json.dumps([{"image_id": 0, "caption": "a red square"}]))
+    with pytest.raises(RunError, match="6 of 7 were left out because they have no prediction"):
+        run(folder, tmp_path, "--predictions", tmp_path / "captions.json")
+    assert "no prediction for 6 of 7, the first is 100" in capsys.readouterr().err
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["true images"]["captions"]["count"] == 1
+
+
+def test_blank_images_are_a_row_of_their_own(folder, tmp_path):
+    scores = run(folder, tmp_path, *with_model(folder), "--no-shuffled", "--blank")["scores"]
+    assert list(scores) == ["true images", "blank images"]
+    said = [result["caption"] for result in json.loads((tmp_path / "captions_blank.json").read_text())]
+    assert len(said) == 3 and len(set(said)) == 1
+
+
+def test_an_evaluation_that_was_interrupted_continues_where_it_stopped(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def interrupted(*arguments):
+        for number, answer in enumerate(predict(*arguments)):
+            asked.append(answer[0].id)
+            if number == 3 and len(asked) == 4:
+                raise KeyboardInterrupt
+            yield answer
+
+    predict = predictions.predict
+    monkeypatch.setattr(predictions, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out", *with_model(folder))
+    assert not (tmp_path / "out" / "scores.json").exists()
+    found = run(folder, tmp_path / "out", *with_model(folder))
+    assert "3 answers of an interrupted evaluation are kept" in capsys.readouterr().err
+    assert len(asked) == 4 + 2 * 7 - 3
+    whole = run(folder, tmp_path / "whole", *with_model(folder))
+    assert found["scores"] == whole["scores"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in (tmp_path / "whole").iterdir()} and not any("unfinished" in n for n in names)
+    for name in names - {"scores.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_answers_to_other_questions_are_not_continued(folder, tmp_path, capsys):
+    tmp_path.joinpath("unfinished.jsonl").write_text('"of another model"\n["true images", 0, "kept?"]\n')
+    run(folder, tmp_path, *with_model(folder), "--no-shuffled")
+    assert "kept" not in capsys.readouterr().err and "kept?" not in (tmp_path / "captions.json").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(folder, tmp_path):
+    found = run(folder, tmp_path / "one", *with_model(folder))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mmllm"]
+    options = [f"--data={folder / 'data.json'}", f"--out={tmp_path / 'two'}", *with_model(folder)]
+    subprocess.run([*command, "evaluate", *options], check=True, cwd=ROOT, capture_output=True, timeout=60)
+    assert json.loads((tmp_path / "two" / "scores.json").read_text())["scores"] == found["scores"]
+    for name in ("captions.json", "answers.json", "captions_shuffled.json", "samples.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_sheet_shows_images_and_answers_and_escapes_them(folder, tmp_path):
+    results = [{"image_id": number, "caption": f"<b>{number}</b> square"} for number in range(3)]
+    (tmp_path / "captions.json").write_text(json.dumps(results))
+    with pytest.raises(RunError, match="no prediction"):
+        run(folder, tmp_path, "--predictions", tmp_path / "captions.json")
+    page = (tmp_path / "samples.html").read_text()
+    assert page.count("<img src=") == 9 and "&lt;b&gt;1&lt;/b&gt;" in page and "<b>1" not in page
+    assert [part for part in ("captions: best", "captions: worst", "captions: random") if part not in page] == []
