@@ -12,6 +12,7 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -24,7 +25,12 @@ from mmllm.errors import CheckpointError, ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # never EPS: Pillow would start Ghostscript
 MAX_MEGAPIXELS = 50
-BOUNDED_MEGAPIXELS = {"progressive JPEG": 32, "WEBP": 16, "AVIF": 20}  # these decoders take several times the image
+BOUNDED_MEGAPIXELS = {
+    "progressive JPEG": 32,
+    "WEBP": 16,
+    "AVIF": 20,
+    "HEIF": 20,
+}  # these decoders take several times the image
 MAX_ASPECT = 200
 CROP_FIRST_ASPECT = 16  # beyond it, crop before resizing: bounds memory, pixels may differ slightly from CLIP's
 LARGE_MEGAPIXELS = 16  # of a bounded image; beyond it, shrink while decoding: pixels may differ slightly from CLIP's
@@ -32,6 +38,7 @@ LARGE_SIDE = 896  # pixels that a shrunk side keeps, where it has them
 BAND = 32  # rows of a large image that are converted together
 MAX_SCANS = 100  # of a progressive JPEG, which usually has 10; each costs a pass over all pixels
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")  # bytes 4 to 12 of such a file
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
 UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -188,12 +195,12 @@ def read_bytes(path: Path) -> bytes:
 def open_checked(data: bytes, name: str, *, is_bounded: bool = False) -> Image.Image:
     """Opens the header and checks what decoding would cost before a single pixel is decoded."""
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(BytesIO(data), formats=(*FORMATS, "HEIF") if reads_heic() else FORMATS)
     except UnidentifiedImageError as error:
-        if data.startswith(SIGNATURES):
+        if data.startswith(SIGNATURES) or (data[4:12] in HEIC and reads_heic()):
             raise ImageError(f"{name}: broken or cut off; save or send it again", "corrupt_image") from error
         raise ImageError(
-            f"{name}: not an image of a supported format; use {', '.join(FORMATS)} (convert HEIC and SVG first)",
+            f"{name}: not an image of a supported format; use {', '.join(FORMATS)} (for HEIC: pip install pillow-heif)",
             "unsupported_image",
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -210,6 +217,17 @@ def open_checked(data: bytes, name: str, *, is_bounded: bool = False) -> Image.I
         if width * height > LARGE_MEGAPIXELS * 1_000_000:
             raise ImageError(f"{name}: a TIFF with tiles of {width} x {height}; save it again", "image_too_complex")
     return image
+
+
+@cache
+def reads_heic() -> bool:
+    """Whether pillow-heif is installed, which is then made known to Pillow."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener(thumbnails=False)
+    return True
 
 
 def check_size(image: Image.Image, name: str, *, is_bounded: bool = False) -> None:

@@ -65,7 +65,7 @@ def test_every_bad_sample_is_named_with_its_file_and_reason(samples, processor, 
             3,
             f"{tmp_path}/page.jpg",
             f"{tmp_path}/page.jpg: not an image of a supported format; use JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF "
-            "(convert HEIC and SVG first)",
+            "(for HEIC: pip install pillow-heif)",
         ),
         BadSample(
             4,

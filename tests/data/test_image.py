@@ -148,6 +148,28 @@ def test_avif_is_read():
     assert decode(encoded(Image.new("RGB", (8, 8), "red"), "AVIF")).size == (8, 8)
 
 
+def test_heic_is_read_upright_where_pillow_heif_is_installed():
+    heif = pytest.importorskip("pillow_heif")
+    gradient = Image.linear_gradient("L").resize((48, 32)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    heif.from_pillow(gradient).save(file, quality=95, exif=exif.tobytes())
+    image = decode(file.getvalue())
+    assert image.size == (32, 48), "telephones store the sensor's rows and how to turn them"
+    difference = np.asarray(image).astype(int) - np.asarray(gradient.transpose(Image.Transpose.ROTATE_270))
+    assert abs(difference).max() <= 8
+    with pytest.raises(ImageError, match="broken or cut off"):
+        decode(file.getvalue()[:-200])
+
+
+def test_heic_without_pillow_heif_is_refused_with_what_would_read_it(monkeypatch):
+    monkeypatch.setattr(module, "reads_heic", lambda: False)
+    with pytest.raises(ImageError, match="pip install pillow-heif") as caught:
+        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert caught.value.code == "unsupported_image"
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_photograph_stands_upright(orientation):
     """A camera stores the sensor's rows and how to turn them: undo each of the eight ways."""
@@ -239,7 +261,7 @@ BAD = {
     "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "unsupported_image"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unsupported_image"),
     "zip": (b"PK\x03\x04" + bytes(40), "unsupported_image"),
-    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unsupported_image"),
+    "JPEG XL": (b"\xff\x0a\x1f\x07\x44" + bytes(40), "unsupported_image"),
     "cut off PNG": (encoded(noise(60, 60))[:-900], "corrupt_image"),
     "cut off JPEG": (encoded(noise(60, 60), "JPEG")[:900], "corrupt_image"),
     "header only": (encoded(noise(60, 60))[:20], "corrupt_image"),

@@ -399,7 +399,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "unsupported_image"),
         (b"%PDF-1.7\n", 415, "unsupported_image"),
         (b"PK\x03\x04" + bytes(100), 415, "unsupported_image"),
-        (b"\0\0\0\x18ftypheic" + bytes(100), 415, "unsupported_image"),
+        (b"\xff\x0a\x1f\x07\x44" + bytes(100), 415, "unsupported_image"),
         (EPS, 415, "unsupported_image"),
         (IMAGE[: len(IMAGE) // 2], 400, "corrupt_image"),
         (encode("JPEG")[:500], 400, "corrupt_image"),
