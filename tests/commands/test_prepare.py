@@ -2,14 +2,18 @@
 
 import csv
 import json
+import random
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mmllm.commands import prepare
+from examples.shapes.world import any_scene, draw
+from examples.shapes.world import caption as caption_of
+from mmllm.commands import caption, evaluate, prepare, train
 from mmllm.data.image import ImageProcessor
 from mmllm.data.samples import load_samples
 from mmllm.errors import DataError, UserError
@@ -133,13 +137,13 @@ def export_csv(folder, captions):
     with open(folder / "data.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("id", "image", "caption"))
-        writer.writerows((name[0], name, text) for name, texts in captions.items() for text in texts)
+        writer.writerows((Path(name).stem, name, text) for name, texts in captions.items() for text in texts)
     return [str(folder / "data.csv"), "--image-dir", str(folder / "images")]
 
 
 def export_metadata(folder, captions):
     shutil.copytree(folder / "images", folder / "hf")
-    rows = [{"id": name[0], "file_name": name, "captions": texts} for name, texts in captions.items()]
+    rows = [{"id": Path(name).stem, "file_name": name, "captions": texts} for name, texts in captions.items()]
     (folder / "hf" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return [str(folder / "hf")]
 
@@ -150,21 +154,28 @@ def export_tar(folder, captions):
             archive.add(folder / "images" / name, name)
             text = "\n".join(texts) if len(texts) == 1 else json.dumps({"captions": texts})
             (folder / "text").write_text(text, encoding="utf-8")
-            archive.add(folder / "text", f"{name[0]}.{'txt' if len(texts) == 1 else 'json'}")
+            archive.add(folder / "text", f"{Path(name).stem}.{'txt' if len(texts) == 1 else 'json'}")
     return [str(folder / "data.tar")]
 
 
 def export_parquet(folder, captions):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [
-        {"id": name[0], "image": {"bytes": (folder / "images" / name).read_bytes(), "path": name}, "captions": texts}
+        {
+            "id": Path(name).stem,
+            "image": {"bytes": (folder / "images" / name).read_bytes(), "path": name},
+            "captions": texts,
+        }
         for name, texts in captions.items()
     ]
     parquet.write_table(arrow.Table.from_pylist(rows), folder / "data.parquet")
     return [str(folder / "data.parquet")]
 
 
-@pytest.mark.parametrize("export", [export_csv, export_metadata, export_tar, export_parquet])
+EXPORTS = [export_csv, export_metadata, export_tar, export_parquet]
+
+
+@pytest.mark.parametrize("export", EXPORTS)
 def test_the_same_data_in_any_format_becomes_the_same_data_set(export, drawn, tmp_path):
     out = tmp_path / "out"
     prepare.main([*export(tmp_path, drawn), "--out", str(out), "--val-fraction", "0.3"])
@@ -187,3 +198,50 @@ def test_the_same_data_in_any_format_becomes_the_same_data_set(export, drawn, tm
     for name in drawn:
         assert (out / "images" / name).read_bytes() == (tmp_path / "images" / name).read_bytes()
     assert not (out / "unpacked").exists()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder with sixteen images of the drawn world and a model, and their captions."""
+    folder, rng, captions = tmp_path_factory.mktemp("scenes"), random.Random(0), {}
+    (folder / "images").mkdir()
+    write_model(folder / "model", clip={"num_hidden_layers": 2}, num_hidden_layers=2)
+    for number in range(16):
+        scene = any_scene(rng)
+        draw(scene).save(folder / "images" / f"{number:02}.png")
+        captions[f"{number:02}.png"] = [caption_of(scene)]
+    return folder, captions
+
+
+@pytest.fixture(scope="module")
+def from_csv(scenes):
+    folder, captions = scenes
+    return chain(export_csv(folder, captions), folder, folder / "csv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("export", EXPORTS[1:])
+def test_any_format_leads_over_prepare_and_own_py_to_the_same_captions_and_scores(export, scenes, from_csv):
+    folder, captions = scenes
+    losses, rows, scores = chain(export(folder, captions), folder, folder / export.__name__)
+    assert (losses, rows, scores) == from_csv
+    assert losses[-1] < losses[0] and len(rows) == 16 and all("caption" in row for row in rows)
+    assert scores["true images"]["captions"]["count"] == 3 and scores["true images"]["captions"]["bleu_1"] > 0
+
+
+def chain(source, tmp_path, out):
+    """What a user types: prepare, train own, caption a folder, evaluate. Validation losses, captions and scores."""
+    assert prepare.main([*source, "--out", str(out), "--val-fraction", "0.2"]) == 0
+    assert train.main(
+        f"own data.train_data_path={out}/train.jsonl data.val_data_path={out}/val.jsonl data.image_dir={out}/images "
+        f"model.pretrained={tmp_path}/model output_dir={out} device=cpu data.batch_size=2 data.num_workers=0 "
+        "training.bf16=false training.num_sample_captions=0 eval_steps=99 "
+        "learning_rate=1e-2 stage1.epochs=1 stage2.epochs=3".split()
+    ) == 0  # fmt: skip
+    common = ["--model", str(out / "own" / "best_model"), "--device", "cpu", "--max-new-tokens", "40"]
+    assert caption.main([str(out / "images"), "--out", str(out / "captions.jsonl"), *common]) == 0
+    evaluate.main(["--data", str(out / "val.jsonl"), "--image-dir", str(out / "images"), *common])
+    metrics = map(json.loads, (out / "own" / "metrics.jsonl").read_text().splitlines())
+    captions = map(json.loads, (out / "captions.jsonl").read_text().splitlines())
+    scores = json.loads((out / "own" / "evaluation" / "val" / "scores.json").read_text())["scores"]
+    return [row["val_loss"] for row in metrics if "val_loss" in row], list(captions), scores
