@@ -3,9 +3,14 @@
 mmllm prepare captions.csv --image-dir photos --out data/photos --val-fraction 0.05
 mmllm prepare photos --out data/photos --images crop             # 224 x 224 PNGs: all that the model sees
 mmllm prepare train.json --val val.json --out data/own --model models/start   # and how long the rows are
+mmllm prepare coco --out data/coco                               # download a public dataset; run it again to continue
+mmllm prepare vqav2 --out data/vqav2 --image-dir data/coco/images   # with the images that are there already
 
 Reads every format that `mmllm train` reads, with the same checks, and parquet and webdataset's tar files, whose images it
 unpacks. Bad samples are left out and listed.
+
+Public datasets: coco, vqav2, vqav2-test, flickr30k, llava-pretrain, llava-instruct, textvqa, easy-vqa. Images of an
+evaluation split are dropped from training; mmllm/data/public.json has the hosts, checksums and licences.
 """
 
 import random
@@ -16,13 +21,14 @@ from mmllm.commands import at_least_one, make_parser
 from mmllm.errors import DataError, UserError
 from mmllm.runtime.console import print_rank0, progress
 
+SPLITS = ("test", "val", "train")  # in the order in which they are written
 SHEET = 24  # samples on the contact sheet
 UNPACKED = "unpacked"  # the folder of what was in archives, until it is copied
 
 
 def parse(arguments: list[str] | None = None):
     parser = make_parser("prepare", __doc__)
-    parser.add_argument("data", metavar="FILE|FOLDER", help="the samples; several files are joined by commas")
+    parser.add_argument("data", metavar="FILE|FOLDER|NAME", help="the samples; several files are joined by commas")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--image-dir", metavar="DIR", help="where the images are (default: beside FILE)")
     parser.add_argument("--val", metavar="FILE", help="the samples for validation")
@@ -31,6 +37,7 @@ def parse(arguments: list[str] | None = None):
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the sheet (default: %(default)s)")
     parser.add_argument("--images", choices=["copy", "link", "crop"], default="copy", help="(default: %(default)s)")
     parser.add_argument("--model", metavar="DIR", help="the model to be trained, to count tokens")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="hosts of public datasets, in place of public.json")
     parser.add_argument("--max-length", type=at_least_one, default=512, metavar="N", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.val and options.val_fraction:
@@ -42,8 +49,12 @@ def parse(arguments: list[str] | None = None):
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if (options.out / "train.jsonl").exists():
+    if any((options.out / f"{split}.jsonl").exists() for split in SPLITS):
         raise UserError(f"{options.out}: holds a data set already; name another folder with --out, or remove it")
+    from mmllm.data.public import BUILDERS
+
+    if options.data in BUILDERS and not Path(options.data).exists():
+        return prepare_public(options)
     from mmllm.data.image import ImageProcessor
     from mmllm.data.order import split_by_image
     from mmllm.data.prepared import drop_images_of, image_names, place_image, write_records
@@ -83,6 +94,43 @@ def main(arguments: list[str] | None = None) -> int:
         f"next: python -m mmllm train full data.train_data_path={options.out / 'train.jsonl'}{val_path} "
         f"data.image_dir={options.out / 'images'}"
     )
+    return 0
+
+
+def prepare_public(options) -> int:
+    """Download a public dataset, unpack it and write its splits; the folder is marked until it is complete."""
+    from mmllm.data.chat import NO_ANSWER
+    from mmllm.data.checks import check_samples, image_fault, keep_good
+    from mmllm.data.download import writing
+    from mmllm.data.prepared import write_records
+    from mmllm.data.public import TABLE, build, fetch, read_table
+    from mmllm.data.samples import UNFINISHED
+
+    out, image_dir = options.out, Path(options.image_dir or options.out / "images")
+    dataset, marker = read_table(options.table or TABLE)[options.data], out / UNFINISHED
+    if out.exists() and any(out.iterdir()) and not (marker.exists() and marker.read_text() == options.data):
+        raise UserError(f"{out}: holds other files; name an empty folder with --out")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        marker.write_text(options.data)
+    print_rank0(f"{options.data}: {dataset['about']}; {dataset['licence']}; {dataset['page']}")
+    fetch(dataset["files"], out, image_dir)
+    splits = build(options.data, out / "source", image_dir)
+    for split in [split for split in SPLITS if split in splits]:
+        bad, _ = check_samples(splits[split], None, options.max_length, fault=image_fault)
+        bad = [row for row in bad if split != "test" or row.reason != NO_ANSWER]  # some answers are not public
+        report = out / f"bad_{split}_samples.jsonl"
+        samples = splits[split] = keep_good(splits[split], bad, "skip", 1.0, report=report, source=options.data)
+        if not samples:
+            raise DataError(f"{options.data}: no sample is left for {split}; {report} says why")
+        names = {path: str(path.relative_to(image_dir)) for sample in samples for path in sample.images}
+        write_records(out / f"{split}.jsonl", samples, names)
+        print_rank0(
+            f"{out / f'{split}.jsonl'}: {len(samples)} samples, {len(names)} images; {len(bad)} bad ones left out"
+        )
+    draw_sheet(out / "contact_sheet.png", splits.get("train", []), options.seed)
+    shutil.rmtree(out / "downloads", ignore_errors=True)
+    marker.unlink()
     return 0
 
 

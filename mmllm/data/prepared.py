@@ -30,9 +30,12 @@ def to_record(sample: Sample, names: dict[Path, str]) -> dict:
 
 
 def write_records(path: Path, samples: Iterable[Sample], names: dict[Path, str]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    """Writes the data file: it gets its name when it is complete."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps(to_record(sample, names), ensure_ascii=False) + "\n")
+    temporary.replace(path)
 
 
 def image_names(images: Iterable[Path], how: str) -> dict[Path, str]:

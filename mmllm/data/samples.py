@@ -14,6 +14,7 @@ from mmllm.data.records import KNOWN_KEYS, read_record, record_id, unread_keys
 from mmllm.errors import DataError
 from mmllm.runtime.console import stderr_rank0
 
+UNFINISHED = "unfinished"  # a file in the folder of a public dataset that is not complete yet
 MAX_SHARED = 16  # texts of one image in a sample: bounds how large a batch can get
 OTHER_MARK = re.compile(r"<\|?image[ _-]?(\d+|pad|placeholder)\|?>", re.IGNORECASE)  # of other programs
 
@@ -72,6 +73,8 @@ def read_samples(
 
 def file_samples(path: Path, image_dir: str | Path | None, split: str | None, first: int) -> list[Sample]:
     """The samples of one file or folder, whose records are numbered from `first`; reports the keys that are not read."""
+    if (path.parent / UNFINISHED).exists():
+        raise DataError(f"{path.parent}: `mmllm prepare` has not finished there; run it again")
     records = read_records(path, split)
     folder = coco_folder(Path(image_dir).expanduser() if image_dir else image_folder(path), records)
     samples: list[Sample] = []
