@@ -103,12 +103,16 @@ class RealServer:
         self.port, self.log = port, log
 
     def call(self, method: str, path: str, body: bytes | None = None, **headers) -> tuple[int, dict]:
+        status, text = self.read(method, path, body, **headers)
+        return status, json.loads(text)
+
+    def read(self, method: str, path: str, body: bytes | None = None, **headers) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request(method, path, body, headers)
         response = connection.getresponse()
-        body = json.loads(response.read())
+        text = response.read().decode()
         connection.close()
-        return response.status, body
+        return response.status, text
 
     def chat(self, **values) -> tuple[int, dict]:
         body = json.dumps({"message": "Hello", "max_new_tokens": 5} | values).encode()

@@ -187,9 +187,15 @@ def test_every_reason_not_to_run_a_line_is_needed():
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_python_that_is_shown_runs(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
+    shell = Shell(monkeypatch, folder)
+    if "localhost:8000" in "".join(blocks(page, "python")):
+        shell.serve([])
     monkeypatch.setenv("PATH", "")  # no Java: METEOR has a test of its own
-    for block in blocks(page, "python"):
-        exec(block, {})  # the project's own text
+    try:
+        for block in blocks(page, "python"):
+            exec(block.replace("localhost:8000", f"127.0.0.1:{shell.port}"), {})  # the project's own text
+    finally:
+        shell.close()
 
 
 # What is named exists --------------------------------------------------------------------------------------------------

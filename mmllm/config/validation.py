@@ -55,8 +55,8 @@ def describe(error: ValidationError, known: Iterable[str] = (), *, prefix: str =
     `prefix` stands before the name of the field. A validator's own ValueError is a sentence that is kept as it is.
     """
     fault = error.errors(include_url=False)[0]
-    *_, last = names = [part for part in fault["loc"] if isinstance(part, str)] or [""]
-    field, value = prefix + ".".join(names), shown(fault["input"])
+    last = next((part for part in reversed(fault["loc"]) if isinstance(part, str)), "")
+    field, value = prefix + path_of(fault["loc"]), shown(fault["input"])
     context = fault.get("ctx", {})
     if fault["type"] in UNKNOWN:
         return f"unknown {noun} {shown(last)}{did_you_mean(last, known)}"
@@ -67,6 +67,12 @@ def describe(error: ValidationError, known: Iterable[str] = (), *, prefix: str =
     wanted = WANTED[fault["type"]].format(**context) if fault["type"] in WANTED else fault["msg"]
     verb = "has" if fault["loc"] and isinstance(fault["loc"][-1], int) else "is"
     return f"{field} {verb} {value}; it must be {wanted}"
+
+
+def path_of(location: tuple[str | int, ...]) -> str:
+    """The field at a location of pydantic's, such as messages[3].role; a wrong entry of a list is named by its list."""
+    parts = location[:-1] if location and isinstance(location[-1], int) else location
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -13,6 +13,19 @@ from mmllm.errors import CheckpointError, UserError
 FILE = "tokenizer.json"
 
 
+def byte_characters() -> dict[str, int]:
+    """The byte that each character of a token stands for in byte-level BPE: printable ones stand for themselves.
+
+    https://github.com/openai/gpt-2/blob/master/src/encoder.py
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTES = byte_characters()
+
+
 class Tokenizer:
     """The tokenizer of a model folder (or one `tokenizer.json`), with Qwen2.5's control tokens."""
 
@@ -58,6 +71,11 @@ class Tokenizer:
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
         """The text of `ids` without control tokens."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self, number: int) -> bytes:
+        """The bytes of a token, which may be part of a character; those of its name for a control token."""
+        text = self.inner.id_to_token(number) or ""
+        return bytes(BYTES[char] for char in text) if all(char in BYTES for char in text) else text.encode()
 
     def save(self, folder: str | Path) -> None:
         """Writes the file byte for byte as it was read; the library's own `save` would change it."""

@@ -24,7 +24,7 @@ from mmllm.errors import GenerationError, RunError, UserError
 from mmllm.inference.beam_search import BeamSearch
 from mmllm.inference.model_runner import ModelRunner
 from mmllm.inference.request import Generated, GenerationConfig, Handle, Prompt
-from mmllm.inference.sampling import NOT_FINITE, SamplerState, choose, non_finite_error, token_logprobs
+from mmllm.inference.sampling import NOT_FINITE, SamplerState, choose, likeliest, non_finite_error, token_logprobs
 from mmllm.inference.static_step import BUCKET
 from mmllm.inference.text_stream import AnswerText
 from mmllm.models.multimodal import MultimodalLLM
@@ -44,6 +44,7 @@ class ActiveRequest:
     search: BeamSearch | None = None
     ids: list[int] = field(default_factory=list)  # the answer so far
     logprobs: list[float] = field(default_factory=list)  # of each chosen token, where they are wanted
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # chosen but not yet in the cache, one per slot
 
 
@@ -161,6 +162,9 @@ class Engine:
             if any(request.handle.config.logprobs for request in sampled):
                 for request, value in zip(sampled, token_logprobs(logits_BV[: len(sampled)], tokens), strict=True):
                     request.logprobs.append(value)
+            if count := max(request.handle.config.top_logprobs for request in sampled):
+                for request, best in zip(sampled, likeliest(logits_BV[: len(sampled)], count), strict=True):
+                    request.top_logprobs.append(tuple(best[: request.handle.config.top_logprobs]))
             for request, token in zip(sampled, tokens, strict=True):
                 self._accept_token(request, token)
         row = len(sampled)
@@ -237,7 +241,9 @@ class Engine:
                 handle.on_token(token)
         self._emit_text(handle, request.text.close(request.ids))
         logprobs = tuple(request.logprobs) if handle.config.logprobs else ()
-        answer = Generated(tuple(request.ids), request.text.text, reason, len(handle.prompt.ids), hypotheses, logprobs)
+        top_logprobs, num_prompt = tuple(request.top_logprobs), len(handle.prompt.ids)
+        ids, text = tuple(request.ids), request.text.text
+        answer = Generated(ids, text, reason, num_prompt, hypotheses, logprobs, top_logprobs)
         self._release(request, answer)
 
     def _emit_text(self, handle: Handle, piece: str) -> None:

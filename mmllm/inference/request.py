@@ -39,6 +39,7 @@ class GenerationConfig:
     num_return_sequences: int = 1
     stop: tuple[str, ...] = ()
     logprobs: bool = False  # return that of each token
+    top_logprobs: int = 0  # and of this many likeliest tokens at its place
 
     def __post_init__(self):
         is_stop_list = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
@@ -53,6 +54,7 @@ class GenerationConfig:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
+            ("top_logprobs", self.top_logprobs >= 0, "0 (none) or more"),
             ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
             ("num_return_sequences", 1 <= self.num_return_sequences <= self.num_beams, "from 1 to num_beams"),
             ("stop", is_stop_list and len(self.stop) <= MAX_STOPS, f"a tuple of at most {MAX_STOPS} non-empty strings"),
@@ -62,7 +64,7 @@ class GenerationConfig:
         beams = f"num_beams {self.num_beams} with"
         if self.num_beams > 1 and not self.is_greedy:
             raise UserError(f"{beams} temperature {self.temperature}: beam search does not sample")
-        if self.num_beams > 1 and self.logprobs:
+        if self.num_beams > 1 and (self.logprobs or self.top_logprobs):
             raise UserError(f"num_beams {self.num_beams} with logprobs: beam search returns hypotheses with theirs")
         if self.num_beams > 1 and self.stop:
             raise UserError(f"{beams} stop strings: beam search ends at the end token only")
@@ -129,6 +131,7 @@ class Generated:
     prompt_tokens: int
     hypotheses: tuple[Hypothesis, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each token: the likeliest ones, best first
 
     @property
     def confidence(self) -> float | None:

@@ -77,6 +77,13 @@ def token_logprobs(logits_BV: Tensor, tokens: list[int]) -> list[float]:
     return logits_BV.float().log_softmax(-1).gather(1, tokens_B1)[:, 0].tolist()
 
 
+def likeliest(logits_BV: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """The `count` likeliest tokens of each row with the logarithms of their probabilities, best first."""
+    best = logits_BV.float().log_softmax(-1).topk(min(count, logits_BV.shape[-1]))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [list(zip(tokens, logprobs, strict=True)) for tokens, logprobs in rows]
+
+
 def penalised(logits_BV: Tensor, states: list[SamplerState], stop_ids: list[int]) -> Tensor:
     """Logits after the options that greedy rows may have too: repetition penalty and `min_new_tokens`."""
     scores_BV = logits_BV

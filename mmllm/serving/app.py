@@ -1,4 +1,4 @@
-"""The endpoints: POST /caption, /question and /chat, DELETE /chat/{conversation_id}, GET /health."""
+"""The endpoints: POST /caption, /question and /chat, DELETE /chat/{conversation_id}, GET /health; OpenAI's beside them."""
 
 import time
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from mmllm.data.chat import user
 from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import Generated, Prompt
 from mmllm.serving import http, inputs
+from mmllm.serving.chat_completions import ChatCompletions
 from mmllm.serving.conversations import Conversation
 from mmllm.serving.service import Put, Service
 from mmllm.serving.settings import Settings
@@ -126,13 +127,15 @@ def deltas(put: Put | None) -> Callable[[str], None] | None:
 def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settings) -> Starlette:
     """The ASGI application; `load` is called in the worker's thread once the application starts."""
     service = Service(load, settings)
-    own = Endpoints(service)
+    own, openai = Endpoints(service), ChatCompletions(service)
     app = Starlette(
         routes=[
             Route("/caption", own.caption, methods=["POST"]),
             Route("/question", own.question, methods=["POST"]),
             Route("/chat", own.chat, methods=["POST"]),
             Route("/chat/{conversation_id}", own.delete_conversation, methods=["DELETE"]),
+            Route("/v1/chat/completions", openai.create, methods=["POST"]),
+            Route("/v1/models", openai.models, methods=["GET"]),
             Route("/health", own.health, methods=["GET"]),
         ],
         middleware=[Middleware(http.RequestLog)],

@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from mmllm.config.validation import describe, did_you_mean, shown
+from mmllm.config.validation import describe, did_you_mean, path_of, shown
 from mmllm.inference.pipeline import DEFAULT_PROMPT
 from mmllm.inference.request import GenerationConfig
 from mmllm.serving.http import HttpError
@@ -30,7 +30,12 @@ from mmllm.serving.settings import Settings
 
 DEFAULT_NEW_TOKENS = 100
 # Codes and sentences for errors of pydantic, by type or by type and field; all others are invalid_value.
-CODES = {"missing": "missing_field", "string_unicode": "invalid_unicode", ("bytes_type", "image"): "not_a_file"}
+CODES = {
+    "missing": "missing_field",
+    "extra_forbidden": "unknown_field",
+    "string_unicode": "invalid_unicode",
+    ("bytes_type", "image"): "not_a_file",
+}
 SENTENCES = {
     ("missing", "image"): 'no image in the form; send -F "image=@file.jpg"',
     ("bytes_type", "image"): 'image is text, not a file; with curl put an @ before the path: -F "image=@file.jpg"',
@@ -65,12 +70,11 @@ StopString = Annotated[Text, StringConstraints(min_length=1, max_length=64)]
 StopList = Annotated[tuple[StopString, ...], Field(max_length=4), BeforeValidator(as_tuple)]
 
 
-class GenerationFields(BaseModel):
-    """How to generate; every endpoint takes these fields."""
+class SamplingFields(BaseModel):
+    """How to choose tokens; every endpoint takes these fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_new_tokens: int = Field(DEFAULT_NEW_TOKENS, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=2**31)
@@ -80,6 +84,14 @@ class GenerationFields(BaseModel):
     stop: StopList = ()
     stream: bool = False
 
+    @property
+    def config(self) -> GenerationConfig:
+        return GenerationConfig(**self.model_dump(include={each.name for each in fields(GenerationConfig)}))
+
+
+class GenerationFields(SamplingFields):
+    max_new_tokens: int = Field(DEFAULT_NEW_TOKENS, ge=1)
+
     @field_validator("max_new_tokens")
     @classmethod
     def check_max_new_tokens(cls, value: int, info: ValidationInfo) -> int:
@@ -87,10 +99,6 @@ class GenerationFields(BaseModel):
         if value > limit:
             raise fault("invalid_value", f"max_new_tokens is {value}; the limit is {limit} (MMLLM_MAX_NEW_TOKENS)")
         return value
-
-    @property
-    def config(self) -> GenerationConfig:
-        return GenerationConfig(**self.model_dump(include={each.name for each in fields(GenerationConfig)}))
 
 
 class ImageFields(GenerationFields):
@@ -130,12 +138,13 @@ def validate(model: type[Fields], values: dict[str, object], settings: Settings,
             code = "too_many_images" if name == "image" else "duplicate_field"
             raise HttpError(400, code, f"field {name} appears twice; send it once", param=name)
     given = {name: value for name, value in values.items() if value is not None}
-    given.setdefault("max_new_tokens", min(DEFAULT_NEW_TOKENS, settings.max_new_tokens))
+    if "max_new_tokens" in known:
+        given.setdefault("max_new_tokens", min(DEFAULT_NEW_TOKENS, settings.max_new_tokens))
     try:
         return model.model_validate(given, strict=None if is_form else True, context=settings)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        kind, param, context = first["type"], str(first["loc"][0]), first.get("ctx", {})
+        kind, param, context = first["type"], path_of(first["loc"]), first.get("ctx", {})
         code = context.get("code") or CODES.get((kind, param)) or CODES.get(kind, "invalid_value")
-        sentence = context.get("sentence") or SENTENCES.get((kind, param)) or describe(error)
+        sentence = context.get("sentence") or SENTENCES.get((kind, param)) or describe(error, noun="field")
         raise HttpError(400, code, sentence, param=param) from None
