@@ -1,4 +1,4 @@
-"""Make both backbones from the captions of one's own images: `python -m examples.pretrain --data FILE --out DIR`."""
+"""Make both backbones from images with captions or questions: `python -m examples.pretrain --data FILE --out DIR`."""
 
 import argparse
 
@@ -10,7 +10,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m examples.pretrain", description="Make both backbones from captions."
     )
-    parser.add_argument("--data", required=True, metavar="FILE", help="images with captions, in any supported format")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="images with captions, or with questions and answers"
+    )
     parser.add_argument("--image-dir", metavar="DIR", help="where the images are (default: beside FILE)")
     parser.add_argument("--out", required=True, metavar="DIR", help="writes DIR/clip and DIR/qwen")
     parser.add_argument("--image-size", type=int, default=96)

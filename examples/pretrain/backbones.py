@@ -13,9 +13,8 @@ from torch import Tensor
 from examples.pretrain.folders import build_tokenizer, write_clip, write_qwen
 from examples.pretrain.training import Captions, initialise_, pretrain_clip, pretrain_qwen
 from mmllm.data.batches import collate
-from mmllm.data.chat import ChatProcessor, assistant, user
+from mmllm.data.chat import MARK, ChatProcessor, assistant, user
 from mmllm.data.image import ImageProcessor, decode
-from mmllm.data.records import CAPTION_PROMPT
 from mmllm.data.samples import Sample, load_samples
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import UserError
@@ -30,9 +29,10 @@ class CaptionedImages:
     """Images in memory as uint8, a little larger than the tower takes them, and the ids of their captions."""
 
     def __init__(self, samples: list[Sample], encode: Callable[[str], list[int]], image_processor: ImageProcessor):
-        captions: dict[Path, list[str]] = {}
+        lists: dict[Path, dict[tuple[str, ...], None]] = {}  # all captions of an image, or the answers of each question
         for sample in samples:
-            captions.setdefault(sample.images[0], list(sample.references))
+            lists.setdefault(sample.images[0], {})[sample.references] = None
+        captions = {path: [text for texts in of_one for text in texts] for path, of_one in lists.items()}
         self.size = image_processor.size
         larger = ImageProcessor(self.size * 8 // 7, image_processor.mean, image_processor.std)
         self.pixels = torch.stack([to_uint8(larger.crop(decode(path))) for path in captions])
@@ -64,11 +64,12 @@ def make_backbones(options: argparse.Namespace) -> None:
     if len({sample.images for sample in samples}) < options.clip_batch:
         raise UserError(f"{options.data}: fewer images than --clip-batch {options.clip_batch}; lower it")
     out, device, rng = Path(options.out), choose_device(options.device), random.Random(options.seed)
-    texts = sorted({text for sample in samples for text in sample.references})
-    tokenizer = build_tokenizer([*texts, "system user assistant", CAPTION_PROMPT], options.vocab_size)
+    pairs = sorted({(text, question_of(sample)) for sample in samples for text in sample.references})
+    texts, questions = [text for text, _ in pairs], sorted({question for _, question in pairs})
+    tokenizer = build_tokenizer([*texts, "system user assistant", *questions], options.vocab_size)
     images = ImageProcessor(options.image_size)
     captioned = CaptionedImages(samples, lambda text: tokenizer.encode(text.lower()).ids, images)
-    print_rank0(f"{len(captioned.pixels)} images, {len(texts)} captions, {tokenizer.get_vocab_size()} tokens")
+    print_rank0(f"{len(captioned.pixels)} images, {len(texts)} texts, {tokenizer.get_vocab_size()} tokens")
 
     tower = CLIPVisionTower(vision_config(options), with_projection=True).to(device)
     initialise_(tower, options.seed)
@@ -89,7 +90,7 @@ def make_backbones(options: argparse.Namespace) -> None:
     initialise_(lm, options.seed)
     write_qwen(out / "qwen", lm, tokenizer)
     processor = ChatProcessor(Tokenizer(out / "qwen"), images, tower.config.num_patches)
-    rows = [processor.encode([user(CAPTION_PROMPT), assistant(caption)]) for caption in texts]
+    rows = [processor.encode([user(question), assistant(text)]) for text, question in pairs]
 
     def next_rows(step: int) -> tuple[Tensor, Tensor]:
         batch = collate(rng.sample(rows, min(64, len(rows))), [], processor.tokenizer.pad_id, images.size)
@@ -101,6 +102,11 @@ def make_backbones(options: argparse.Namespace) -> None:
         f"{out}/clip matches {matched:.0%} of a batch of {options.clip_batch}; {out}/qwen has a loss of {loss:.2f} a token"
     )
     print_rank0(f"next: python train.py CONFIG model.clip={out}/clip model.qwen={out}/qwen")
+
+
+def question_of(sample: Sample) -> str:
+    """What the references of `sample` answer, without the place of the image."""
+    return sample.messages[-2].text.replace(MARK, "").strip()
 
 
 def vision_config(options: argparse.Namespace) -> CLIPVisionConfig:

@@ -25,12 +25,7 @@ from mmllm.errors import CheckpointError, ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # never EPS: Pillow would start Ghostscript
 MAX_MEGAPIXELS = 50
-BOUNDED_MEGAPIXELS = {
-    "progressive JPEG": 32,
-    "WEBP": 16,
-    "AVIF": 20,
-    "HEIF": 20,
-}  # these decoders take several times the image
+BOUNDED_MEGAPIXELS = {"progressive JPEG": 32, "WEBP": 16, "AVIF": 20, "HEIF": 20}  # the decoder needs several copies
 MAX_ASPECT = 200
 CROP_FIRST_ASPECT = 16  # beyond it, crop before resizing: bounds memory, pixels may differ slightly from CLIP's
 LARGE_MEGAPIXELS = 16  # of a bounded image; beyond it, shrink while decoding: pixels may differ slightly from CLIP's

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from examples.pretrain import __main__ as command
 from examples.pretrain import training
-from examples.pretrain.backbones import CaptionedImages
+from examples.pretrain.backbones import CaptionedImages, question_of
 from examples.pretrain.folders import CONTROL_TOKENS, build_tokenizer
 from examples.pretrain.training import initialise_, pretrain_clip, pretrain_qwen
 from mmllm.data.chat import IGNORED
@@ -134,6 +134,18 @@ def test_the_command_writes_two_folders_that_can_be_joined(photographs, tmp_path
     model = MultimodalLLM.from_towers(tmp_path / "out" / "clip", tmp_path / "out" / "qwen")
     assert model.config.num_image_tokens == 4
     assert Tokenizer.from_file(str(tmp_path / "out" / "qwen" / "tokenizer.json")).get_vocab_size() <= 320
+
+
+def test_questions_with_their_answers_are_learned_from_too(photographs, tmp_path):
+    """The answers about an image are its captions; the language model learns which answers go with which question."""
+    records = [json.loads(line) for line in photographs.read_text().split("\n")]
+    asked = [{"image": r["image"], "question": q, "answer": r["captions"][0].split()[i]} for r in records
+             for i, q in enumerate(("What article?", "What color?", "What is it?"))]  # fmt: skip
+    photographs.write_text("\n".join(map(json.dumps, asked)))
+    samples = load_samples(photographs, None)
+    assert question_of(samples[1]) == "What color?"
+    images = CaptionedImages(samples, lambda text: [text], ImageProcessor(16))
+    assert images.captions[0] == [["a"], ["red"], ["wall"]]
 
 
 def test_too_few_images_for_a_batch_are_refused(photographs, tmp_path):
