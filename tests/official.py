@@ -5,9 +5,11 @@ changes nothing. Here every tensor is drawn with a wide distribution, seeded by 
 biases 0.3, some key biases twelve times that, norm weights around 1, the final norm around 4.
 
     write_clip(folder, **vision_config)    a CLIP folder: config.json, preprocessor_config.json, model.safetensors
+    write_siglip(folder, **vision_config)  a SigLIP folder, of the same files
     write_qwen(folder, **config)           a Qwen2.5 folder: config.json, generation_config.json, tokenizer.json, weights
+    write_qwen3(folder, **config)          a Qwen3 folder
     write_tokenizer(folder)                tokenizer.json with all of Qwen2.5's control tokens
-    write_model(folder, features="patch")  both, joined: an mmllm model directory
+    write_model(folder, features="patch")  both, joined: an mmllm model directory; also of `vision=write_siglip, text=write_qwen3`
 """
 
 import json
@@ -22,9 +24,11 @@ from torch import Tensor, nn
 
 from examples.pretrain.folders import CONTROL_TOKENS, SPLIT
 from mmllm.models.clip import CLIPVisionTower
-from mmllm.models.config import CLIPVisionConfig, Qwen2Config
+from mmllm.models.config import CLIPVisionConfig, Qwen2Config, Qwen3Config, SigLIPVisionConfig
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Qwen2
+from mmllm.models.qwen3 import Qwen3
+from mmllm.models.siglip import SigLIPVisionTower
 
 CLIP = {
     "hidden_size": 128,
@@ -76,29 +80,38 @@ def published_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def write_clip(folder: str | Path, **overrides) -> Path:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = CLIPVisionConfig.from_dict(CLIP | overrides)
-    tower = CLIPVisionTower(config, with_projection=True)
+    content = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.projection_dim}
+    images = {"size": config.image_size, "crop_size": config.image_size, "resample": 3, "do_center_crop": True}
+    return write_vision(Path(folder), CLIPVisionTower(config, with_projection=True), content, images)
+
+
+def write_siglip(folder: str | Path, **overrides) -> Path:
+    config = SigLIPVisionConfig.from_dict(CLIP | overrides)
+    half = [0.5, 0.5, 0.5]
+    images = {"size": {"height": config.image_size, "width": config.image_size}, "image_mean": half, "image_std": half}
+    content = {"architectures": ["SiglipModel"], "model_type": "siglip"}
+    return write_vision(Path(folder), SigLIPVisionTower(config, with_projection=True), content, images)
+
+
+def write_vision(folder: Path, tower: nn.Module, content: dict, images: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     randomise_(tower)
     save_file(published_tensors(tower), folder / "model.safetensors", {"format": "pt"})
-    content = {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.projection_dim,
-        "vision_config": config.to_dict(),
-    }
-    (folder / "config.json").write_text(json.dumps(content))
-    images = {"size": config.image_size, "crop_size": config.image_size, "resample": 3, "do_center_crop": True}
+    (folder / "config.json").write_text(json.dumps(content | {"vision_config": tower.config.to_dict()}))
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     return folder
 
 
-def write_qwen(folder: str | Path, shards: int = 1, **overrides) -> Path:
+def write_qwen3(folder: str | Path, **overrides) -> Path:
+    return write_qwen(folder, kind=Qwen3, **{"head_dim": 32} | overrides)
+
+
+def write_qwen(folder: str | Path, shards: int = 1, kind: type[Qwen2] = Qwen2, **overrides) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = Qwen2Config.from_dict(QWEN | overrides)
-    model = Qwen2(config)
+    config = (Qwen3Config if kind is Qwen3 else Qwen2Config).from_dict(QWEN | overrides)
+    model = kind(config)
     randomise_(model)
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
@@ -149,11 +162,13 @@ def write_tokenizer(folder: str | Path) -> Path:
     return folder
 
 
-def write_model(folder: str | Path, features: str = "patch", clip: dict | None = None, **qwen) -> Path:
+def write_model(
+    folder: str | Path, features: str = "patch", clip: dict | None = None, vision=write_clip, text=write_qwen, **qwen
+) -> Path:
     """An mmllm model directory of random towers; further arguments change the language model's configuration."""
     folder = Path(folder)
     sources = folder.parent / f"{folder.name}-sources"
-    clip_folder, qwen_folder = write_clip(sources / "clip", **(clip or {})), write_qwen(sources / "qwen", **qwen)
+    clip_folder, qwen_folder = vision(sources / "clip", **(clip or {})), text(sources / "qwen", **qwen)
     model = MultimodalLLM.from_towers(clip_folder, qwen_folder, features=features)
     randomise_(model.multi_modal_projector)
     model.save_pretrained(folder)

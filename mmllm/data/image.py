@@ -5,7 +5,8 @@ The dangerous image is a small one: one pixel wide and 40,000 high, it passes ev
 before they are resized.
 
 The arithmetic is that of transformers' `CLIPImageProcessor` on PIL, bit for bit: convert to RGB, resize the shortest edge
-to `size` by bicubic on uint8, centre crop with offsets rounded down, then (u8 / 255 - mean) / std in float32.
+to `size` by bicubic on uint8, centre crop with offsets rounded down, then (u8 / 255 - mean) / std in float32. SigLIP's
+resizes both edges to `size`, whatever the aspect ratio.
 """
 
 import base64
@@ -15,13 +16,17 @@ from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from pydantic import Field
 from torch import Tensor
 
+from mmllm.config.validation import shown
 from mmllm.errors import CheckpointError, ImageError
+from mmllm.runtime.files import refuse_other, typed
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # never EPS: Pillow would start Ghostscript
 MAX_MEGAPIXELS = 50
@@ -48,37 +53,73 @@ UPRIGHT = {  # by EXIF orientation
 ImageLike = str | Path | bytes | Image.Image  # a path or data URI, a path, encoded bytes, a PIL image
 
 
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class _PixelFields:
+    """What a preprocessor_config.json says about pixels, besides what is fixed."""
+
+    size: Annotated[int, Field(ge=1, le=4096)]
+    resample: Literal[2, 3] = 3
+    image_mean: tuple[float, float, float] = MEAN
+    image_std: tuple[Positive, Positive, Positive] = STD
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
-    """`processor(image)` returns float32 pixels (3, size, size). The defaults are CLIP's."""
+    """`processor(image)` returns float32 pixels (3, size, size). The defaults are CLIP's.
+
+    `fit` "crop" resizes the shortest edge and cuts out the center; "stretch" resizes both edges.
+    """
 
     size: int = 224
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    fit: Literal["crop", "stretch"] = "crop"
+    resample: int = 3  # Pillow's number: 2 is bilinear, 3 bicubic
 
     @classmethod
-    def from_dict(cls, config: dict) -> "ImageProcessor":
-        """From a preprocessor_config.json, whose sizes are numbers (as published by OpenAI) or dictionaries (newer)."""
-        config = config.get("image_processor", config)
-        size, crop = config.get("size", cls.size), config.get("crop_size", cls.size)
-        size = size.get("shortest_edge") if isinstance(size, dict) else size
-        sides = {crop["height"], crop["width"]} if isinstance(crop, dict) else {crop}
-        if sides != {size} or config.get("resample", 3) != Image.Resampling.BICUBIC:
-            raise CheckpointError(
-                f"preprocessor_config.json: shortest edge {size}, crop {sorted(sides)}, resample "
-                f"{config.get('resample', 3)}; only a square crop of the shortest edge by bicubic (3) is supported"
-            )
-        return cls(size, tuple(config.get("image_mean", cls.mean)), tuple(config.get("image_std", cls.std)))
+    def from_dict(cls, config: dict, where: str | Path = "preprocessor_config.json") -> "ImageProcessor":
+        """From a preprocessor_config.json, whose sizes are numbers (as published by OpenAI) or dictionaries (newer).
+
+        CheckpointError names what would make other pixels.
+        """
+        config = config.get("image_processor") or config
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{where}: image_processor is {shown(config)}; it must be a group of settings")
+        wanted = {
+            "do_resize": True,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "do_pad": False,
+        }
+        size, crop = config.get("size") or cls.size, config.get("crop_size")
+        fit = "stretch" if isinstance(size, dict) and "height" in size else "crop"
+        refuse_other(config, wanted | ({"do_center_crop": True} if fit == "crop" else {}), where)
+        if fit == "crop":
+            crop = crop or cls.size
+        elif not config.get("do_center_crop"):
+            crop = None
+        groups = [group if isinstance(group, dict) else {"side": group} for group in (size, crop)]
+        sides = [side for group in groups for side in group.values() if side is not None]
+        if not sides or any(side != sides[0] for side in sides):
+            raise CheckpointError(f"{where}: size {size} and crop_size {crop}; only one square size is supported")
+        found = typed(_PixelFields, config | {"size": sides[0]}, where)
+        return cls(found.size, found.image_mean, found.image_std, fit, found.resample)
 
     def to_dict(self) -> dict:
+        is_crop = self.fit == "crop"
+        square = {"height": self.size, "width": self.size}
         return {
-            "image_processor_type": "CLIPImageProcessor",
+            "image_processor_type": "CLIPImageProcessor" if is_crop else "SiglipImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": self.size},
-            "resample": int(Image.Resampling.BICUBIC),
-            "do_center_crop": True,
-            "crop_size": {"height": self.size, "width": self.size},
+            "size": {"shortest_edge": self.size} if is_crop else square,
+            "resample": self.resample,
+            **({"do_center_crop": True, "crop_size": square} if is_crop else {}),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -88,12 +129,14 @@ class ImageProcessor:
 
     def __call__(self, image: ImageLike) -> Tensor:
         """Raises ImageError when `image` cannot be used."""
-        cropped = self.crop(decode(image))
-        pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
+        square = self.crop(decode(image))
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The central `size` x `size` square of an RGB image."""
+        """An RGB image of `size` x `size`: the central square of `image`, or all of it."""
+        if self.fit == "stretch":
+            return image.resize((self.size, self.size), self.resample)
         width, height = image.size
         short, long = min(width, height), max(width, height)
         if long > CROP_FIRST_ASPECT * short:
@@ -103,7 +146,7 @@ class ImageProcessor:
         edge = int(self.size * long / short)
         wanted = (self.size, edge) if width <= height else (edge, self.size)
         if wanted != image.size:
-            image = image.resize(wanted, Image.Resampling.BICUBIC)
+            image = image.resize(wanted, self.resample)
         return center_crop(image, self.size, self.size)
 
 

@@ -19,8 +19,6 @@ TOKENIZER_CONFIG = {
 PROCESSOR_CONFIG = {
     "processor_class": "LlavaProcessor",
     "image_token": "<|image_pad|>",
-    "num_additional_image_tokens": 1,
-    "vision_feature_select_strategy": "default",
 }
 
 # An image that is followed by another part without a newline gets one.
@@ -52,8 +50,8 @@ CHAT_TEMPLATE = """\
 """
 
 
-def save_processor(processor: ChatProcessor, folder: str | Path) -> None:
-    """Writes tokenizer.json, chat_template.jinja and four configurations."""
+def save_processor(processor: ChatProcessor, folder: str | Path, select_strategy: str = "default") -> None:
+    """Writes tokenizer.json, chat_template.jinja and four configurations. `select_strategy` is LLaVA's for the tower."""
     folder, tokenizer, images = Path(folder), processor.tokenizer, processor.image_processor
     tokenizer.save(folder)
     stop_ids = [tokenizer.id("<|im_end|>"), tokenizer.pad_id]
@@ -61,7 +59,12 @@ def save_processor(processor: ChatProcessor, folder: str | Path) -> None:
     patch_size = images.size // int(processor.num_image_tokens**0.5)  # LlavaProcessor counts an image's places by it
     write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"model_max_length": 32768})
     write_json(folder / "preprocessor_config.json", images.to_dict())
-    write_json(folder / "processor_config.json", PROCESSOR_CONFIG | {"patch_size": patch_size})
+    about_tower = {
+        "num_additional_image_tokens": int(select_strategy == "default"),  # the class token
+        "vision_feature_select_strategy": select_strategy,
+        "patch_size": patch_size,
+    }
+    write_json(folder / "processor_config.json", PROCESSOR_CONFIG | about_tower)
     write_json(folder / "generation_config.json", generation)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("SYSTEM", json.dumps(processor.system)))
 
@@ -69,5 +72,13 @@ def save_processor(processor: ChatProcessor, folder: str | Path) -> None:
 def load_processor(folder: str | Path, num_image_tokens: int, system: str = DEFAULT_SYSTEM) -> ChatProcessor:
     """The processor of a model directory: its tokenizer and image processor."""
     folder = Path(folder)
-    images = ImageProcessor.from_dict(read_json(folder / "preprocessor_config.json"))
+    images = load_image_processor(folder)
     return ChatProcessor(Tokenizer(folder), images, num_image_tokens, system)
+
+
+def load_image_processor(folder: Path) -> ImageProcessor:
+    """That of preprocessor_config.json, or of processor_config.json, the only one that transformers 5 writes."""
+    file, other = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if not file.exists() and other.exists() and "image_processor" in read_json(other):
+        file = other
+    return ImageProcessor.from_dict(read_json(file), file)

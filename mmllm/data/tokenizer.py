@@ -4,6 +4,7 @@ Text never becomes a control token here. `<|im_end|>` in a user's text is encode
 are only added by name, through `id`. So no text can close its own turn and continue as the system.
 """
 
+import codecs
 from pathlib import Path
 
 import tokenizers
@@ -32,13 +33,16 @@ class Tokenizer:
     def __init__(self, source: str | Path):
         source = Path(source)
         self.path = source / FILE if source.is_dir() else source
-        if not self.path.is_file():
+        if not self.path.exists():
             raise CheckpointError(f"{self.path}: no such file; a model directory needs its {FILE}")
         try:
-            self.inner = tokenizers.Tokenizer.from_file(str(self.path))
+            # kept: the folder may be gone when the model is saved
+            self.content = self.path.read_bytes().removeprefix(codecs.BOM_UTF8)
+            self.inner = tokenizers.Tokenizer.from_str(self.content.decode())
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{self.path}: not a tokenizer; copy it again from its source") from error
-        self.content = self.path.read_bytes()  # kept: the folder may be gone when the model is saved
         self.inner.no_padding()
         self.inner.no_truncation()
         self.inner.encode_special_tokens = True

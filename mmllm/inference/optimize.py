@@ -28,6 +28,7 @@ from mmllm.layers.lora import merge_lora_
 from mmllm.models.kv_cache import PerSlot
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Cache, Qwen2Attention, Qwen2MLP, RMSNorm
+from mmllm.models.qwen3 import Qwen3Attention
 
 PRECISIONS_ON = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8"), "mps": ("float32", "bfloat16")}
 
@@ -115,7 +116,7 @@ def embed_patches(convolution: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
     """A convolution of windows that do not overlap as one matrix product, (B, D, S/P, S/P): a quarter of the time."""
     side = convolution.kernel_size[0]
     windows = pixels_B3SS.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-    return F.linear(windows, convolution.weight.flatten(1)).permute(0, 3, 1, 2)
+    return F.linear(windows, convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
 
 
 def fused_norm(norm: RMSNorm, x: Tensor) -> Tensor:
@@ -137,6 +138,10 @@ def fused_attention(
     if x_BTD.shape[1] > 1 or not isinstance(cache, PerSlot):
         return Qwen2Attention.forward(attention, x_BTD, rope, attend_B1TS, cache)
     qkv_B1N = packed.side_by_side((attention.q_proj, attention.k_proj, attention.v_proj), x_BTD)
+    if isinstance(attention, Qwen3Attention):
+        heads = attention.q_proj.out_features // attention.head_dim, attention.k_proj.out_features // attention.head_dim
+        q_B1HK, k_B1GK, v_B1GK = qkv_B1N.unflatten(-1, (-1, attention.head_dim)).split([*heads, heads[1]], dim=-2)
+        qkv_B1N = torch.cat([*attention.normalised(q_B1HK, k_B1GK), v_B1GK], dim=-2).flatten(2)
     slots, starts = zip(*cache.rows, strict=True)
     keys_SGCK, values_SGCK = cache.cache.keys[attention.layer], cache.cache.values[attention.layer]
     y_BD = torch.ops.mmllm.attend_token(qkv_B1N, *rope, keys_SGCK, values_SGCK, slots, starts)

@@ -17,7 +17,7 @@ from mmllm.models.loading import read_info
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import stderr_rank0
 from mmllm.runtime.device import choose_device
-from mmllm.storage.weights import locate
+from mmllm.storage.hub import locate
 
 # a path, encoded bytes, a data URI, a PIL image, or what `encode_image` returned
 ImageSource = str | Path | bytes | Image.Image | Prefix

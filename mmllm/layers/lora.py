@@ -15,15 +15,16 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.config.schema import LoraConfig
+from mmllm.config.schema import Amount, Count, Fraction, LoraConfig
 from mmllm.errors import CheckpointError, ConfigError
 from mmllm.layers.quantized import linear_layers
-from mmllm.runtime.files import read_json, refuse_other, write_json
+from mmllm.runtime.files import read_json, refuse_other, typed, write_json
 from mmllm.storage.weights import read_safetensors
 
 ALL_LINEAR = "all-linear"
@@ -145,6 +146,17 @@ def write_adapter_config(folder: Path, model: nn.Module, config: LoraConfig) -> 
     write_json(folder / CONFIG_FILE, content)
 
 
+@dataclass(frozen=True)
+class _AdapterFields:
+    """What adapter_config.json holds, with PEFT's defaults."""
+
+    peft_type: Literal["LORA"]
+    r: Count
+    lora_alpha: Amount = 8
+    lora_dropout: Fraction = 0.0
+    use_rslora: bool = False
+
+
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, Tensor]]:
     """A PEFT adapter for Qwen2 or LLaVA: its configuration, its tensors as `LAYER.lora_A`, and those of the projector.
 
@@ -153,9 +165,8 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str,
     file = folder / CONFIG_FILE
     content = read_json(file)
     supported = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none", "fan_in_fan_out": False}
-    if content.get("peft_type") != "LORA" or "r" not in content:
-        raise CheckpointError(f"{file}: not a LoRA adapter; it needs peft_type LORA and r")
     refuse_other(content, supported, file)
+    settings = typed(_AdapterFields, content, file)
     lora, projector = {}, {}
     for name, value in read_safetensors(folder / TENSOR_FILE).items():
         if "vision_tower" not in name and (found := ADAPTER.fullmatch(name)):
@@ -168,11 +179,11 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str,
     if not modules:
         raise CheckpointError(f"{folder / TENSOR_FILE}: holds no adapter")
     config = LoraConfig(
-        r=content["r"],
-        lora_alpha=content.get("lora_alpha") or 8,  # PEFT's default
-        lora_dropout=float(content.get("lora_dropout") or 0.0),
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=tuple(modules),
-        use_rslora=bool(content.get("use_rslora")),
+        use_rslora=settings.use_rslora,
     )
     return config, lora, projector
 

@@ -10,24 +10,30 @@ B images of side S, N patches, T = N + 1 tokens (the class token first), D hidde
 P projection size.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.models.config import CLIPVisionConfig
+from mmllm.models.config import CLIPVisionConfig, VisionConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)  # the sigmoid approximation that OpenAI's CLIP was trained with
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # of `CLIPVisionConfig.hidden_act`
+ACTIVATIONS = {  # by hidden_act
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class CLIPAttention(nn.Module):
     """Multi-head attention of every token to every token."""
 
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -45,7 +51,7 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -56,7 +62,7 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.self_attn = CLIPAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -84,7 +90,7 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
 

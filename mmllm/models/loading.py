@@ -20,18 +20,19 @@ from torch.overrides import TorchFunctionMode
 
 from mmllm.config.schema import LoraConfig
 from mmllm.data.chat import DEFAULT_SYSTEM, ChatProcessor
-from mmllm.data.image import ImageProcessor
 from mmllm.data.processor_files import load_processor, save_processor
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import CheckpointError
 from mmllm.layers import lora
 from mmllm.layers.packed import empty_, to_device_layout_
 from mmllm.layers.quantized import ROUNDINGS, quantize_
-from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
+from mmllm.models.config import MultimodalConfig
 from mmllm.models.projector import Projector
-from mmllm.runtime.files import read_json, write_json
+from mmllm.models.published import language_tensors, llava_tensors, read_vision, text_config
+from mmllm.runtime.files import read_json, typed, write_json
 from mmllm.storage.atomic import atomic_directory
-from mmllm.storage.weights import load_strict_, locate, read_tensors, refuse_integers
+from mmllm.storage.hub import locate
+from mmllm.storage.weights import load_strict_, read_tensors, refuse_integers
 
 Device = str | torch.device
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,17 +60,28 @@ class ModelInfo:
     has_adapters: bool
 
 
+@dataclass(frozen=True)
+class _SavedForm:
+    """What mmllm.json holds."""
+
+    format_version: int
+    system_prompt: str = DEFAULT_SYSTEM
+    surgery: tuple[str, ...] = ()
+
+
 def read_info(folder: str | Path) -> ModelInfo:
     folder = Path(folder)
-    ours = read_json(folder / "mmllm.json")
-    surgery = ours.get("surgery") or []
-    if ours.get("format_version") != 1 or not set(surgery) <= {*ROUNDINGS, "packed", "lora"}:
-        raise CheckpointError(f"{folder / 'mmllm.json'}: written by a newer mmllm; update this one")
+    file, config = folder / "mmllm.json", folder / "config.json"
+    is_ours = file.exists() or not config.exists()  # else a LLaVA of other makers
+    ours = typed(_SavedForm, read_json(file), file) if is_ours else _SavedForm(1)
+    surgery = ours.surgery
+    if ours.format_version != 1 or not set(surgery) <= {*ROUNDINGS, "packed", "lora"}:
+        raise CheckpointError(f"{file}: written by a newer mmllm; update this one")
     if ("lora" in surgery) != (folder / lora.CONFIG_FILE).exists():
         raise CheckpointError(f"{folder}: mmllm.json and {lora.CONFIG_FILE} disagree on whether there are adapters")
     return ModelInfo(
-        config=MultimodalConfig.from_dict(read_json(folder / "config.json")),
-        system_prompt=ours.get("system_prompt", DEFAULT_SYSTEM),
+        config=MultimodalConfig.from_dict(read_json(config), config),
+        system_prompt=ours.system_prompt,
         is_packed="packed" in surgery,
         rounding=next((kind for kind in surgery if kind in ROUNDINGS), None),
         has_adapters="lora" in surgery,
@@ -79,7 +91,7 @@ def read_info(folder: str | Path) -> ModelInfo:
 def from_pretrained(
     cls: type[Model], source: str | Path, *, device: Device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> Model:
-    """The model of a directory that `save_pretrained` wrote, or of a hub repository with the same files.
+    """The model of a directory that `save_pretrained` wrote, of a LLaVA folder, or of a hub repository with such files.
 
     `dtype` None keeps the dtype of every tensor and, on the CPU, maps it from its file.
     CheckpointError names what is missing, unexpected, or of another shape.
@@ -103,7 +115,7 @@ def load_float_(
     model: nn.Module, folder: Path, device: Device, dtype: torch.dtype | None, uncast: str | None = None
 ) -> None:
     """Float weights; names that begin with `uncast` keep the dtype of the file."""
-    tensors = read_tensors(folder)
+    tensors = llava_tensors(folder)
     refuse_integers(tensors, folder)
     for name, value in tensors.items():
         tensors[name] = value.to(device, None if uncast and name.startswith(uncast) else dtype)
@@ -141,53 +153,26 @@ def from_towers(
     device: Device = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> Model:
-    """Two published models, each a folder or a hub name, and a new projector drawn with `seed`."""
-    clip_folder, qwen_folder = locate(clip), locate(qwen)
-    vision = CLIPVisionConfig.from_dict(read_tower_config(clip_folder, "clip", "clip_vision_model"))
-    text = Qwen2Config.from_dict(read_tower_config(qwen_folder, "qwen2"))
+    """Two published models, each a folder, a hub name or OpenAI's file, and a new projector drawn with `seed`."""
+    vision, qwen_folder = read_vision(clip), locate(qwen)
+    text = text_config(qwen_folder)
     tokenizer = Tokenizer(qwen_folder)
-    config = MultimodalConfig(vision, text, features, tokenizer.image_id)
-    images = ImageProcessor.from_dict(read_json(clip_folder / "preprocessor_config.json"))
+    config = MultimodalConfig(vision.config, text, features, tokenizer.image_id)
     model = without_memory(cls, config)
-    for tower, tensors, folder in (
-        (model.vision_tower, vision_tensors(clip_folder, features), clip_folder),
+    for tower, tensors, where in (
+        (model.vision_tower, vision.tensors, clip),
         (model.language_model, language_tensors(qwen_folder, text), qwen_folder),
     ):
-        refuse_integers(tensors, folder)
-        load_strict_(tower, {name: value.to(device, dtype) for name, value in tensors.items()}, folder)
+        if features == "patch":
+            tensors.pop("visual_projection.weight", None)
+        refuse_integers(tensors, where)
+        load_strict_(tower, {name: value.to(device, dtype) for name, value in tensors.items()}, where)
     model.language_model.tie_weights()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = Projector(config.feature_shape[1], text.hidden_size)
     model.multi_modal_projector = projector.to(device, dtype)
-    return with_processor(model, ChatProcessor(tokenizer, images, config.num_image_tokens, system), qwen_folder)
-
-
-def read_tower_config(folder: Path, *kinds: str) -> dict:
-    """The config.json of a published model whose model_type is one of `kinds`."""
-    file = folder / "config.json"
-    config = read_json(file)
-    if (found := config.get("model_type")) not in kinds:
-        raise CheckpointError(f"{file}: model_type is {found!r}; {' or '.join(kinds)} is needed here")
-    if "quantization_config" in config:
-        raise CheckpointError(f"{file}: a quantised model; use the plain one")
-    return config
-
-
-def vision_tensors(folder: Path, features: str) -> dict[str, Tensor]:
-    """The tensors of the vision tower; a CLIP file also holds the text tower and, in old files, position ids."""
-    kept = ("vision_model.", "visual_projection.") if features == "pooled" else ("vision_model.",)
-    tensors = read_tensors(folder)
-    return {name: v for name, v in tensors.items() if name.startswith(kept) and not name.endswith(".position_ids")}
-
-
-def language_tensors(folder: Path, config: Qwen2Config) -> dict[str, Tensor]:
-    """The tensors of a Qwen2 file; where the head is tied, one in the file must equal the embedding."""
-    tensors = read_tensors(folder)
-    embedding = tensors.get("model.embed_tokens.weight", torch.empty(0))
-    if config.tie_word_embeddings and not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
-        raise CheckpointError(f"{folder}: lm_head.weight differs from the embedding, but config.json says it is tied")
-    return tensors
+    return with_processor(model, ChatProcessor(tokenizer, vision.images, config.num_image_tokens, system), qwen_folder)
 
 
 class WithoutValues(TorchFunctionMode):
@@ -216,6 +201,11 @@ def with_processor(model: Model, processor: ChatProcessor, folder: Path) -> Mode
             f"{folder}: tokenizer.json has {processor.tokenizer.vocab_size} tokens, but the model has {rows} rows; "
             "they belong to different models"
         )
+    if processor.tokenizer.image_id != model.config.image_token_id:
+        raise CheckpointError(
+            f"{folder}: <|image_pad|> is token {processor.tokenizer.image_id}, but config.json has image_token_index "
+            f"{model.config.image_token_id}; they belong to different models"
+        )
     if processor.image_processor.size != side:
         raise CheckpointError(
             f"{folder}: preprocessor_config.json makes images of {processor.image_processor.size} pixels, "
@@ -230,6 +220,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, replace: bool = Fal
     with atomic_directory(folder, replace=replace) as temporary:
         for name, tensors in tensor_files(model).items():
             save_file({n: value.contiguous() for n, value in tensors.items()}, temporary / name, {"format": "pt"})
+            (temporary / name).chmod(temporary.stat().st_mode & 0o666)  # as the umask has it; save_file makes it 0600
         write_small_files(model, temporary)
 
 
@@ -255,4 +246,4 @@ def write_small_files(model: nn.Module, folder: Path) -> None:
     write_json(folder / "mmllm.json", ours)
     if form.lora:
         lora.write_adapter_config(folder, model, form.lora)
-    save_processor(model.processor, folder)
+    save_processor(model.processor, folder, model.config.vision.select_strategy)

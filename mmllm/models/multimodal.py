@@ -19,14 +19,18 @@ from mmllm.models.config import MultimodalConfig
 from mmllm.models.loss import cross_entropy_sum
 from mmllm.models.projector import Projector
 from mmllm.models.qwen import Qwen2
+from mmllm.models.qwen3 import Qwen3
 from mmllm.models.shared_prefix import attention_of, positions_of, predictor_positions
+from mmllm.models.siglip import SigLIPVisionTower
 
+TOWERS = {"clip_vision_model": CLIPVisionTower, "siglip_vision_model": SigLIPVisionTower}
+LANGUAGE_MODELS = {"qwen2": Qwen2, "qwen3": Qwen3}
 LOGITS_AT_ONCE = 2**23  # numbers in one piece of logits: 32 MiB in float32
 TRAINED_HEAD_FACTOR = 8  # times as many where the head is trained: each piece makes a gradient of the whole head
 
 
 class MultimodalLLM(nn.Module):
-    """CLIP -> projector -> Qwen2.5.
+    """CLIP or SigLIP -> projector -> Qwen2.5 or Qwen3.
 
     `processor` turns conversations and images into inputs; it is None in a model that was built from a configuration.
     """
@@ -35,9 +39,9 @@ class MultimodalLLM(nn.Module):
         super().__init__()
         self.config = config
         is_pooled = config.features == "pooled"
-        self.vision_tower = CLIPVisionTower(config.vision, with_projection=is_pooled)
+        self.vision_tower = TOWERS[config.vision.model_type](config.vision, with_projection=is_pooled)
         self.multi_modal_projector = Projector(config.feature_shape[1], config.text.hidden_size)
-        self.language_model = Qwen2(config.text)
+        self.language_model = LANGUAGE_MODELS[config.text.model_type](config.text)
         self.processor: ChatProcessor | None = None
         self.form = loading.ModelForm()
 

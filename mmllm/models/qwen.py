@@ -61,23 +61,27 @@ def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Qwen2Attention(nn.Module):
     """Grouped-query attention: H/G neighbouring query heads share a key/value head."""
 
-    def __init__(self, config: Qwen2Config, layer: int):
+    def __init__(self, config: Qwen2Config, layer: int, *, bias: bool = True):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries)
-        self.k_proj = nn.Linear(config.hidden_size, keys)
-        self.v_proj = nn.Linear(config.hidden_size, keys)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def normalised(self, q_BTHK: Tensor, k_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys before the rotation: as they are. Qwen3 normalises them."""
+        return q_BTHK, k_BTGK
 
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend_B1TS: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        q_BHTK, k_BGTK, v_BGTK = (
-            project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+        q_BTHK, k_BTGK, v_BTGK = (
+            project(x_BTD).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q_BHTK, k_BGTK, v_BGTK = (heads.transpose(1, 2) for heads in (*self.normalised(q_BTHK, k_BTGK), v_BTGK))
         q_BHTK, k_BGTK = rotate(q_BHTK, *rope), rotate(k_BGTK, *rope)
         if cache is not None:
             y_BHTK = cache.attend(self.layer, q_BHTK, k_BGTK, v_BGTK)
@@ -120,9 +124,9 @@ class Qwen2MLP(nn.Module):
 
 
 class Qwen2Layer(nn.Module):
-    def __init__(self, config: Qwen2Config, layer: int):
+    def __init__(self, config: Qwen2Config, layer: int, attention: type[Qwen2Attention]):
         super().__init__()
-        self.self_attn = Qwen2Attention(config, layer)
+        self.self_attn = attention(config, layer)
         self.mlp = Qwen2MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -141,10 +145,10 @@ class Qwen2Layer(nn.Module):
 
 
 class Qwen2Model(nn.Module):
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, config: Qwen2Config, attention: type[Qwen2Attention]):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Qwen2Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Qwen2Layer(config, i, attention) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -155,10 +159,10 @@ class Qwen2(nn.Module):
     only those logits that it needs.
     """
 
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, config: Qwen2Config, attention: type[Qwen2Attention] = Qwen2Attention):
         super().__init__()
         self.config = config
-        self.model = Qwen2Model(config)
+        self.model = Qwen2Model(config, attention)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 

@@ -5,8 +5,13 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
+from mmllm.config.validation import describe, shown
 from mmllm.errors import CheckpointError, UserError
 from mmllm.runtime.console import stderr
 
@@ -15,20 +20,37 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+T = TypeVar("T")
+
 
 def read_json(
     path: Path, *, missing: str = "is its folder a model folder?", damaged: str = "copy it again from its source"
 ) -> dict:
     """The object in a JSON file. CheckpointError ends in `missing` or `damaged`: what the reader can do about it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; {missing}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise CheckpointError(f"{path}: not JSON; {damaged}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object; {damaged}")
     return content
+
+
+def typed(kind: type[T], content: dict, where: str | Path) -> T:
+    """The fields of `content` as the dataclass `kind`. Other fields are left out; one that is null counts as absent.
+
+    CheckpointError names `where`, the field, its value and what it must be.
+    """
+    known = {field.name: content[field.name] for field in fields(kind) if content.get(field.name) is not None}
+    try:
+        # as JSON, because a strict dataclass is otherwise only made of its own kind
+        return TypeAdapter(kind).validate_json(json.dumps(known), strict=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: {describe(error)}") from None
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -44,7 +66,7 @@ def refuse_other(content: dict, supported: dict, where: str | Path) -> None:
     """CheckpointError for a setting in `content` that is there and has another value than the `supported` one."""
     for name, value in supported.items():
         if content.get(name) not in (None, value):
-            raise CheckpointError(f"{where}: {name} is {content[name]!r}; only {value!r} is supported")
+            raise CheckpointError(f"{where}: {name} is {shown(content[name])}; only {value!r} is supported")
 
 
 def write_json(path: Path, content: object) -> None:

@@ -15,7 +15,9 @@ import hashlib
 import os
 import re
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from mmllm.errors import CheckpointError, RunError
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.distributed import World, local, rows_for
-from mmllm.runtime.files import read_json, write_json
+from mmllm.runtime.files import read_json, typed, write_json
 from mmllm.storage.atomic import new_directory, publish, removed_on_error, reported
 from mmllm.storage.sharded_file import Layout, create
 from mmllm.storage.weights import read_safetensors
@@ -79,7 +81,7 @@ def end_checkpoint(temporary: Path, folder: Path) -> None:
     """Write the manifest last, wait until everything is on disk, then rename: until then it is no checkpoint."""
     with reported(folder), removed_on_error(temporary):
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-        files = {str(path.relative_to(temporary)): _fingerprint(path) for path in paths}
+        files = {str(path.relative_to(temporary)): asdict(_fingerprint(path)) for path in paths}
         write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
         publish(temporary, folder)
 
@@ -93,9 +95,21 @@ def refuse_full_disk(directory: Path, size: int) -> None:
         )
 
 
-def _fingerprint(path: Path) -> dict:
+@dataclass(frozen=True)
+class _Fingerprint:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    format: Literal[FORMAT]
+    files: dict[str, _Fingerprint]
+
+
+def _fingerprint(path: Path) -> _Fingerprint:
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return _Fingerprint(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 # Rename and remove
@@ -175,16 +189,14 @@ def set_aside_later(directory: Path, step: int) -> None:
 
 def verify(checkpoint: Path) -> None:
     """CheckpointError naming the first file that is missing or differs from what was written."""
-    manifest = read_json(checkpoint / "manifest.json", **MENDS)
-    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{checkpoint / 'manifest.json'}: not a manifest of this version")
-    for name, written in manifest["files"].items():
+    file = checkpoint / "manifest.json"
+    for name, written in typed(_Manifest, read_json(file, **MENDS), file).files.items():
         path = checkpoint / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, but the manifest lists it")
         found = path.stat().st_size
-        if found != written["bytes"]:
-            raise CheckpointError(f"{path}: {found:,} bytes, {written['bytes']:,} were written")
+        if found != written.bytes:
+            raise CheckpointError(f"{path}: {found:,} bytes, {written.bytes:,} were written")
         if _fingerprint(path) != written:
             raise CheckpointError(f"{path}: its checksum is not the one that was written; the file is damaged")
 

@@ -1,4 +1,4 @@
-"""Published weights: find them, read them, load them strictly.
+"""Published weights: read them in any layout, load them strictly.
 
 The main branch of the official CLIP repository has no safetensors, only `pytorch_model.bin`. It is read with
 `weights_only=True`, which runs no code from the file. Nothing else in this project reads or writes a pickle.
@@ -8,6 +8,8 @@ Tensors are mapped from the file, not copied: a page is read when it is first us
 
 import os
 import pickle
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,78 +17,32 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mmllm.errors import CheckpointError
-from mmllm.runtime.files import read_json
+from mmllm.runtime.files import read_json, typed
 
-SMALL_FILES = ["*.json", "*.jinja", "merges.txt"]
+WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
 NAMES_SHOWN = 3
 
 
-def locate(source: str | Path) -> Path:
-    """The folder of `source`: a local one, or a repository of the Hugging Face hub, downloaded once and cached."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{source}: a file; name the folder that holds config.json and the weights")
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise CheckpointError(f"{source}: no such folder; name a folder with config.json and model.safetensors")
-    # imported here: 0.4 s, which a local folder does not need
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "*model*.safetensors"]))
-        if not list(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "pytorch_model.bin"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{source}: not a folder here and not available from the hub ({type(error).__name__}); download it by hand and "
-            "name its folder, which holds config.json and model.safetensors"
-        ) from error
-    return folder
-
-
-def cached_file(source: str | Path, name: str) -> Path | None:
-    """The file `name` of a local folder, or of a repository of the hub where an earlier download has it; else None."""
-    folder = Path(source).expanduser()
-    if folder.is_dir() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        return folder / name if (folder / name).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(str(source), name)
-    return Path(found) if isinstance(found, str) else None
-
-
-def locate_config(source: str | Path) -> Path:
-    """The config.json of a local folder or of a repository of the hub, of which no other file is downloaded."""
-    found = cached_file(source, "config.json")
-    if found:
-        return found
-    if Path(source).expanduser().exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: no such folder with a config.json in it")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(str(source), "config.json"))
-    except Exception as error:  # offline, unknown or gated: the library and the network have a type for each
-        raise CheckpointError(
-            f"{source}: no such folder here, and its config.json cannot be read from the hub ({type(error).__name__}); "
-            "connect, or name a folder that holds the config.json"
-        ) from error
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model folder by name: one safetensors file, shards with an index, or `pytorch_model.bin`."""
+    """All tensors of a model folder by name: of one file, safetensors or pickled, or of several with an index."""
     for name, read in (
         ("model.safetensors", read_safetensors),
         ("model.safetensors.index.json", read_shards),
         ("pytorch_model.bin", read_bin),
+        ("pytorch_model.bin.index.json", read_shards),
     ):
         if (folder / name).exists():
-            return read(folder / name)
+            return unwrapped(read(folder / name))
     raise CheckpointError(
         f"{folder}: no weights; it needs model.safetensors, its shards and index, or pytorch_model.bin"
     )
+
+
+def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` without a prefix that wrappers of the saved model gave to all names."""
+    if all(WRAPPERS.match(name) for name in tensors):
+        return {WRAPPERS.sub("", name, count=1): value for name, value in tensors.items()}
+    return tensors
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -100,15 +56,21 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
 def read_shards(index: Path) -> dict[str, Tensor]:
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = typed(_Index, read_json(index), index).weight_map
+    read = read_bin if index.name.endswith(".bin.index.json") else read_safetensors
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
         if name != os.path.basename(name):
             raise CheckpointError(f"{index}: shard {name!r} is not a plain file name; this index is not to be trusted")
         if not (index.parent / name).exists():
             raise CheckpointError(f"{index.parent / name}: missing, but {index.name} names it; download it again")
-        tensors |= read_safetensors(index.parent / name)
+        tensors |= read(index.parent / name)
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise CheckpointError(f"{index}: {len(missing)} tensors are in no shard, first {missing[0]}; download it again")
@@ -124,15 +86,21 @@ def read_bin(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file}: not a plain file of tensors ({file.stat().st_size:,} bytes); download it again, or use safetensors"
         ) from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):  # a training checkpoint
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file}: holds something other than named tensors; use the official file or safetensors")
     return tensors
 
 
 def refuse_pointer(file: Path) -> None:
-    with file.open("rb") as stream:
-        if stream.read(24).startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{file}: a Git LFS pointer, not weights; run `git lfs pull` in its folder")
+    try:
+        with file.open("rb") as stream:
+            begin = stream.read(24)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    if begin.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file}: a Git LFS pointer, not weights; run `git lfs pull` in its folder")
 
 
 def load_strict_(module: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:

@@ -16,7 +16,7 @@ from mmllm.data.samples import Sample, read_samples, share_images
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import DataError
 from mmllm.models.config import MultimodalConfig
-from mmllm.storage.weights import cached_file
+from mmllm.storage.hub import cached_file
 from mmllm.training.step_memory import SampleSize
 
 ENCODED = 500  # samples, the longest by characters, whose tokens are counted

@@ -5,7 +5,6 @@ No weights are loaded. The model is built from its configuration, and its step r
 """
 
 import re
-from pathlib import Path
 
 import torch
 
@@ -13,9 +12,10 @@ from mmllm.config.schema import ExperimentConfig, ModelConfig, StageConfig
 from mmllm.layers.quantized import count_parameters, count_weights
 from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM
+from mmllm.models.published import text_config, vision_config
 from mmllm.runtime.device import choose_device
 from mmllm.runtime.files import read_json
-from mmllm.storage.weights import locate_config
+from mmllm.storage.hub import locate
 from mmllm.training.data_plan import DataPlan, plan_data
 from mmllm.training.out_of_memory import batch_names, changes
 from mmllm.training.prepare import prepare, train_only_, trained_parts
@@ -39,16 +39,11 @@ STEPS_AN_EPOCH = 10  # aimed at where there is too little data for one step
 def architecture(settings: ModelConfig) -> MultimodalConfig:
     """The sizes of the model that `settings` ask for: of local folders, published models known here, or the hub's."""
     if settings.pretrained:
-        return MultimodalConfig.from_dict(read_json(locate_config(settings.pretrained)))
-    vision = _sizes(settings.clip, CLIPVisionConfig, PUBLISHED_CLIP)
-    text = _sizes(settings.qwen, Qwen2Config, PUBLISHED_QWEN)
+        file = locate(settings.pretrained, weights=False) / "config.json"
+        return MultimodalConfig.from_dict(read_json(file), file)
+    vision = PUBLISHED_CLIP.get(settings.clip) or vision_config(settings.clip)
+    text = PUBLISHED_QWEN.get(settings.qwen) or text_config(settings.qwen)
     return MultimodalConfig(vision, text, settings.features)
-
-
-def _sizes(source: str, kind: type, published: dict) -> CLIPVisionConfig | Qwen2Config:
-    if source in published and not Path(source).is_dir():
-        return published[source]
-    return kind.from_dict(read_json(locate_config(source)))
 
 
 def card(name: str) -> tuple[str, float | None]:

@@ -85,7 +85,7 @@ def changed_config(folder, **fields):
 @pytest.mark.parametrize(
     ("side", "fields", "named"),
     [
-        (0, {"model_type": "siglip"}, "model_type is 'siglip'"),
+        (0, {"model_type": "blip"}, "model_type is 'blip'"),
         (1, {"model_type": "llama"}, "model_type is 'llama'"),
         (1, {"quantization_config": {"quant_method": "awq"}}, "a quantised model"),
         (1, {"hidden_size": 128}, r"model.embed_tokens.weight .*\[512, 64\].*\[512, 128\]"),

@@ -127,26 +127,23 @@ def test_a_dry_run_reads_the_sizes_of_local_towers_and_counts_the_steps(tmp_path
 
 
 def test_a_model_of_the_hub_is_planned_from_its_config_alone(tmp_path, monkeypatch):
-    asked = []
-
-    def download(source, name):
-        asked.append((source, name))
-        return str(write_qwen(tmp_path / "qwen") / name)
+    def download(source, revision, allow_patterns):
+        assert source == "somebody/else" and not any("safetensors" in pattern for pattern in allow_patterns)
+        return str(write_qwen(tmp_path / "qwen"))
 
     config = ExperimentConfig()
     config.model.qwen = "somebody/else"
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert architecture(config.model).text.hidden_size == 64
-    assert asked == [("somebody/else", "config.json")]
 
-    def offline(source, name):
+    def offline(source, revision, allow_patterns):
         raise OSError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(CheckpointError, match="somebody/else: no such folder here, and its config.json cannot be read"):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match="somebody/else: not a folder here, .*no network"):
         architecture(config.model)
     config.model.qwen = "./else"
-    with pytest.raises(CheckpointError, match="./else: no such folder with a config.json"):
+    with pytest.raises(CheckpointError, match="./else: no such folder"):
         architecture(config.model)
 
 

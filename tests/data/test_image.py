@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from PIL.GifImagePlugin import GifImageFile
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from mmllm.data import image as module
 from mmllm.data.image import ImageProcessor, decode, decode_base64
@@ -341,10 +341,39 @@ def test_the_configuration_of_clip_is_read_in_both_its_forms():
     assert ImageProcessor.from_dict(ImageProcessor(336).to_dict()) == ImageProcessor(336)
 
 
-@pytest.mark.parametrize("change", [{"resample": 2}, {"crop_size": {"height": 224, "width": 200}}, {"size": 256}])
-def test_another_arithmetic_is_refused(change):
-    with pytest.raises(CheckpointError, match="only a square crop"):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"resample": 1}, "resample is 1; it must be 2 or 3"),
+        ({"crop_size": {"height": 224, "width": 200}}, "only one square size"),
+        ({"size": 256}, "only one square size"),
+        ({"size": "224", "crop_size": "224"}, "size is '224'"),
+        ({"size": [224], "crop_size": [224]}, "size is"),
+        ({"do_resize": False}, "do_resize is False; only True"),
+        ({"do_center_crop": False}, "do_center_crop is False; only True"),
+        ({"do_rescale": False}, "do_rescale is False; only True"),
+        ({"do_normalize": False}, "do_normalize is False; only True"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784"),
+        ({"rescale_factor": "x"}, "rescale_factor is 'x'"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std"),
+        ({"image_processor": 3}, "image_processor is 3"),
+    ],
+)
+def test_what_would_make_other_pixels_is_refused_by_name(change, named):
+    with pytest.raises(CheckpointError, match=named):
         ImageProcessor.from_dict(ImageProcessor().to_dict() | change)
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+def test_the_pixels_of_siglip_are_those_of_transformers(resample):
+    theirs = SiglipImageProcessorPil(size={"height": 48, "width": 48}, resample=resample)
+    ours = ImageProcessor.from_dict(theirs.to_dict())
+    assert ours == ImageProcessor.from_dict(ours.to_dict())
+    for size in ((50, 40), (31, 200), (48, 48), (3, 3)):
+        image = Image.effect_noise(size, 80).convert("RGB")
+        wanted = theirs(image, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(ours(image), wanted), size
 
 
 def test_the_warnings_of_pillow_are_left_as_they_were():

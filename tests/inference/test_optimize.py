@@ -22,7 +22,7 @@ from mmllm.models.kv_cache import KVCache, PerSlot
 from mmllm.models.loading import ModelForm
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.training.prepare import prepare
-from official import write_model
+from official import write_model, write_qwen3, write_siglip
 
 # Relative distance of the logits from those of the formulas. Without our kernels bfloat16 rounds the activations too;
 # an int8-dynamic activation at the edge of two integers may become either.
@@ -70,6 +70,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def siglip_qwen3(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("float") / "model", vision=write_siglip, text=write_qwen3)
+
+
+@pytest.fixture(scope="module")
 def int8_folder(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("int8") / "model"
     convert.main(["--model", str(folder), "--int8", "--out", str(out)])
@@ -85,8 +90,10 @@ def some_logits(model: MultimodalLLM, num_images: int = 1) -> torch.Tensor:
     return model.logits(ids, torch.randn(num_images, 3, 32, 32, generator=rng))
 
 
+@pytest.mark.parametrize("towers", ["folder", "siglip_qwen3"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_each_precision_computes_its_formula(folder, precision):
+def test_each_precision_computes_its_formula(request, towers, precision):
+    folder = request.getfixturevalue(towers)
     wanted = some_logits(round_by_formula_(MultimodalLLM.from_pretrained(folder), precision))
     assert distance(some_logits(load_model(folder, precision=precision)), wanted) <= DISTANCE[precision]
 
@@ -117,9 +124,10 @@ def test_a_row_has_the_same_bits_in_a_batch_and_alone(folder, precision):
     assert torch.equal(layer(x_BD), torch.cat([layer(x_BD[i : i + 1]) for i in range(9)]))
 
 
+@pytest.mark.parametrize("towers", ["folder", "siglip_qwen3"])
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
-def test_decoding_token_by_token_gives_what_the_whole_text_gives(folder, precision):
-    model = load_model(folder, precision=precision)
+def test_decoding_token_by_token_gives_what_the_whole_text_gives(request, towers, precision):
+    model = load_model(request.getfixturevalue(towers), precision=precision)
     language_model, slots = model.language_model, [2, 0]
     ids_BT = torch.randint(0, 280, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -132,10 +140,13 @@ def test_decoding_token_by_token_gives_what_the_whole_text_gives(folder, precisi
             assert (got[:, 0] - wanted[:, t]).abs().max() < 1e-3, "float32, and digits that fall to either side"
 
 
-def test_patches_as_a_product_are_those_of_the_convolution(folder):
+@pytest.mark.parametrize("towers", ["folder", "siglip_qwen3"])
+def test_patches_as_a_product_are_those_of_the_convolution(request, towers):
     if not kernels.native():
         pytest.skip("no C++ compiler here")
-    convolution = load_model(folder, precision="int8").vision_tower.vision_model.embeddings.patch_embedding
+    convolution = load_model(
+        request.getfixturevalue(towers), precision="int8"
+    ).vision_tower.vision_model.embeddings.patch_embedding
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         wanted = torch.nn.Conv2d.forward(convolution, pixels)

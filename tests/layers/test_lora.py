@@ -138,7 +138,7 @@ def saved(ours, tmp_path):
         ({"use_dora": True}, "use_dora is True; only False is supported"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"peft_type": "IA3"}, "not a LoRA adapter"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; it must be 'LORA'"),
         ({"r": 8}, r"lora_A is \[4, 64\], but \[8, 64\] is needed"),
     ],
 )

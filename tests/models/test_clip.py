@@ -7,7 +7,7 @@ from transformers import CLIPVisionModelWithProjection
 from mmllm.errors import CheckpointError
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig
-from mmllm.models.loading import vision_tensors
+from mmllm.models.published import vision_tensors
 from mmllm.runtime.files import read_json
 from mmllm.storage.weights import load_strict_
 from official import write_clip
@@ -25,7 +25,7 @@ def towers(folder, **overrides) -> tuple[CLIPVisionTower, CLIPVisionModelWithPro
     """Ours and theirs, both read from one official folder."""
     write_clip(folder, **overrides)
     ours = CLIPVisionTower(CLIPVisionConfig.from_dict(read_json(folder / "config.json")), with_projection=True)
-    load_strict_(ours, vision_tensors(folder, "pooled"), folder)
+    load_strict_(ours, vision_tensors(folder), folder)
     theirs = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
     return ours.eval(), theirs.eval()
 

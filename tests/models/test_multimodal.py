@@ -10,12 +10,14 @@ from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.layers.quantized import count_parameters
 from mmllm.models.config import MultimodalConfig
 from mmllm.models.multimodal import MultimodalLLM
-from official import write_model
+from official import write_model, write_qwen3, write_siglip
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "model")
+@pytest.fixture(
+    scope="module", params=[{}, {"vision": write_siglip, "text": write_qwen3}], ids=["clip-qwen2", "siglip-qwen3"]
+)
+def directory(request, tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "model", **request.param)
 
 
 @pytest.fixture(scope="module")

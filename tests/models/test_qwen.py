@@ -9,7 +9,7 @@ from transformers import Qwen2ForCausalLM
 
 from mmllm.errors import CheckpointError
 from mmllm.models.config import Qwen2Config
-from mmllm.models.loading import language_tensors
+from mmllm.models.published import language_tensors
 from mmllm.models.qwen import Qwen2, SwiGLU
 from mmllm.runtime.files import read_json
 from mmllm.storage.weights import load_strict_
@@ -90,7 +90,7 @@ def test_a_sliding_window_that_is_off_is_read_and_one_that_is_on_refused():
         ({"rope_scaling": {"type": "yarn"}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"vocab_size": None, "hidden_size": None}, "vocab_size, hidden_size missing"),
+        ({"vocab_size": None, "hidden_size": None}, "vocab_size is missing"),
     ],
 )
 def test_what_would_change_the_numbers_is_refused(changes, named):

@@ -111,7 +111,7 @@ def test_the_state_is_what_was_given(model, tmp_path):
         ("missing", "missing, but the manifest lists it"),
         ("no manifest", "no such file; this checkpoint was not written to its end"),
         ("empty manifest", "not JSON; the file is damaged"),
-        ("other manifest", "not a manifest of this version"),
+        ("other manifest", "manifest.json: format is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_with_its_reason_and_the_one_before_is_used(model, tmp_path, capsys, how, words):

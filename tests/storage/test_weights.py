@@ -3,10 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,10 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from conftest import ROOT
 from mmllm.errors import CheckpointError
-from mmllm.storage.weights import load_strict_, locate, read_tensors, refuse_not_finite
-from official import write_clip, write_qwen
+from mmllm.storage.weights import load_strict_, read_tensors, refuse_not_finite
+from official import write_qwen
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605247071\n"
 
@@ -126,120 +121,3 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named():
 def test_weights_that_are_not_finite_are_named(value):
     with pytest.raises(CheckpointError, match="deep.down"):
         refuse_not_finite({"fine": torch.ones(3), "deep.down": torch.tensor([1.0, value])}, "folder")
-
-
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        ("./nothing", "no such folder"),
-        ("a/b/c", "no such folder"),
-        ("nothing", "no such folder"),
-        (__file__, "a file; name"),
-    ],
-)
-def test_a_source_that_is_not_a_folder_is_refused(source, named):
-    with pytest.raises(CheckpointError, match=named):
-        locate(source)
-
-
-# From the hub ---------------------------------------------------------------------------------------------------------
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The few addresses of the hub that a download asks for, over the files of one folder."""
-
-    folder: Path
-    sha = "0" * 40
-
-    def do_HEAD(self):
-        self.answer()
-
-    def do_GET(self):
-        self.answer()
-
-    def answer(self):
-        path = self.path.partition("?")[0]
-        self.asked.append((self.command, path))
-        files = {file.name: file for file in self.folder.iterdir()}
-        name = path.rpartition("/")[2]
-        if path.startswith("/api/models/org/tiny/tree/"):
-            sizes = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": "0"} for n, f in files.items()]
-            self.send(json.dumps(sizes).encode(), "application/json")
-        elif path.startswith("/api/models/org/tiny"):
-            siblings = [{"rfilename": name} for name in files]
-            about = {"id": "org/tiny", "sha": self.sha, "siblings": siblings}
-            self.send(json.dumps(about).encode(), "application/json")
-        elif path.startswith("/org/tiny/resolve/") and name in files:
-            self.send(files[name].read_bytes(), "application/octet-stream")
-        else:
-            self.send_error(404)
-
-    def send(self, body: bytes, kind: str):
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", '"' + self.path.rpartition("/")[2] + '"')
-        self.send_header("X-Repo-Commit", self.sha)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        """No line per request."""
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """A folder to fill, the environment that makes it the hub, and what was asked."""
-    folder, asked = tmp_path / "hub", []
-    folder.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Hub,), {"folder": folder, "asked": asked}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": str(ROOT),
-    }
-    yield folder, environment, asked
-    server.shutdown()
-    server.server_close()
-
-
-def locate_twice(environment: dict) -> subprocess.CompletedProcess:
-    code = "from mmllm.storage.weights import locate; print(locate('org/tiny')); print(locate('org/tiny'))"
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_a_hub_repository_is_downloaded_once(hub):
-    folder, environment, asked = hub
-    write_qwen(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"twice the size, not needed")
-    result = locate_twice(environment)
-    assert result.returncode == 0, result.stderr
-    first, again = result.stdout.split()
-    found = Path(first)
-    assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    assert not (found / "pytorch_model.bin").exists()
-    bodies = [path for method, path in asked if method == "GET" and "/resolve/" in path]
-    assert again == first and len(bodies) == len(set(bodies)) > 1
-
-
-@pytest.mark.slow
-def test_the_pickled_file_is_downloaded_where_there_is_no_safetensors(hub):
-    folder, environment, _ = hub
-    write_clip(folder)
-    torch.save(read_tensors(folder), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    result = locate_twice(environment)
-    assert result.returncode == 0, result.stderr
-    assert (Path(result.stdout.split()[0]) / "pytorch_model.bin").is_file()
-
-
-@pytest.mark.slow
-def test_a_hub_that_does_not_answer_is_one_error_that_says_what_to_do(hub):
-    _, environment, _ = hub
-    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
-    result = locate_twice(environment)
-    assert "CheckpointError: org/tiny: not a folder here and not available from the hub" in result.stderr
