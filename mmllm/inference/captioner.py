@@ -13,15 +13,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mmllm.data.batches import prefetch
 from mmllm.data.chat import user
 from mmllm.errors import ImageError, UserError
 from mmllm.inference.engine import generate
-from mmllm.inference.pipeline import MultimodalInferencePipeline
-from mmllm.inference.request import GenerationConfig, Prefix, Prompt
+from mmllm.inference.pipeline import STORE_BYTES, MultimodalInferencePipeline
+from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.runtime.files import write_atomically
 
 
@@ -47,8 +46,8 @@ def answer_images(
 ) -> Iterator[Row]:
     """A row for each question about each of `images`, given as (name in the rows, file), in order.
 
-    With one question its tokens before the image are computed once for all images, with several also each image once
-    for all questions. UserError where a question leaves no room for its answer.
+    Each image is encoded once for all questions, and what prompts have in common is computed once. UserError where a
+    question leaves no room for its answer.
     """
     pending: deque[Row] = deque()  # in the order of the answers, and the rows with errors between them
 
@@ -60,28 +59,19 @@ def answer_images(
 
     def prompts() -> Iterator[Prompt]:
         ids = [tuple(pipeline.processor.encode_prompt([user(question, images=1)])) for question in questions]
-        prefix = text_prefix(pipeline, ids[0])
         for (name, _), pixels in zip(images, prefetch(read, range(len(images)), num_workers), strict=True):
             if isinstance(pixels, ImageError):
                 pending.extend(Row(name, question, error=str(pixels)) for question in questions)
                 continue
-            if len(questions) > 1:
-                prefix = pipeline.encode_image(pixels)
             for question, prompt_ids in zip(questions, ids, strict=True):
                 pending.append(Row(name, question))
-                yield Prompt(prompt_ids, pixels[None], prefix)
+                yield Prompt(prompt_ids, pixels[None])
 
-    for answer in generate(pipeline.model, prompts(), config, slots=slots):
+    for answer in generate(pipeline.model, prompts(), config, slots=slots, store_bytes=STORE_BYTES):
         while pending[0].error:
             yield pending.popleft()
         yield replace(pending.popleft(), answer=answer.text.strip(), confidence=answer.confidence)
     yield from pending
-
-
-def text_prefix(pipeline: MultimodalInferencePipeline, ids: tuple[int, ...]) -> Prefix:
-    """The keys and values of what stands before the image of a prompt: the system text and the beginning of the turn."""
-    side, end = pipeline.model.config.vision.image_size, ids.index(pipeline.processor.tokenizer.image_id)
-    return pipeline.engine.runner.encode_prefix(ids[:end], torch.zeros(0, 3, side, side))
 
 
 class RowFile:

@@ -2,9 +2,9 @@
 
 When a request is finished, the next one takes its slot while the others continue (continuous batching,
 https://www.usenix.org/conference/osdi22/presentation/yu); a batch that waits for its slowest row would waste most of
-its time. `Engine.step` is the decode loop: prefill what is waiting, decode one token per row, choose, accept.
+its time. `Engine.step` is the decode loop: read on in waiting prompts, decode one token per row, choose, accept.
 
-An answer does not depend on the requests beside it: each prompt is prefilled alone, attention never mixes rows
+An answer does not depend on the requests beside it, nor on what the store has of its prompt: attention never mixes rows
 (kv_cache.py), and rows share a matrix product only where that does not change their bits (model_runner.py).
 
 One thread drives the engine with `step`; `submit` and `Handle.cancel` may be called from any thread.
@@ -12,24 +12,29 @@ One thread drives the engine with `step`; `submit` and `Handle.cancel` may be ca
 B rows of a step, V vocabulary.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from torch import Tensor
 
-from mmllm.errors import GenerationError, RunError, UserError
+from mmllm.errors import GenerationError, UserError
 from mmllm.inference.beam_search import BeamSearch
-from mmllm.inference.model_runner import ModelRunner
+from mmllm.inference.counters import Counters
+from mmllm.inference.model_runner import ModelRunner, Piece
+from mmllm.inference.prefix_store import PrefixStore
+from mmllm.inference.prompt_reader import PromptReader, next_pieces
 from mmllm.inference.request import Generated, GenerationConfig, Handle, Prompt
 from mmllm.inference.sampling import NOT_FINITE, SamplerState, choose, likeliest, non_finite_error, token_logprobs
 from mmllm.inference.static_step import BUCKET
 from mmllm.inference.text_stream import AnswerText
 from mmllm.models.multimodal import MultimodalLLM
 
-SLOTS = {"cpu": 4, "cuda": 64, "mps": 4}  # default number of requests side by side
+SLOTS = {"cpu": 8, "cuda": 64, "mps": 4}  # default number of requests side by side
 
 
 @dataclass(eq=False)
@@ -38,14 +43,15 @@ class ActiveRequest:
 
     handle: Handle
     slots: list[int]
-    position: int  # where the next token goes in the cache
     text: AnswerText
+    reader: PromptReader | None = None  # requests with the same prompt share one; it fills the first one's slot
+    position: int = 0  # where the next token goes in the cache
     sampler: SamplerState | None = None
     search: BeamSearch | None = None
     ids: list[int] = field(default_factory=list)  # the answer so far
     logprobs: list[float] = field(default_factory=list)  # of each chosen token, where they are wanted
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)  # chosen but not yet in the cache, one per slot
+    tokens: list[int] = field(default_factory=list)  # chosen, not yet in the cache, one per slot; none while reading
 
 
 def has_beams(request: ActiveRequest) -> bool:
@@ -55,9 +61,11 @@ def has_beams(request: ActiveRequest) -> bool:
 class Engine:
     """Answers requests in `slots` slots (None: SLOTS). The cache begins with room for `max_length` tokens and grows.
 
-    `is_exact` False lets rows share any matrix product: faster on a CPU without our kernels, but near ties may then
-    depend on other requests. `is_compiled` compiles the step (a minute, once per machine). `use_static_step` None means
-    on CUDA; a sharded model must not use it, because its collectives do not fit into a CUDA graph.
+    A step reads only so much of waiting prompts that it takes about `step_s` seconds, as the answers under way stand still
+    meanwhile. `store_bytes` bounds what is kept of prompts for later ones (prefix_store.py); then the weights must not
+    change. `is_exact` False lets rows share any matrix product: faster on a CPU without our kernels, but near ties may then
+    depend on other requests. `is_compiled` compiles the step (a minute, once per machine). `use_static_step` None means on
+    CUDA; a sharded model must not use it, because its collectives do not fit into a CUDA graph.
     """
 
     def __init__(
@@ -66,18 +74,20 @@ class Engine:
         slots: int | None = None,
         *,
         max_length: int = BUCKET,
-        prefills_per_step: int = 1,
+        step_s: float = math.inf,
+        store_bytes: int = 0,
         is_exact: bool = True,
         is_compiled: bool = False,
         use_static_step: bool | None = None,
     ):
-        self.model, self.slots, self.prefills_per_step = model, slots or SLOTS[model.device.type], prefills_per_step
+        self.model, self.slots, self.step_s = model, slots or SLOTS[model.device.type], step_s
         self.tokenizer = model.processor.tokenizer
         is_static = is_compiled or (model.device.type == "cuda" if use_static_step is None else use_static_step)
         self.runner = ModelRunner(model, self.slots, max_length, is_exact, is_compiled, is_static)
+        self.store, self.counters = PrefixStore(store_bytes), Counters()
         self.waiting: deque[Handle] = deque()
         self.active: list[ActiveRequest] = []
-        self.free = list(range(self.slots))
+        self.free, self.numbers = list(range(self.slots)), count()
 
     @property
     def busy(self) -> int:
@@ -105,53 +115,61 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Drops cancelled requests, prefills waiting ones and decodes one token for every active row.
+        """Drops cancelled requests, gives waiting ones slots, reads on in prompts and decodes a token for every other row.
 
         Returns whether work is left. The error of one request goes to its handle; what is raised here concerns all of
         them: call `fail`.
         """
+        begin = time.perf_counter()
         self._drop_cancelled()
-        for _ in range(self.prefills_per_step):
-            if not self._admit():
-                break
-        if self.active:
-            self._choose(list(self.active), self._decode())
+        while self.waiting and len(self.free) >= self.waiting[0].config.num_beams:
+            self._activate(self.waiting.popleft())
+        decoding = [request for request in self.active if request.tokens]
+        rows = sum(len(request.slots) for request in decoding)
+        readers = dict.fromkeys(request.reader for request in self.active if not request.tokens)
+        budget, is_shortest_first = self.counters.budget(self.step_s, rows), self.counters.steps % 2 == 1
+        reading, cost = next_pieces([*readers], budget, is_shortest_first, self._fail_prompt)
+        apart = [(decoding, []), *(([], [each]) for each in reading)]
+        for each in [(decoding, reading)] if self.runner.is_row_exact else apart:
+            if any(each):
+                self._run_pass(*each)
+        self.counters.add(time.perf_counter() - begin, rows, sum(len(piece.x_TD) for _, piece in reading), cost)
         return self.has_work
 
-    def _admit(self) -> bool:
-        """Gives the next waiting request its slots and its first token, and those that wait behind it with the same prompt
-        (the same object): it is read once for all. False: none is waiting, or slots are missing."""
-        if not self._fits_next():
-            return False
-        prompt = self.waiting[0].prompt
-        request = self._activate(self.waiting.popleft())
+    def _run_pass(self, decoding: list[ActiveRequest], reading: list[tuple[PromptReader, Piece]]) -> None:
+        """Puts the last tokens of `decoding` and the pieces of prompts into the cache, and chooses what comes next."""
+        slots = [slot for request in decoding for slot in request.slots]
+        tokens = [token for request in decoding for token in request.tokens]
+        positions = [request.position for request in decoding for _ in request.slots]
         try:
-            logits_1V = self.runner.prefill(request.slots[0], prompt, request.handle.config.max_new_tokens)
-        except (UserError, RunError, ValueError, torch.OutOfMemoryError) as error:
-            self._fail_request(request, error)
-            return True
-        requests = [request]
-        while self._fits_next() and self.waiting[0].prompt is prompt:
-            requests.append(self._activate(self.waiting.popleft()))
-        first, *others = [slot for request in requests for slot in request.slots]
-        self.runner.make_room(len(prompt.ids) + max(request.handle.config.max_new_tokens for request in requests))
-        self.runner.cache.copy_([first] * len(others), others, len(prompt.ids))
-        requests.sort(key=has_beams)
-        self._choose(requests, logits_1V.expand(len(others) + 1, -1))
-        return True
-
-    def _fits_next(self) -> bool:
-        """Whether a request is waiting and there are slots for it."""
-        return bool(self.waiting) and len(self.free) >= self.waiting[0].config.num_beams
-
-    def _decode(self) -> Tensor:
-        """Puts the last token of every active row into the cache. Logits (B, V) of the next ones."""
-        slots = [slot for request in self.active for slot in request.slots]
-        tokens = [token for request in self.active for token in request.tokens]
-        positions = [request.position for request in self.active for _ in request.slots]
-        for request in self.active:
+            logits_BV = self.runner.run(slots, tokens, positions, [piece for _, piece in reading])
+        except torch.OutOfMemoryError as error:
+            if decoding or len(reading) > 1:
+                raise
+            self._fail_prompt(reading[0][0], error)
+            return
+        for request in decoding:
             request.position += 1
-        return self.runner.decode(slots, tokens, positions)
+        self._choose(decoding, logits_BV[: len(slots)])
+        of_prompts = iter(logits_BV[len(slots) :].split(1))
+        for reader, piece in reading:
+            reader.advance(piece)
+            if piece.is_last:
+                self._begin_answers(reader, next(of_prompts))
+
+    def _begin_answers(self, reader: PromptReader, logits_1V: Tensor) -> None:
+        """Gives all requests of a prompt that has been read their first token."""
+        requests = self._waiting_for(reader)
+        others = [slot for request in requests for slot in request.slots if slot != reader.slot]
+        self.runner.cache.copy_([reader.slot] * len(others), others, reader.position)
+        for request in requests:
+            request.position, request.handle.reused_tokens = reader.position, reader.reused
+        self.counters.reused_tokens += reader.reused
+        self._choose(requests, logits_1V.expand(len(others) + 1, -1))
+
+    def _waiting_for(self, reader: PromptReader) -> list[ActiveRequest]:
+        """The requests that wait for a reader."""
+        return [request for request in self.active if request.reader is reader and not request.tokens]
 
     def _choose(self, requests: list[ActiveRequest], logits_BV: Tensor) -> None:
         """Chooses the next token of every row. Requests that sample come first, one row each, then those with beams."""
@@ -207,21 +225,30 @@ class Engine:
 
     # Requests come and go ---------------------------------------------------------------------------------------------
 
-    def _activate(self, handle: Handle) -> ActiveRequest:
-        config, prompt_ids = handle.config, handle.prompt.ids
+    def _activate(self, handle: Handle) -> None:
+        """Gives a request its slots."""
+        config, prompt = handle.config, handle.prompt
         slots, self.free = self.free[: config.num_beams], self.free[config.num_beams :]
         text = AnswerText(self.tokenizer, config.stop, is_streamed=handle.on_text is not None)
-        request = ActiveRequest(handle, slots, len(prompt_ids), text)
+        request = ActiveRequest(handle, slots, text)
         vocab_size, device = self.model.config.text.vocab_size, self.model.device
         if config.num_beams == 1:
-            request.sampler = SamplerState(config, prompt_ids, vocab_size, device)
+            request.sampler = SamplerState(config, prompt.ids, vocab_size, device)
         else:
-            request.search = BeamSearch(config, prompt_ids, self.tokenizer, vocab_size, device)
+            request.search = BeamSearch(config, prompt.ids, self.tokenizer, vocab_size, device)
         self.active.append(request)
         self.active.sort(key=has_beams)  # the order that _choose expects
         if handle.on_start:
             handle.on_start()
-        return request
+        try:
+            self.runner.make_room(len(prompt.ids) + config.max_new_tokens)
+            same = [each for each in self.active if each.handle.prompt is prompt and not each.tokens and each.reader]
+            request.reader = same[0].reader if same else self._reader(prompt, slots[0])
+        except (ValueError, torch.OutOfMemoryError) as error:
+            self._fail_request(request, error)
+
+    def _reader(self, prompt: Prompt, slot: int) -> PromptReader:
+        return PromptReader(self.runner, self.store, prompt, slot, next(self.numbers))
 
     def _drop_cancelled(self) -> None:
         for request in [request for request in self.active if request.handle.is_cancelled]:
@@ -239,6 +266,9 @@ class Engine:
             request.ids = list(hypotheses[0].ids)
             for token in request.ids if handle.on_token else ():
                 handle.on_token(token)
+        elif self.runner.is_row_exact and request.tokens and reason != "cancelled":
+            keys = request.reader.keys_of((*handle.prompt.ids, *request.ids))
+            request.reader.keep(keys, request.slots[0], len(handle.prompt.ids), request.position)
         self._emit_text(handle, request.text.close(request.ids))
         logprobs = tuple(request.logprobs) if handle.config.logprobs else ()
         top_logprobs, num_prompt = tuple(request.top_logprobs), len(handle.prompt.ids)
@@ -255,6 +285,10 @@ class Engine:
         self.runner.cache.clear_(request.slots)
         self._release(request, error=error)
 
+    def _fail_prompt(self, reader: PromptReader, error: BaseException) -> None:
+        for request in self._waiting_for(reader):
+            self._fail_request(request, error)
+
     def fail(self, error: BaseException) -> None:
         """Ends every request with `error`."""
         for request in list(self.active):
@@ -267,6 +301,12 @@ class Engine:
     ) -> None:
         self.active.remove(request)
         self.free = sorted(self.free + request.slots)
+        reader = request.reader
+        others = self._waiting_for(reader) if reader is not None and reader.unread else []
+        if others and reader.slot in request.slots:  # it ends first: they need a reader of their own
+            reader = self._reader(others[0].handle.prompt, others[0].slots[0])
+            for each in others:
+                each.reader = reader
         request.handle.finish(answer, error)
 
     def run(self, handles: list[Handle], is_cancelled: Callable[[], bool] = bool) -> None:
@@ -284,6 +324,7 @@ def generate(
     config: GenerationConfig,
     *,
     slots: int | None = None,
+    store_bytes: int = 0,
     is_exact: bool = True,
     use_static_step: bool | None = None,
     is_cancelled: Callable[[], bool] = bool,
@@ -300,7 +341,7 @@ def generate(
         model,
         slots,
         max_length=max((len(prompt.ids) for prompt in first), default=0) + config.max_new_tokens,
-        prefills_per_step=slots,
+        store_bytes=store_bytes,
         is_exact=is_exact,
         use_static_step=use_static_step,
     )

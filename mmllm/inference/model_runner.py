@@ -1,22 +1,41 @@
-"""The model and its KV cache as the engine uses them: read a prompt into a slot, then one more token per slot.
+"""The model and its KV cache as the engine uses them: read pieces of prompts into slots, and one more token per slot.
 
 The last bits of a matrix product depend on the number of rows computed together, and a near tie between two words then
-falls differently. Our CPU kernels give each row the same bits in any batch; torch's products do not, so there each row
-is computed alone (`is_exact`). On a GPU every step has the same shape (static_step.py).
+falls differently. Our CPU kernels give each row the same bits in any batch, so there everything that a step has to read,
+tokens of answers and of prompts, goes through the model in one pass, each token as a row of its own (`is_row_exact`).
+torch's products do not: there a prompt is read alone, in blocks of a fixed length, and each answer's token alone
+(`is_exact`). On a GPU every decoding step has the same shape (static_step.py).
 
-B rows of a step, T prompt tokens, D hidden size, V vocabulary, N images of side S.
+Either way a prompt gets the same bits however it is cut, so keys and values of whole blocks may be used again.
+
+B rows of a step, T tokens of a piece, D hidden size, V vocabulary, N images of side S, Q visual tokens each.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mmllm.inference.request import Prefix, Prompt
+from mmllm.inference.optimize import is_fused
 from mmllm.inference.static_step import StaticStep, round_up
 from mmllm.layers.lora import has_adapter
 from mmllm.layers.packed import Packed
 from mmllm.layers.quantized import FrozenLinear
 from mmllm.models.kv_cache import KVCache, PerSlot
 from mmllm.models.multimodal import MultimodalLLM
+
+ROW_EXACT_BLOCK = 16  # tokens of a block where a piece may end anywhere: the unit in which prefixes are kept
+BLOCKS = {"cpu": 64, "cuda": 256, "mps": 256}  # elsewhere also the piece in which prompts are read
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next tokens of a prompt, as embeddings, and where they go; `is_last` where the prompt ends with them."""
+
+    slot: int
+    start: int
+    x_TD: Tensor
+    is_last: bool
 
 
 class ModelRunner:
@@ -29,28 +48,43 @@ class ModelRunner:
         with torch.inference_mode():
             self.cache = KVCache(model.config.text, slots, round_up(max_length), device=device, dtype=model.dtype)
         self.static_step = StaticStep(model.language_model, self.cache, slots, is_compiled) if is_static else None
-        self.is_row_by_row = is_exact and device.type == "cpu" and has_batch_dependent_layer(model.language_model)
-
-    def prefill(self, slot: int, prompt: Prompt, max_new_tokens: int) -> Tensor:
-        """Reads a prompt into a slot, with room for its answer. Logits of its first new token, (1, V)."""
-        self.make_room(len(prompt.ids) + max_new_tokens)
-        prefix, start, pixels_N3SS = prompt.prefix, 0, prompt.pixels
-        if prefix is not None and prefix.begins(prompt.ids):
-            self.cache.write(slot, prefix.keys_LGTK, prefix.values_LGTK)
-            start, pixels_N3SS = len(prefix.ids), prompt.pixels[len(prefix.pixels) :]
-        return self._read(self.cache, slot, start, prompt.ids[start:], pixels_N3SS)
+        mixes_rows = has_batch_dependent_layer(model.language_model)
+        self.is_row_by_row = is_exact and device.type == "cpu" and mixes_rows
+        self.is_row_exact = not mixes_rows and not is_static and is_fused(model.language_model)
+        self.block = ROW_EXACT_BLOCK if self.is_row_exact else BLOCKS[device.type]
 
     def make_room(self, length: int) -> None:
         """Lets every slot hold at least `length` tokens."""
         if length > self.cache.length:
             self.cache.grow_(round_up(length))
 
-    @torch.inference_mode()
-    def encode_prefix(self, ids: tuple[int, ...], pixels_N3SS: Tensor) -> Prefix:
-        """The keys and values of a beginning of prompts, computed in a cache of its own."""
-        cache = KVCache(self.model.config.text, 1, len(ids), device=self.model.device, dtype=self.model.dtype)
-        self._read(cache, 0, 0, ids, pixels_N3SS)
-        return Prefix(ids, pixels_N3SS, *cache.read(0, len(ids)))
+    def encode_image(self, pixels_3SS: Tensor) -> Tensor:
+        """The visual tokens of one image, (Q, D): alone, so that its bits do not depend on other images."""
+        return self.model.encode_images(pixels_3SS[None])[0]
+
+    def embed(self, ids: list[int] | tuple[int, ...], images_ND: Tensor | None = None) -> Tensor:
+        """Embeddings (T, D) of tokens, in which `images_ND` takes the places of images."""
+        ids_T = torch.tensor(ids, dtype=torch.long, device=self.model.device)
+        x_TD = self.model.language_model.embed(ids_T).to(self.model.dtype)  # it may be held in bfloat16
+        if images_ND is None:
+            return x_TD
+        is_image_T1 = (ids_T == self.model.config.image_token_id)[:, None]
+        return x_TD.masked_scatter(is_image_T1, images_ND.to(x_TD.dtype))
+
+    def run(self, slots: list[int], tokens: list[int], positions: list[int], pieces: list[Piece]) -> Tensor:
+        """One pass. `tokens`, the last ones of answers, go to `positions` of `slots`; several things to read together
+        need `is_row_exact`.
+
+        Returns the logits of what follows each of `tokens` and each last piece, in this order, (B, V).
+        """
+        if not pieces:
+            return self.decode(slots, tokens, positions)
+        if self.is_row_exact:
+            return self._run_together(slots, tokens, positions, pieces)
+        (piece,) = pieces
+        x_1TD, cache = piece.x_TD[None], PerSlot(self.cache, [piece.slot], [piece.start])
+        positions_1T = torch.arange(piece.start, piece.start + x_1TD.shape[1], device=x_1TD.device)[None]
+        return self._logits(x_1TD, positions_1T, cache, [(0, x_1TD.shape[1] - 1)] if piece.is_last else [])
 
     def decode(self, slots: list[int], tokens: list[int], positions: list[int]) -> Tensor:
         """Logits (B, V) of what follows `tokens`, which go to `positions` of `slots`."""
@@ -59,20 +93,26 @@ class ModelRunner:
         if self.is_row_by_row and len(slots) > 1:
             rows = zip(slots, tokens, positions, strict=True)
             return torch.cat([self.decode([slot], [token], [position]) for slot, token, position in rows])
-        language_model, device = self.model.language_model, self.model.device
-        x_B1D = language_model.embed(torch.tensor(tokens, device=device)[:, None])
-        positions_B1 = torch.tensor(positions, device=device)[:, None]
-        x_B1D = language_model(x_B1D, positions_B1, cache=PerSlot(self.cache, slots, positions))
-        return language_model.logits(x_B1D[:, 0])
+        return self._run_together(slots, tokens, positions, [])
 
-    def _read(self, cache: KVCache, slot: int, start: int, ids: tuple[int, ...], pixels_N3SS: Tensor) -> Tensor:
-        """Reads `ids` into a slot from position `start` on. Logits of what follows them, (1, V)."""
-        language_model, device = self.model.language_model, self.model.device
-        x_1TD = self.model.embed(torch.tensor([ids], device=device), pixels_N3SS)
-        positions_1T = torch.arange(start, start + len(ids), device=device)[None]
-        last = torch.tensor([0], device=device), torch.tensor([len(ids) - 1], device=device)
-        x_1D = language_model(x_1TD, positions_1T, cache=PerSlot(cache, [slot], [start]), keep=last)
-        return language_model.logits(x_1D)
+    def _run_together(self, slots: list[int], tokens: list[int], positions: list[int], pieces: list[Piece]) -> Tensor:
+        """Every token is a row of its own; those of one slot are in order, so that each finds the earlier ones."""
+        slots, positions, keep = list(slots), list(positions), [(row, 0) for row in range(len(tokens))]
+        x_BD = torch.cat([self.embed(tokens), *(piece.x_TD for piece in pieces)])
+        for piece in pieces:
+            slots += [piece.slot] * len(piece.x_TD)
+            positions += range(piece.start, piece.start + len(piece.x_TD))
+            if piece.is_last:
+                keep.append((len(positions) - 1, 0))
+        positions_B1 = torch.tensor(positions, device=x_BD.device)[:, None]
+        cache = PerSlot(self.cache, slots, positions)
+        return self._logits(x_BD[:, None], positions_B1, cache, keep)
+
+    def _logits(self, x_BTD: Tensor, positions_BT: Tensor, cache: PerSlot, keep: list[tuple[int, int]]) -> Tensor:
+        """Logits of the tokens `keep`, given as (row, column), (M, V)."""
+        rows_M, columns_M = torch.tensor(keep, dtype=torch.long, device=x_BTD.device).view(-1, 2).unbind(1)
+        x_MD = self.model.language_model(x_BTD, positions_BT, cache=cache, keep=(rows_M, columns_M))
+        return self.model.language_model.logits(x_MD)
 
 
 def has_batch_dependent_layer(module: nn.Module) -> bool:

@@ -112,6 +112,12 @@ def fuse_(model: MultimodalLLM) -> None:
     convolution.forward = partial(embed_patches, convolution)
 
 
+def is_fused(language_model: nn.Module) -> bool:
+    """Whether `fuse_` has replaced the forward pass of every norm, MLP and attention."""
+    parts = (RMSNorm, Qwen2MLP, Qwen2Attention)
+    return all("forward" in vars(module) for module in language_model.modules() if isinstance(module, parts))
+
+
 def embed_patches(convolution: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
     """A convolution of windows that do not overlap as one matrix product, (B, D, S/P, S/P): a quarter of the time."""
     side = convolution.kernel_size[0]

@@ -11,7 +11,7 @@ from mmllm.data.chat import Message, assistant, user
 from mmllm.errors import UserError
 from mmllm.inference.engine import Engine
 from mmllm.inference.optimize import load_model
-from mmllm.inference.request import Generated, GenerationConfig, Handle, Prefix, Prompt
+from mmllm.inference.request import Generated, GenerationConfig, Handle, Prompt
 from mmllm.kernels import cpu as kernels
 from mmllm.models.loading import read_info
 from mmllm.models.multimodal import MultimodalLLM
@@ -19,8 +19,9 @@ from mmllm.runtime.console import stderr_rank0
 from mmllm.runtime.device import choose_device
 from mmllm.storage.hub import locate
 
-# a path, encoded bytes, a data URI, a PIL image, or what `encode_image` returned
-ImageSource = str | Path | bytes | Image.Image | Prefix
+# a path, encoded bytes, a data URI, a PIL image, or pixels (3, S, S) as `encode_image` returns them
+ImageSource = str | Path | bytes | Image.Image | Tensor
+STORE_BYTES = 256 * 2**20  # of what a pipeline keeps of images and prompts
 
 DEFAULT_PROMPT = "Describe this image."
 
@@ -34,11 +35,12 @@ class MultimodalInferencePipeline:
         pipeline.chat("What do you see?", image="cat.jpg")
         pipeline.chat("And where is it?")
 
-        cat = pipeline.encode_image("cat.jpg")  # encoded once, asked about many times
-        [pipeline.answer_question(cat, question) for question in ("What is it?", "What color is it?")]
+        [pipeline.answer_question("cat.jpg", question) for question in ("What is it?", "What color is it?")]
 
-    Every method raises ImageError for an image that cannot be used and UserError for settings out of range. Only one
-    thread at a time may use a pipeline. `is_compiled` compiles the decoding step, so the first answer takes minutes.
+    What was computed for an image or an earlier turn is used again (STORE_BYTES of it): the weights must not change, or
+    call `pipeline.engine.store.clear()`. Every method raises ImageError for an image that cannot be used and UserError for
+    settings out of range. Only one thread at a time may use a pipeline. `is_compiled` compiles the decoding step, so the
+    first answer takes minutes.
     """
 
     def __init__(self, model: MultimodalLLM, *, is_compiled: bool = False):
@@ -47,7 +49,7 @@ class MultimodalInferencePipeline:
         self.model = model.eval()
         self.processor = model.processor
         self.is_compiled = is_compiled
-        self.engine = Engine(model, 1, is_compiled=is_compiled)
+        self.engine = Engine(model, 1, store_bytes=STORE_BYTES, is_compiled=is_compiled)
         self.reset()
 
     def caption_image(
@@ -58,17 +60,13 @@ class MultimodalInferencePipeline:
     def answer_question(self, image: ImageSource, question: str, config: GenerationConfig | None = None) -> str:
         return self.generate(self.prompt([user(question, images=1)], [image]), config).text
 
-    def encode_image(self, image: ImageSource | Tensor) -> Prefix:
-        """The image encoded once; every method takes it in place of the image."""
-        if isinstance(image, Prefix):
-            return image
-        ids = self.processor.encode_prompt([user("?", images=1)])
-        end = len(ids) - ids[::-1].index(self.processor.tokenizer.image_id) + 1  # includes <|vision_end|>
-        return self.engine.runner.encode_prefix(tuple(ids[:end]), self._read(image)[None])
+    def encode_image(self, image: ImageSource) -> Tensor:
+        """The pixels of an image, (3, S, S), for several questions: reading and resizing it is then done only once."""
+        return image if isinstance(image, Tensor) else self.processor.image_processor(image)
 
     def chat(self, message: str, image: ImageSource | None = None, config: GenerationConfig | None = None) -> str:
         """The answer to the next message of one conversation. A turn that fails leaves the conversation unchanged."""
-        new = [] if image is None else [self._read(image)]
+        new = [] if image is None else [self.encode_image(image)]
         messages, images = [*self.messages, user(message, images=len(new))], [*self.images, *new]
         answer = self.generate(self.prompt(messages, images), config)
         self.messages, self.images = [*messages, assistant(answer.text)], images
@@ -77,19 +75,13 @@ class MultimodalInferencePipeline:
     def reset(self) -> None:
         """Starts a new conversation."""
         self.messages: list[Message] = []
-        self.images: list[Tensor | Prefix] = []
+        self.images: list[Tensor] = []
 
-    def prompt(self, messages: list[Message], images: list[ImageSource | Tensor]) -> Prompt:
-        """Messages and their images, in order, as input of the model; a Tensor is pixels (3, S, S) already."""
-        read = [self._read(image) for image in images]
-        pixels = [image.pixels[0] if isinstance(image, Prefix) else image for image in read]
-        side = self.model.config.vision.image_size
+    def prompt(self, messages: list[Message], images: list[ImageSource]) -> Prompt:
+        """Messages and their images, in order, as input of the model."""
+        pixels, side = [self.encode_image(image) for image in images], self.model.config.vision.image_size
         pixels_N3SS = torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
-        prefix = read[0] if read and isinstance(read[0], Prefix) else None
-        return Prompt(tuple(self.processor.encode_prompt(messages)), pixels_N3SS, prefix)
-
-    def _read(self, image: ImageSource | Tensor) -> Tensor | Prefix:
-        return image if isinstance(image, Tensor | Prefix) else self.processor.image_processor(image)
+        return Prompt(tuple(self.processor.encode_prompt(messages)), pixels_N3SS)
 
     def generate(
         self,
@@ -102,7 +94,8 @@ class MultimodalInferencePipeline:
         """The answer. `on_text` gets it in pieces of whole characters; `is_cancelled()` is asked after every token."""
         config = config or GenerationConfig()
         if self.engine.slots < config.num_beams:
-            self.engine = Engine(self.model, config.num_beams, is_compiled=self.is_compiled)
+            store_bytes, is_compiled = self.engine.store.limit_bytes, self.is_compiled
+            self.engine = Engine(self.model, config.num_beams, store_bytes=store_bytes, is_compiled=is_compiled)
         handle = self.engine.submit(Handle(prompt, config, on_text=on_text))
         try:
             self.engine.run([handle], is_cancelled)

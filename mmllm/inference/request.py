@@ -1,8 +1,4 @@
-"""What the engine is asked and what it returns.
-
-Most of the cost of a question about an image is the image itself. A `Prefix` keeps the keys and values computed for it,
-so that a second question about the same image costs only its own tokens.
-"""
+"""What the engine is asked and what it returns."""
 
 import math
 from collections.abc import Callable
@@ -80,29 +76,11 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """The computed beginning of prompts: token ids, pixels of its images (n, 3, S, S), keys and values (L, G, T, K)."""
-
-    ids: tuple[int, ...]
-    pixels: Tensor
-    keys_LGTK: Tensor
-    values_LGTK: Tensor
-
-    def begins(self, ids: tuple[int, ...]) -> bool:
-        """Whether a prompt of `ids` begins with this prefix and continues after it."""
-        return len(ids) > len(self.ids) and ids[: len(self.ids)] == self.ids
-
-
-@dataclass(frozen=True)
 class Prompt:
-    """Token ids with image placeholders, and the pixels (n, 3, S, S) of the images in order; n may be 0.
-
-    If the ids begin with those of `prefix`, that part is not computed again; its images are then the first ones.
-    """
+    """Token ids with image placeholders, and the pixels (n, 3, S, S) of the images in order; n may be 0."""
 
     ids: tuple[int, ...]
     pixels: Tensor
-    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +133,7 @@ class Handle:
     on_text: Callable[[str], None] | None = None
     on_done: Callable[["Handle"], None] | None = None
     is_cancelled: bool = field(default=False, init=False)
+    reused_tokens: int = field(default=0, init=False)  # of the prompt, which an earlier request had computed
     answer: Generated | None = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
 

@@ -38,12 +38,11 @@ class StaticStep:
 
     def __call__(self, slots: list[int], tokens: list[int], positions: list[int]) -> Tensor:
         """Logits (B, V) of what follows `tokens`, which go to `positions` of `slots`."""
-        all_tokens, all_positions = [0] * len(self.tokens_S), [0] * len(self.tokens_S)
+        # A slot that takes no part writes to the last position, which its request overwrites before it is read.
+        all_tokens, all_positions = [0] * len(self.tokens_S), [self.cache.length - 1] * len(self.tokens_S)
         for slot, token, position in zip(slots, tokens, positions, strict=True):
             all_tokens[slot], all_positions[slot] = token, position
-        self.tokens_S.copy_(
-            torch.tensor(all_tokens)
-        )  # a free slot writes to position 0, which its next request overwrites
+        self.tokens_S.copy_(torch.tensor(all_tokens))
         self.positions_S.copy_(torch.tensor(all_positions))
         length = min(round_up(max(positions) + 1), self.cache.length)
         logits_SV = self._replay(length) if self.tokens_S.is_cuda else self.forward(length)

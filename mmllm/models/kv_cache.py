@@ -49,15 +49,14 @@ class KVCache:
         for tensor in (self.keys, self.values):
             tensor[:, slots, :, :length] = tensor[:, sources, :, :length]
 
-    def read(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
-        """A copy of the first `length` keys and values of a slot, (L, G, length, K) each."""
-        return self.keys[:, slot, :, :length].clone(), self.values[:, slot, :, :length].clone()
+    def read(self, slot: int, start: int, end: int) -> Tensor:
+        """A copy of the keys and values of positions `start` to `end` of a slot, (2, L, G, end - start, K)."""
+        return torch.stack([tensor[:, slot, :, start:end] for tensor in (self.keys, self.values)])
 
-    def write(self, slot: int, keys_LGTK: Tensor, values_LGTK: Tensor) -> None:
-        """Starts a slot with keys and values that `read` returned."""
-        length = keys_LGTK.shape[2]
-        self.keys[:, slot, :, :length] = keys_LGTK
-        self.values[:, slot, :, :length] = values_LGTK
+    def write(self, slot: int, start: int, block_2LGTK: Tensor) -> None:
+        """Puts what `read` returned at position `start` of a slot."""
+        for tensor, block_LGTK in zip((self.keys, self.values), block_2LGTK, strict=True):
+            tensor[:, slot, :, start : start + block_LGTK.shape[2]] = block_LGTK
 
 
 class PerSlot:

@@ -32,13 +32,14 @@ class Settings(BaseModel):
     dtype: Literal[*PRECISIONS] | None = None
     api_key: str | None = None  # when set, every POST and DELETE must bring it
     require_key: bool = False  # refuse to start without a key, as in the container
-    slots: Count | None = None  # requests answered side by side; None: 4 on a CPU, 64 on a GPU
+    slots: Count | None = None  # requests answered side by side; None: 8 on a CPU, 64 on a GPU
     queue: Count | None = None  # requests that may wait for a slot; None: 4 for each slot
     max_body_mb: Amount = 16
     max_reading_mb: Amount = 256  # of all bodies that are being read
     max_new_tokens: Count = 512
     max_message_chars: Count = 8000
-    max_context: Count = 2048  # tokens of prompt and answer; a prompt is read in one step, which cannot be interrupted
+    max_context: Count = 2048  # tokens of prompt and answer
+    store_mb: float = Field(512, ge=0, allow_inf_nan=False)  # of images and prompts computed before; 0: nothing is kept
     conversations: Count = 1000  # each holds its text and one image of 224 x 224: at most 150 kB
     conversation_ttl_s: Amount = 3600
     state: Path | None = None  # folder of the conversations; None: in memory, or where several workers find them

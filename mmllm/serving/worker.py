@@ -22,6 +22,8 @@ from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import Generated, GenerationConfig, Handle, Prompt
 from mmllm.inference.static_step import BUCKET
 
+STEP_S = 0.15  # how long the answers under way may stand still while a prompt is read, about
+
 log = logging.getLogger("mmllm.serving")
 
 
@@ -52,9 +54,13 @@ class Worker:
     """
 
     def __init__(
-        self, load: Callable[[], MultimodalInferencePipeline], slots: int | None = None, max_context: int = BUCKET
+        self,
+        load: Callable[[], MultimodalInferencePipeline],
+        slots: int | None = None,
+        max_context: int = BUCKET,
+        store_bytes: int = 0,
     ):
-        self.load, self.wanted_slots, self.max_context = load, slots, max_context
+        self.load, self.wanted_slots, self.max_context, self.store_bytes = load, slots, max_context, store_bytes
         self.thread = ThreadPoolExecutor(1, "model")
         self.pipeline: MultimodalInferencePipeline | None = None
         self.engine: Engine | None = None
@@ -84,8 +90,14 @@ class Worker:
     def _load(self) -> None:
         start = time.perf_counter()
         pipeline = self.load()
-        is_static = pipeline.model.device.type == "cuda"  # there the step has one shape, made for the longest context
-        engine = Engine(pipeline.model, self.wanted_slots, max_length=self.max_context if is_static else BUCKET)
+        # the cache has room for the longest context at once: growing copies it, and memory counts only where it is used
+        engine = Engine(
+            pipeline.model,
+            self.wanted_slots,
+            max_length=self.max_context,
+            step_s=STEP_S,
+            store_bytes=self.store_bytes,
+        )
         prompt = pipeline.prompt([user("?", images=1)], [Image.new("RGB", (1, 1))])
         handle = engine.submit(Handle(prompt, GenerationConfig(max_new_tokens=2)))
         engine.run([handle])

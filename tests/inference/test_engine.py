@@ -84,7 +84,7 @@ KINDS = ("float32", "bfloat16", "int8", "fast bfloat16", "fast int8", "fast int8
 def test_64_ragged_requests_together_are_answered_as_one_by_one(folder, kind):
     model = loaded(folder, kind)
     requests = ragged_requests(model)
-    engine = Engine(model, 16, prefills_per_step=3)
+    engine = Engine(model, 16)
     together = run(engine, *[submit(engine, *request) for request in requests])
     assert together == [alone(model, *request) for request in requests]
 
@@ -104,7 +104,7 @@ def test_a_later_request_joins_the_running_ones_and_may_finish_before_them(model
 
 
 def test_requests_beyond_the_slots_wait_in_the_order_they_came(model):
-    engine, started = Engine(model, 2, prefills_per_step=2), []
+    engine, started = Engine(model, 2), []
     for i in range(6):
         submit(engine, text_prompt(5, i), SHORT, on_start=lambda i=i: started.append(i))
     engine.step()
@@ -122,7 +122,9 @@ def test_a_cancelled_request_frees_its_slot_within_one_step(model):
     waiting.cancel()
     engine.step()
     assert running.answer.finish_reason == waiting.answer.finish_reason == "cancelled"
-    assert len(running.answer.ids) == 5 and waiting.answer.ids == ()  # reading the prompt gave one, four steps four
+    assert (
+        len(running.answer.ids) == 4 and waiting.answer.ids == ()
+    )  # the end of the prompt gave one, three steps three
     assert [request.handle for request in engine.active] == [next_one]
 
 
@@ -225,7 +227,7 @@ def test_a_cancelled_beam_search_returns_the_best_beam_so_far(model):
         engine.step()
     handle.cancel()
     engine.step()
-    assert (handle.answer.finish_reason, len(handle.answer.ids), engine.busy) == ("cancelled", 4, 0)
+    assert (handle.answer.finish_reason, len(handle.answer.ids), engine.busy) == ("cancelled", 3, 0)
 
 
 def test_an_answer_ends_before_its_stop_string_and_emits_no_part_of_it(model):
@@ -245,40 +247,33 @@ def test_tokens_and_text_are_emitted_step_by_step(model):
     config = GenerationConfig(max_new_tokens=12, min_new_tokens=12)
     handle = submit(engine, text_prompt(7, 30), config, on_token=tokens.append, on_text=pieces.append)
     engine.step()
-    assert len(tokens) == 2  # one for the prompt, one for the step
+    assert len(tokens) == 1  # the end of the prompt gives it
+    engine.step()
+    assert len(tokens) == 2
     run(engine)
     assert tuple(tokens) == handle.answer.ids and "".join(pieces) == handle.answer.text
 
 
-def test_a_prefix_is_encoded_once_and_used_by_many_prompts(model):
-    engine = Engine(model, 2)
-    first = image_prompt(model, 0)
-    prefix = engine.runner.encode_prefix(first.ids, first.pixels)
-    for words in ((9,), (30, 31, 32), (7, 7)):
-        asked = image_prompt(model, 0, *words)
-        handle = submit(engine, Prompt(asked.ids, asked.pixels, prefix), SHORT)
-        assert run(engine, handle)[0].ids == alone(model, asked, SHORT).ids
-
-
-def test_requests_that_wait_with_the_same_prompt_read_it_once_and_are_answered_as_if_alone(model, monkeypatch):
+def test_requests_that_wait_with_the_same_prompt_read_it_once_and_are_answered_as_if_alone(model):
     engine, prompt = Engine(model, 5), image_prompt(model, 5, 7, 8)
     configs = [GenerationConfig(max_new_tokens=6 + 200 * seed, temperature=1.0, seed=seed) for seed in range(3)]
     configs.insert(1, GenerationConfig(max_new_tokens=6, num_beams=2))
-    reads, prefill = [], engine.runner.prefill
-    monkeypatch.setattr(engine.runner, "prefill", lambda *arguments: reads.append(1) or prefill(*arguments))
     found = run(engine, *(submit(engine, prompt, config) for config in configs))
-    assert len(reads) == 1
+    assert engine.counters.prompt_tokens == len(prompt.ids)
     assert len({answer.ids for answer in found}) == 4
     for config, answer in zip(configs, found, strict=True):
         other = Engine(model, config.num_beams)
         assert run(other, submit(other, prompt, config)) == [answer]
 
 
-def test_a_prefix_that_a_prompt_does_not_begin_with_is_ignored(model):
-    engine = Engine(model, 1)
-    prefix = engine.runner.encode_prefix((4, 5), NO_IMAGE)
-    asked = image_prompt(model, 0, 9)
-    assert run(engine, submit(engine, Prompt(asked.ids, asked.pixels, prefix), SHORT))[0] == alone(model, asked, SHORT)
+def test_requests_with_one_prompt_are_answered_when_the_one_that_reads_it_is_cancelled(model):
+    engine, prompt = Engine(model, 3, step_s=1e-9), text_prompt(*range(5, 205))
+    first, *others = [submit(engine, prompt, SHORT) for _ in range(3)]
+    engine.step()
+    first.cancel()
+    run(engine)
+    assert [handle.answer for handle in others] == [alone(model, prompt, SHORT)] * 2
+    assert first.answer.finish_reason == "cancelled" and engine.counters.prompt_tokens == 64 + 200
 
 
 def test_the_cache_grows_for_a_long_prompt_while_others_run(model):
@@ -330,7 +325,7 @@ def test_a_compiled_step_gives_the_same_answers(tmp_path, monkeypatch):
 def test_cuda_graphs_give_the_answers_of_one_by_one(folder, is_compiled):
     model = MultimodalLLM.from_pretrained(folder, device="cuda")
     requests = ragged_requests(model)
-    engine = Engine(model, 16, max_length=512, prefills_per_step=4, is_compiled=is_compiled)
+    engine = Engine(model, 16, max_length=512, is_compiled=is_compiled)
     together = run(engine, *[submit(engine, *request) for request in requests])
     single = Engine(model, 16, max_length=512, is_compiled=is_compiled)
     assert together == [run(single, submit(single, *request))[0] for request in requests]

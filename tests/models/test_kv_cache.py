@@ -82,7 +82,7 @@ def test_a_cache_that_grows_keeps_its_contents(model):
 def test_a_prefix_read_in_one_slot_can_be_used_in_another(model):
     ids, cache = some_ids(1, 20), new_cache(model, 3, 20)
     read(model, cache, [0], [0], ids[:, :13])
-    cache.write(2, *cache.read(0, 13))
+    cache.write(2, 0, cache.read(0, 0, 13))
     assert (read(model, cache, [2], [13], ids[:, 13:]) - whole(model, ids)[:, 13:]).abs().max() < 1e-4
 
 

@@ -192,8 +192,8 @@ def test_health_reports_the_state(client):
         "status": "ok",
         "model": "tiny/best_model",
         "device": "cpu",
-        "slots": {"total": 4, "busy": 0},
-        "queue": {"waiting": 0, "limit": 16},
+        "slots": {"total": 8, "busy": 0},
+        "queue": {"waiting": 0, "limit": 32},
     }
     assert client.head("/health").status_code == 200 and client.head("/health").content == b""
 
