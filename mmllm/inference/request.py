@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mmllm.errors import UserError
+from mmllm.inference.answer_form import AnswerForm
 
 GREEDY_BELOW = 1e-3  # dividing logits by a smaller temperature overflows; it means greedy
 MAX_STOPS = 16
@@ -36,6 +37,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     logprobs: bool = False  # return that of each token
     top_logprobs: int = 0  # and of this many likeliest tokens at its place
+    form: AnswerForm | None = None  # what the answer must look like
 
     def __post_init__(self):
         is_stop_list = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
@@ -62,6 +64,8 @@ class GenerationConfig:
             raise UserError(f"{beams} temperature {self.temperature}: beam search does not sample")
         if self.num_beams > 1 and (self.logprobs or self.top_logprobs):
             raise UserError(f"num_beams {self.num_beams} with logprobs: beam search returns hypotheses with theirs")
+        if self.form and (self.num_beams > 1 or self.min_new_tokens):
+            raise UserError("an answer of a given form cannot have num_beams or min_new_tokens")
         if self.num_beams > 1 and self.stop:
             raise UserError(f"{beams} stop strings: beam search ends at the end token only")
 
@@ -72,7 +76,7 @@ class GenerationConfig:
     @property
     def is_argmax(self) -> bool:
         """Whether the token of the largest logit is always right."""
-        return self.is_greedy and self.repetition_penalty == 1 and self.min_new_tokens == 0
+        return self.is_greedy and self.repetition_penalty == 1 and self.min_new_tokens == 0 and not self.form
 
 
 @dataclass(frozen=True)

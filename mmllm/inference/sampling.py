@@ -1,7 +1,8 @@
 """How the next token is chosen: what the options of a request do to logits.
 
 Every option means what it means in transformers, applied in the same order: repetition penalty, min_new_tokens,
-temperature, top-k, top-p, min-p. Options differ from row to row; a row without options costs one argmax.
+temperature, top-k, top-p, min-p; the form of an answer (answer_form.py) before temperature. Options differ from row to
+row; a row without options costs one argmax.
 
 Logits that are not finite are an error. `argmax` of NaN is 0, and token 0 of Qwen is "!": an unchecked loop answers
 "!!!!!!". torch ranks NaN above every number, so it is enough to look at the largest logit of each row.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmllm.errors import GenerationError
+from mmllm.inference.answer_form import FormState
 from mmllm.inference.request import GenerationConfig
 
 TOP_P_TOKENS = 1024  # the likeliest tokens, which are sorted before the whole vocabulary is
@@ -28,6 +30,7 @@ class SamplerState:
     def __init__(self, config: GenerationConfig, prompt_ids: tuple[int, ...], vocab_size: int, device: torch.device):
         self.config, self.num_chosen = config, 0
         self.rng = random.Random(config.seed)  # its own generator, so that slot and batch do not matter
+        self.form = config.form and FormState(config.form)
         has_penalty = config.repetition_penalty != 1
         self.seen_V = seen_in(prompt_ids, vocab_size, device) if has_penalty else None  # in the prompt or the answer
 
@@ -53,12 +56,16 @@ def choose(logits_BV: Tensor, states: list[SamplerState], stop_ids: list[int]) -
         tokens_B[rows] = choose_by_options(logits_BV[rows], [states[i] for i in with_options], stop_ids)
     for state in states:
         state.num_chosen += 1
-    return torch.where(max_B.isfinite(), tokens_B, NOT_FINITE).tolist()
+    tokens = torch.where(max_B.isfinite(), tokens_B, NOT_FINITE).tolist()
+    for state, token in zip(states, tokens, strict=True):
+        if state.form and token != NOT_FINITE:
+            state.form.accept(token)
+    return tokens
 
 
 def choose_by_options(logits_BV: Tensor, states: list[SamplerState], stop_ids: list[int]) -> Tensor:
     """The next tokens of rows that have options; any token where logits are not finite."""
-    scores_BV = penalised(logits_BV, states, stop_ids)
+    scores_BV = restricted(penalised(logits_BV, states, stop_ids), states)
     tokens_B = scores_BV.argmax(-1)
     sampled = [i for i, state in enumerate(states) if not state.config.is_greedy]
     if sampled:
@@ -94,6 +101,19 @@ def penalised(logits_BV: Tensor, states: list[SamplerState], stop_ids: list[int]
         scores_BV = scores_BV.clone()
         scores_BV[rows] = penalise_repetition(scores_BV[rows], seen_BV, penalty_B1)
     return forbid(scores_BV, [i for i, s in enumerate(states) if s.num_chosen < s.config.min_new_tokens], stop_ids)
+
+
+def restricted(scores_BV: Tensor, states: list[SamplerState]) -> Tensor:
+    """-inf for tokens that do not continue an answer of its form."""
+    rows = [i for i, state in enumerate(states) if state.form]
+    if rows:
+        scores_BV = scores_BV.clone()
+    for row in rows:
+        allowed = states[row].form.allowed().to(scores_BV.device)
+        kept = scores_BV[row, allowed]
+        scores_BV[row] = -math.inf
+        scores_BV[row, allowed] = kept
+    return scores_BV
 
 
 def filtered(scores_BV: Tensor, configs: list[GenerationConfig]) -> Tensor:

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -29,6 +30,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mmllm.data.chat import Message, assistant, user
+from mmllm.errors import UserError
+from mmllm.inference.answer_form import AnswerForm, Vocabulary, form_of
 from mmllm.inference.request import Generated
 from mmllm.serving import http, inputs
 from mmllm.serving.http import HttpError
@@ -101,8 +104,22 @@ class StreamOptions(Parameters):
     include_obfuscation: Ignored = None
 
 
+class JsonSchema(Parameters):
+    name: Text
+    given: dict[str, JsonValue] = Field(alias="schema", description="an enum, or an object of text, numbers and enums")
+    description: Ignored = None
+    strict: Ignored = None
+
+
 class ResponseFormat(Parameters):
-    type: Literal["text"]
+    type: Literal["text", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def check(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise fault("invalid_value", "response_format needs a json_schema with type json_schema, and only with it")
+        return self
 
 
 class ChatCompletionFields(inputs.SamplingFields):
@@ -114,7 +131,7 @@ class ChatCompletionFields(inputs.SamplingFields):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     stream_options: StreamOptions = StreamOptions()
-    response_format: ResponseFormat = ResponseFormat(type="text")
+    response_format: ResponseFormat = ResponseFormat()
     metadata: Ignored = None
     parallel_tool_calls: Ignored = None
     prediction: Ignored = None
@@ -199,7 +216,8 @@ class ChatCompletions:
             prompt = await self.service.prompt(messages, images, 1)
             limit = min(self.settings.max_new_tokens, self.service.context - len(prompt.ids))
             wanted = fields.max_completion_tokens or fields.max_tokens or limit
-            config = replace(fields.config, max_new_tokens=min(wanted, limit))
+            form = await self.service.in_text_thread(lambda: self.form(fields.response_format.json_schema))
+            config = replace(fields.config, max_new_tokens=min(wanted, limit), form=form)
 
             async def answer(index: int) -> Generated:
                 own = replace(config, seed=(config.seed + index) % 2**63)
@@ -218,6 +236,16 @@ class ChatCompletions:
             return reply.usage_chunk(answers) if put else reply.whole(answers)
 
         return await self.service.respond(request, work, is_stream=fields.stream, num_answers=fields.n)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.service.worker.pipeline.processor.tokenizer)
+
+    def form(self, wanted: JsonSchema | None) -> AnswerForm | None:
+        try:
+            return wanted and form_of(wanted.given, self.vocabulary)
+        except UserError as error:
+            raise refuse("unsupported_schema", f"response_format: {error}", "response_format") from error
 
 
 class Reply:

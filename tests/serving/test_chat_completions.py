@@ -3,10 +3,12 @@
 import base64
 import json
 import math
+from typing import Literal
 
 import openai
 import pytest
 from PIL import Image
+from pydantic import BaseModel
 
 from mmllm.data.chat import Message, assistant, user
 from mmllm.inference.pipeline import load_pipeline
@@ -156,6 +158,26 @@ def test_an_answer_ends_before_its_stop_string(client):
     assert answer.message.content == text[: text.index(stop)] and answer.finish_reason == "stop"
 
 
+class Car(BaseModel):
+    color: Literal["red", "green"]
+    parked: bool
+    doors: int
+
+
+def test_an_answer_of_a_given_form_is_parsed_by_the_client(client):
+    for stream in (False, True):
+        for seed in range(3):
+            options = {"model": MODEL, "messages": HELLO, "temperature": 1, "seed": seed, "response_format": Car}
+            if stream:
+                with client.chat.completions.stream(**options) as events:
+                    answer = events.get_final_completion()
+            else:
+                answer = client.chat.completions.parse(**options)
+            assert isinstance(answer.choices[0].message.parsed, Car)
+    closed = {"type": "json_schema", "json_schema": {"name": "color", "schema": {"enum": ["red", "green"]}}}
+    assert json.loads(ask(client, response_format=closed).choices[0].message.content) in ("red", "green")
+
+
 def test_max_tokens_is_an_upper_bound(client):
     for options in ({"max_tokens": 3}, {"max_tokens": 30, "max_completion_tokens": 3}):
         assert ask(client, **options).usage.completion_tokens == 3
@@ -222,6 +244,13 @@ def test_the_key_guards_it(server):
         ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
         ({"temperature": 3}, "invalid_value", "temperature"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+        ({"response_format": {"type": "json_object"}}, "invalid_value", "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "invalid_value", "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array"}}}},
+            "unsupported_schema",
+            "response_format",
+        ),
         ({"stop": ["a"] * 5}, "invalid_value", "stop"),
         ({"stream_options": {"include_usage": 1}}, "invalid_value", "stream_options.include_usage"),
     ],
