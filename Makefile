@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ready
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint serve bench gpu clean
+.PHONY: help setup demo coco test check lint serve bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 
 demo: $(STAMP)  ## draw a small world, train both stages on it, measure and caption (4 minutes on 2 cores)
 	$(PYTHON) -m examples.shapes demo $(ARGS)
+
+coco: $(STAMP)  ## the public recipe: weights, 90 GB of data, training, scores, report (hours on a GPU, see docs/evaluation.md)
+	$(PYTHON) -m examples.coco $(ARGS)
 
 test: $(STAMP)  ## run the tests (under 4 minutes on 2 cores; WORKERS=4 on more)
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadscope $(ARGS)

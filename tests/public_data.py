@@ -19,7 +19,17 @@ from PIL import Image
 from mmllm.data.public import TABLE
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
-SPLITS = {1: "train", 2: "train", 3: "train", 4: "restval", 5: "val", 6: "test", 7: "train", 8: "restval"}  # by number
+SPLITS = {
+    1: "train",
+    2: "train",
+    3: "train",
+    4: "restval",
+    5: "val",
+    6: "test",
+    7: "train",
+    8: "restval",
+    9: "test",
+}  # by number
 NUMBERS = [*SPLITS]
 
 

@@ -22,7 +22,7 @@ def compare(directories: list[Path], figure: Path) -> list[str]:
     runs = {str(directory): read_metrics(directory) for directory in directories}
     for name, rows in runs.items():
         if not training_rows(rows):
-            raise UserError(f"{name}: no metrics.jsonl with a step in it; name the directory of a run")
+            raise UserError(f"{name}: no metrics.jsonl with a step in it; name the directory of a run, or such a file")
     try:
         draw_comparison(runs, figure)
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know

@@ -61,8 +61,9 @@ class NullLog:
 
 
 def read_metrics(directory: Path) -> list[dict]:
-    """The rows of metrics.jsonl, without a last line that a crash cut off; none where there is no file."""
-    return read_json_lines(directory / "metrics.jsonl")
+    """The rows of metrics.jsonl, or of another file named in place of a directory, without a last line that a crash cut
+    off; none where there is no file."""
+    return read_json_lines(directory if directory.is_file() else directory / "metrics.jsonl")
 
 
 def read_settings(directory: Path) -> dict[str, object]:

@@ -40,10 +40,10 @@ def test_coco_is_split_as_karpathy_split_it(public, tmp_path):
     assert {split: numbers(samples) for split, samples in splits.items()} == {
         "train": {n for n, split in SPLITS.items() if split in ("train", "restval")},
         "val": {5},
-        "test": {6},
+        "test": {6, 9},
     }
     assert len(splits["train"]) == 12  # a sample for each caption
-    (task,) = tasks_of(splits["test"])
+    task, _ = tasks_of(splits["test"])
     assert (task.id, task.is_caption, task.references) == ("6", True, ("a blue square", "all is blue"))
     names = {path.name for path in (tmp_path / "coco").iterdir()}
     assert names == {"images", "source", "train.jsonl", "val.jsonl", "test.jsonl", "contact_sheet.png"}
@@ -57,7 +57,7 @@ def test_a_question_is_in_the_split_of_its_image_and_images_are_downloaded_once(
     assert (
         numbers(splits["train"]) == {1, 2, 3, 4, 7, 8}
         and numbers(splits["val"]) == {5}
-        and numbers(splits["test"]) == {6}
+        and numbers(splits["test"]) == {6, 9}
     )
     (task,) = tasks_of(splits["val"])
     assert task.id == "5000" and task.references == ("green",) * 10 and task.kind == "other" and not task.is_caption
@@ -83,7 +83,7 @@ def test_no_image_of_an_evaluation_split_is_in_llavas_mixture(public, tmp_path, 
 @pytest.mark.parametrize(
     "name, counts",
     [
-        ("flickr30k", {"train": 12, "val": 2, "test": 2}),
+        ("flickr30k", {"train": 12, "val": 2, "test": 4}),
         ("llava-pretrain", {"train": 6}),
         ("textvqa", {"train": 2, "val": 1}),
         ("easy-vqa", {"train": 36, "val": 4, "test": 10}),

@@ -20,6 +20,14 @@ def test_two_runs_are_compared_by_settings_and_results(tmp_path, capsys):
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_metrics_of_somebody_elses_run_are_compared_without_its_settings(tmp_path):
+    own = write_run(tmp_path / "own", [4.0, 3.0], batch_size="8")
+    reference = tmp_path / "reference.jsonl"
+    (write_run(tmp_path / "other", [4.0, 2.0, 1.0]) / "metrics.jsonl").rename(reference)
+    lines = compare([own, reference], tmp_path / "both.png")
+    assert lines[0].split()[:2] == ["run", "steps"] and lines[2].split()[:4] == [str(reference), "3", "3.520", "1.0000"]
+
+
 def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path):
     run = write_run(tmp_path / "run", [1.0])
     (tmp_path / "empty").mkdir()
