@@ -98,7 +98,7 @@ def answer(options: argparse.Namespace, model: str, tasks: list, out: Path, abou
     from mmllm.inference.pipeline import load_pipeline
     from mmllm.inference.request import GenerationConfig
     from mmllm.runtime.distributed import World
-    from mmllm.storage.weights import locate
+    from mmllm.storage.hub import locate
 
     config = GenerationConfig(max_new_tokens=options.max_new_tokens, num_beams=options.num_beams)
     runs = {"true images": tasks}

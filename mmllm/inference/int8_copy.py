@@ -13,7 +13,7 @@ from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import stderr
 from mmllm.runtime.machine import cache_folder
 from mmllm.storage.atomic import reported
-from mmllm.storage.weights import locate
+from mmllm.storage.hub import locate
 
 
 def int8_copy(source: str | Path) -> Path:
