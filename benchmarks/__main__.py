@@ -4,6 +4,7 @@ python -m benchmarks train                       # one optimizer step, against t
 python -m benchmarks train --case "stage 1" --rounds 5
 python -m benchmarks generate                    # answers, against transformers and llama.cpp where it is installed
 python -m benchmarks caption                     # images a minute, against one image at a time
+python -m benchmarks load                        # a server under load; --url names one that runs
 python -m benchmarks memory                      # what --dry-run predicts, and what a step really takes
 python -m benchmarks precision --model outputs/full/best_model --data val.json --image-dir images
 python -m benchmarks rehearse configs/small.py training.gradient_accumulation_steps=2
@@ -60,7 +61,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     caption.add_argument("--images", type=int, default=24, metavar="N", help="(default: %(default)s)")
     caption.add_argument("--new-tokens", type=int, default=20, metavar="N", help="a caption (default: %(default)s)")
     caption.add_argument("--slots", type=int, default=8, metavar="N", help="images at once (default: %(default)s)")
-    for command in (generate, rehearse, caption):
+    load = commands.add_parser("load", parents=[common], help="a server under load: answers, refusals, times, memory")
+    load.add_argument("--url", help="of a server that runs (default: two are started, one of a tiny model)")
+    load.add_argument("--requests", type=int, default=3000, metavar="N", help="compared (default: %(default)s)")
+    for command in (generate, rehearse, caption, load):
         command.add_argument(
             "--models",
             type=Path,
@@ -86,7 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     commands = {"train": train, "generate": generate, "memory": memory, "rehearse": rehearse, "gpu": gpu}
-    commands |= {"caption": caption, "precision": precision}
+    commands |= {"caption": caption, "precision": precision, "load": load}
     commands |= {"table": write_table, "worker": worker}
     return commands[options.command](options)
 
@@ -173,6 +177,12 @@ def caption(options: argparse.Namespace) -> int:
         spec, precisions, options.images, options.new_tokens, options.slots, options.rounds, options.models
     )
     return finish("caption", rows, options)
+
+
+def load(options: argparse.Namespace) -> int:
+    from benchmarks import load as bench_load
+
+    return finish("load", bench_load.measure(options.size, options.requests, options.url, options.models), options)
 
 
 def precision(options: argparse.Namespace) -> int:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from benchmarks import caption as bench_caption
 from benchmarks import generate as bench_generate
+from benchmarks import load as bench_load
 from benchmarks import train as bench_train
 from benchmarks.rows import amount, goal_lines, origin, read_rows
 from mmllm.reporting.report import markdown_table
 
-GOALS = bench_train.GOALS + bench_generate.GOALS + bench_caption.GOALS
+GOALS = bench_train.GOALS + bench_generate.GOALS + bench_caption.GOALS + bench_load.GOALS
 
 
 def tables(folder: Path) -> str:
