@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmllm.inference.optimize import make_int8_
+from mmllm.inference.optimize import cast_rest_, make_int8_
 from mmllm.models.loading import read_info
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import stderr
@@ -35,6 +35,7 @@ def int8_copy(source: str | Path) -> Path:
                 shutil.rmtree(old)
             model = MultimodalLLM.from_pretrained(folder, dtype=None)
             make_int8_(model)
+            cast_rest_(model)  # as it will be loaded: a cast would be a copy in each process
             model.save_pretrained(copy)
     return copy
 

@@ -1,6 +1,7 @@
 """Images and questions in, text out: what a program uses."""
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -49,8 +50,12 @@ class MultimodalInferencePipeline:
         self.model = model.eval()
         self.processor = model.processor
         self.is_compiled = is_compiled
-        self.engine = Engine(model, 1, store_bytes=STORE_BYTES, is_compiled=is_compiled)
         self.reset()
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Made when it is first used: a server has one of its own."""
+        return Engine(self.model, 1, store_bytes=STORE_BYTES, is_compiled=self.is_compiled)
 
     def caption_image(
         self, image: ImageSource, prompt: str = DEFAULT_PROMPT, config: GenerationConfig | None = None

@@ -117,7 +117,7 @@ class Server(uvicorn.Server):
         if self.worker.is_loading:
             os._exit(0)  # a load cannot be interrupted, and Python would wait for its thread
         if self.worker.error is not None and not self.is_ours:
-            os._exit(NEVER_RESTART if isinstance(self.worker.error, UserError) else 1)
+            os._exit(NEVER_RESTART if self.worker.pipeline is None else 1)  # the next one would not load it either
 
     def serve_until_signal(self, listener: socket) -> int:
         """The exit code: 0 after SIGTERM; 2 (bad input) or 1 if the model could not be loaded or failed.

@@ -21,6 +21,7 @@ from mmllm.inference.engine import Engine
 from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import Generated, GenerationConfig, Handle, Prompt
 from mmllm.inference.static_step import BUCKET
+from mmllm.runtime.memory import return_freed_memory
 
 STEP_S = 0.15  # how long the answers under way may stand still while a prompt is read, about
 
@@ -102,6 +103,7 @@ class Worker:
         handle = engine.submit(Handle(prompt, GenerationConfig(max_new_tokens=2)))
         engine.run([handle])
         handle.result()
+        return_freed_memory()
         self.engine, self.pipeline = engine, pipeline
         log.info(f"ready after {time.perf_counter() - start:.1f} s")
 

@@ -94,7 +94,9 @@ def test_every_turn_is_right_with_several_workers_of_which_one_is_killed(line, w
             turns[name] += rest
         assert turns == expected
         wait_until(lambda: len(workers_of(process)) == workers and set(workers_of(process)) != set(before))
-        assert server.log.read_text().count('"path": "/chat", "status": 200') == 120
+        assert (
+            server.log.read_text().count('"path": "/chat", "status": 200') > 110
+        )  # the killed one may owe its last lines
     assert "Traceback" not in server.log.read_text()
     assert not list(tmp_path.glob("mmllm-*/*/conversations.sqlite-wal"))  # the last one to close it tidies up
 
