@@ -1,7 +1,6 @@
 """easy-VQA on two cores: questions about drawn shapes, from small backbones that its own training answers made.
 
-    git clone https://github.com/vzhou842/easy-VQA
-    python -m mmllm prepare easy-VQA/easy_vqa/data/train/questions.json --out data/easy_vqa --val-fraction 0.1
+    python -m mmllm prepare easy-vqa --out data/easy_vqa
     python -m examples.pretrain --data data/easy_vqa/train.jsonl --image-dir data/easy_vqa/images \
         --out backbones/easy_vqa --image-size 64 --patch-size 8 --vision-width 128 --vision-layers 4 --vocab-size 400 \
         --text-width 128 --clip-steps 800 --qwen-steps 200

@@ -22,7 +22,6 @@ from mmllm.serving.settings import Settings
 from official import write_clip, write_qwen
 from server_process import RealServer, wait_until
 
-EASY_VQA = "easy-VQA/easy_vqa/data/train"
 PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 ALL_TEXT = "\n".join(TEXT.values())
@@ -33,6 +32,7 @@ NOT_RUN = {  # the beginning of a command line: why it is not run here
     "source": "changes the shell; the lines after it run in the environment of the tests",
     "torchrun": "needs several processes; tests/training/test_distributed.py starts it",
     "python -m benchmarks": "minutes at full size; tests/benchmarks runs it on tiny models",
+    "python -m mmllm prepare easy-vqa": "needs the network; tests/commands/test_prepare_public.py has a server of its own",
     "pip install": "needs the network",
     "uvicorn serve:app": "starts several processes; tests/serving/test_workers.py does, too",
     "gunicorn serve:app": "starts several processes; tests/serving/test_workers.py does, too",
@@ -86,7 +86,13 @@ def write_layout(folder: Path) -> None:
     write_clip(folder / "openai" / "clip-vit-base-patch32", num_hidden_layers=1)
     write_qwen(folder / "Qwen" / "Qwen2.5-0.5B-Instruct", num_hidden_layers=1)
     (folder / "configs").symlink_to(ROOT / "configs")
-    for place in ("images", EASY_VQA + "/images", "data/flickr8k/train", "data/flickr8k/dev", OUT / "data" / "images"):
+    for place in (
+        "images",
+        "data/easy_vqa/images",
+        "data/flickr8k/train",
+        "data/flickr8k/dev",
+        OUT / "data" / "images",
+    ):
         (folder / place).mkdir(parents=True)
     shown = [json.loads(line) for line in blocks("README.md", "json")[0].strip().split("\n")]
     records = [shown[i % 3] | {"image": f"{i}.jpg"} for i in range(12)]
@@ -94,12 +100,13 @@ def write_layout(folder: Path) -> None:
     for i in range(12):
         image = Image.new("RGB", (40, 32), (20 * i, 90, 200 - 10 * i))
         image.save(folder / "images" / f"{i}.jpg")
-        image.save(folder / EASY_VQA / "images" / f"{i}.png")
+        image.save(folder / "data" / "easy_vqa" / "images" / f"{i}.png")
         for split in ("train", "dev"):
             image.save(folder / "data" / "flickr8k" / split / f"{i}.jpg")
             (folder / "data" / "flickr8k" / split / "captions.jsonl").write_text(captions)
-    asked = [[question, "yes", i] for question in ("is it red?", "is it?") for i in range(12)]
-    (folder / EASY_VQA / "questions.json").write_text(json.dumps(asked))
+    for split in ("train", "val"):
+        asked = [{"image": f"{i}.png", "question": "is it red?", "answer": "yes"} for i in range(12)]
+        (folder / "data" / "easy_vqa" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, asked)))
     image.save(folder / "x.jpg")
     image.save(folder / "image.jpg")
     image.save(folder / OUT / "data" / "images" / "held_out000.png")

@@ -8,7 +8,6 @@
     GQA         train_balanced_questions.json                   https://cs.stanford.edu/people/dorarad/gqa/download.html
     TextVQA     TextVQA_0.5.1_train.json                                              https://textvqa.org/dataset
     VizWiz      Annotations/train.json                              https://vizwiz.org/tasks-and-datasets/vqa
-    easy-VQA    train/questions.json, the images in train/images               https://github.com/vzhou842/easy-VQA
 
 A record is a JSON object: {image, text, prompt}, {image, captions} or {image, conversations}; records.py reads them.
 tables.py has what is no JSON: tables, and folders of images with a text beside each; archives.py has archives.
@@ -117,8 +116,6 @@ def json_records(text: str, path: Path, split: str | None) -> list[dict | DataEr
     row = first_row(content)
     if "question" in row and row.keys() <= VIZWIZ_KEYS and str(row.get("image")).startswith("VizWiz_"):
         return vizwiz_records(content)
-    if isinstance(content, list) and content and isinstance(content[0], list):
-        return easy_vqa_records(content)
     if not isinstance(content, list):
         raise DataError(f"{path}: a list of records is needed, not {type(content).__name__}")
     return content
@@ -260,14 +257,6 @@ def textvqa_records(content: dict) -> list[dict | DataError]:
         return question_record(row["question_id"], f"{row['image_id']}.jpg", row["question"], row.get("answers", []))
 
     return each(content["data"], "data", "`question_id`, `image_id` and `question`", read)
-
-
-def easy_vqa_records(content: list) -> list[dict | DataError]:
-    def read(item: tuple[int, list]) -> dict:
-        number, (question, answer, image) = item
-        return question_record(number, f"images/{image}.png", question, [answer])
-
-    return each(list(enumerate(content)), "questions", "[question, answer, number of its image]", read)
 
 
 def vizwiz_records(content: list) -> list[dict | DataError]:
