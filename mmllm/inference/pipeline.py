@@ -18,6 +18,7 @@ from mmllm.models.loading import read_info
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import stderr_rank0
 from mmllm.runtime.device import choose_device
+from mmllm.runtime.machine import refuse_without_compiler
 from mmllm.storage.hub import locate
 
 # a path, encoded bytes, a data URI, a PIL image, or pixels (3, S, S) as `encode_image` returns them
@@ -141,4 +142,6 @@ def load_pipeline(
     if is_compiled and where.type == "cpu" and dtype != "float32" and kernels.native():
         stderr_rank0("the step is not compiled: on a CPU that is slower than our own kernels")
         is_compiled = False
+    if is_compiled:
+        refuse_without_compiler("--compile")
     return MultimodalInferencePipeline(model, is_compiled=is_compiled)

@@ -2,11 +2,13 @@
 
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from mmllm.errors import RunError
+from mmllm.errors import RunError, UserError
 
 
 def program() -> list[str]:
@@ -35,6 +37,16 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmllm"
     except RuntimeError as error:
         raise RunError("no home folder for compiled code; set XDG_CACHE_HOME to a folder") from error
+
+
+def refuse_without_compiler(option: str) -> None:
+    """UserError where torch.compile, which `option` asks for, would find no C++ compiler."""
+    compilers = shlex.split(os.environ["CXX"])[:1] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    if not any(map(shutil.which, compilers)):
+        names = " or ".join(compilers)
+        raise UserError(
+            f"{option} needs a C++ compiler, and there is no {names} on the PATH; install one, or leave it out"
+        )
 
 
 def processor() -> str:

@@ -5,9 +5,6 @@ what is compiled or sharded must be finished. A block's `forward` is replaced on
 no parameter changes its name, and a checkpoint written with recomputation loads without it.
 """
 
-import os
-import shlex
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +20,7 @@ from mmllm.layers.lora import adapter_names, adapters, add_lora_, merge_lora_, t
 from mmllm.layers.quantized import count_parameters, quantize_
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import print_rank0
+from mmllm.runtime.machine import refuse_without_compiler
 from mmllm.runtime.memory import blocks_apart
 
 PART_OF = {  # the words of the configuration: the model's own names
@@ -118,12 +116,7 @@ def compile_blocks_(blocks: Iterable[nn.Module]) -> None:
     Validation and captions have other shapes and another graph, and run the plain block. With dropout, the random numbers
     differ from those of the plain block.
     """
-    compilers = shlex.split(os.environ["CXX"])[:1] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    if not any(map(shutil.which, compilers)):
-        raise ConfigError(
-            f"training.compile needs a C++ compiler, and there is no {' or '.join(compilers)} on the PATH; install one, or "
-            "set training.compile=false"
-        )
+    refuse_without_compiler("training.compile")
     for block in blocks:
         plain = block.forward
         block.forward = partial(_compiled_or_plain, torch.compile(plain, dynamic=True), plain)

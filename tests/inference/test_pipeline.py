@@ -135,3 +135,10 @@ def test_the_default_model_is_the_one_trained_last(tmp_path):
 def test_without_a_trained_model_the_command_that_makes_one_is_named(tmp_path):
     with pytest.raises(UserError, match="no trained model under .*make demo"):
         default_model(tmp_path)
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "model")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile needs a C.. compiler, and there is no no-such-compiler on the PATH"):
+        load_pipeline(folder, device="cpu", dtype="float32", is_compiled=True)

@@ -18,7 +18,7 @@ from mmllm.data.batches import BatchLoader, make_batch, read_rows
 from mmllm.data.chat import assistant, user
 from mmllm.data.order import sample_order
 from mmllm.data.samples import Sample, load_samples
-from mmllm.errors import ConfigError
+from mmllm.errors import UserError
 from mmllm.layers.lora import add_lora_
 from mmllm.models.loss import cross_entropy_sum
 from mmllm.models.multimodal import MultimodalLLM
@@ -248,5 +248,5 @@ def test_compiled_blocks_give_the_gradient_of_plain_ones_at_any_length(world, mo
 
 def test_compiling_without_a_compiler_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match="training.compile needs a C.. compiler, and there is no no-such-compiler"):
+    with pytest.raises(UserError, match="training.compile needs a C.. compiler, and there is no no-such-compiler"):
         compile_blocks_([nn.Linear(1, 1)])
