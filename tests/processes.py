@@ -2,7 +2,7 @@
 
 processes.py JOBS.json    a list of jobs, run one after the other; beside it JOB.RANK.txt (their output) and codes.json
 
-A job: {"name", "processes", "do": "gradients" | "train" | "kill", ...}, see `gradients`, `training` and
+A job: {"name", "processes", "do": "gradients" | "train" | "loading" | "kill", ...}, see `gradients`, `training` and
 `kill_at_random_moments`, which takes its time from the job before it. One that is "in background" does not hold up the
 jobs after it.
 """
@@ -168,6 +168,12 @@ def training(config: str, resume: str | None = None, fault: list | None = None) 
     return train(load(config), resume=resume)
 
 
+def loading(fault: list) -> None:
+    """One process dies while the others load a model, which is no collective."""
+    with World.start("cpu") as world:
+        FAULTS["die" if world.rank == fault[1] else "hang"]()
+
+
 # The groups -----------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +277,7 @@ def main() -> None:
         if do == "kill":
             codes[name] = kill_at_random_moments(**job, whole_s=took_s, said=jobs.parent / name)
             continue
-        work = partial({"gradients": gradients, "train": training}[do], **job)
+        work = partial({"gradients": gradients, "train": training, "loading": loading}[do], **job)
         which, of, _ = job.get("fault") or (None, None, None)
         group, hanging = start_group(processes, work, jobs.parent / name), of if which == "hang" else None
         if which == "die":

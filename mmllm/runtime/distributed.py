@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -67,7 +68,9 @@ class World:
             device_id=own if is_cuda else None,
         )
         store.set(f"process {rank}", f"{platform.node()} {os.getpid()}")
-        return cls(own, rank, size, neighbours, store, timeout_s)
+        world = cls(own, rank, size, neighbours, store, timeout_s)
+        signal.signal(signal.SIGTERM, world._end_with_others)  # until the training loop has a handler of its own
+        return world
 
     def __enter__(self) -> "World":
         return self
@@ -88,6 +91,11 @@ class World:
         else:
             self.store.set(f"error {self.rank}", str(error))
 
+    def _end_with_others(self, number: int, frame: FrameType | None) -> None:
+        """On SIGTERM, which torchrun sends when a process is lost: say which; no collective fails while models load."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise RunError(f"ended by SIGTERM: {self.lost()}")
+
     def report_position(self, text: str) -> None:
         """Record where this process is, for the message of the others if it is lost."""
         if self.size > 1:
@@ -106,8 +114,8 @@ class World:
             time.sleep(0.05)
         silent = [rank for rank in silent if self._is_gone(rank)] or silent  # others may not have noticed yet
         keys = [key for key in (f"position {rank}" for rank in silent) if self.store.check([key])]
-        positions = ", ".join(self.store.get(key).decode() for key in keys)
-        who = f"rank {', '.join(map(str, silent))} ({positions})" if silent else "another process"
+        positions = f" ({', '.join(self.store.get(key).decode() for key in keys)})" if keys else ""
+        who = f"rank {', '.join(map(str, silent))}{positions}" if silent else "another process"
         return (
             f"lost contact with {who}: it was killed, or gave no answer for {self.timeout_s} s (training.timeout_s); "
             "look at what it said, and go on with --resume auto"

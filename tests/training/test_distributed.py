@@ -342,6 +342,7 @@ def faults(world, tmp_path_factory):
     configs["damaged validation"] = run_of(damaged, folder / "damaged validation", 2, save_steps=None)
     jobs += [train_job(configs[name], 2) for name in ("bad input", "nan", "damaged", "damaged validation")]
     jobs.append(train_job(configs["die"], 2, resume="auto") | {"name": "die, resumed"})
+    jobs.append({"name": "loading", "processes": 2, "do": "loading", "fault": ["die", 1, 0]})
     return configs, launch(folder, jobs)
 
 
@@ -355,6 +356,12 @@ def test_a_process_that_dies_is_named_by_the_others(faults):
     _, done = faults
     assert done.codes["die"] == [1, -9]
     assert "error: lost contact with rank 1 (in step 3): it was killed" in done.said("die", 0)
+
+
+def test_a_process_that_dies_while_models_load_is_named_by_the_others(faults):
+    _, done = faults
+    assert done.codes["loading"] == [1, -9]
+    assert "error: ended by SIGTERM: lost contact with rank 1: it was killed" in done.said("loading", 0)
 
 
 def test_of_those_that_do_not_answer_the_one_that_has_ended_is_named(monkeypatch):
