@@ -1,4 +1,7 @@
-"""The endpoints: POST /caption, /question and /chat, DELETE /chat/{conversation_id}, GET /health; OpenAI's beside them."""
+"""The endpoints: POST /caption, /question and /chat, DELETE /chat/{conversation_id}, GET /health and the page at /.
+
+OpenAI's are beside them.
+"""
 
 import time
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from mmllm.inference.request import Generated, Prompt
 from mmllm.serving import http, inputs
 from mmllm.serving.chat_completions import ChatCompletions
 from mmllm.serving.conversations import Conversation
+from mmllm.serving.page import page
 from mmllm.serving.service import Put, Service
 from mmllm.serving.settings import Settings
 
@@ -137,6 +141,7 @@ def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settin
             Route("/v1/chat/completions", openai.create, methods=["POST"]),
             Route("/v1/models", openai.models, methods=["GET"]),
             Route("/health", own.health, methods=["GET"]),
+            Route("/", page(), methods=["GET"]),
         ],
         middleware=[Middleware(http.RequestLog)],
         exception_handlers=http.EXCEPTION_HANDLERS,
