@@ -46,6 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blank", action="store_true", help="ask again with blank images")
     parser.add_argument("--meteor", action="store_true", help="METEOR too, for the true images; needs Java")
     parser.add_argument("--spice", action="store_true", help="SPICE too; needs Java, downloads 400 MB once")
+    parser.add_argument("--clip-score", metavar="SOURCE", help="CLIPScore by this CLIP; needs transformers")
     parser.add_argument(
         "--predictions", nargs="+", type=Path, metavar="FILE", help="score these result files; no model is loaded"
     )
@@ -124,7 +125,9 @@ def report(options: argparse.Namespace, tasks: list, predictions: dict, out: Pat
     from mmllm.evaluation.results import score_runs, table
     from mmllm.evaluation.sheet import write_sheet
 
-    scores = score_runs(tasks, predictions, out, evaluator=evaluator, has_constant=options.constant)
+    scores = score_runs(
+        tasks, predictions, out, evaluator=evaluator, has_constant=options.constant, clip=options.clip_score
+    )
     unreadable = {task.id for task, text in zip(tasks, predictions["true images"], strict=True) if text is None}
     write_results(out / "scores.json", about | {"unreadable": sorted(unreadable), "scores": scores})
     write_sheet(out / "samples.html", tasks, predictions["true images"], options.seed)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmllm.evaluation.captions import best_constant_caption, caption_rows, scores_of_sums
+from mmllm.evaluation.clip_score import clip_scores
 from mmllm.evaluation.evaluator import MultimodalEvaluator
 from mmllm.evaluation.predictions import Predictions, write_predictions
 from mmllm.evaluation.tasks import Task
@@ -22,10 +23,12 @@ def score_runs(
     *,
     evaluator: MultimodalEvaluator,
     has_constant: bool,
+    clip: str | None = None,
 ) -> dict[str, dict]:
     """The scores of each run, of which the first has the true images; writes its predictions to `out`.
 
-    METEOR, SPICE and intervals are for the true images alone.
+    METEOR, SPICE and intervals are for the true images alone. `clip` names a CLIP for CLIPScore, always of a caption and
+    the true image.
     """
     plain = MultimodalEvaluator(meteor=False)
     scores = {}
@@ -37,7 +40,13 @@ def score_runs(
             for part, found in score_intervals(tasks, predictions).items():
                 scores[name][part]["interval"] = found
     if has_constant:
-        scores["best constant"] = score(tasks, constant_predictions(tasks), plain)
+        runs = runs | {"best constant": constant_predictions(tasks)}
+        scores["best constant"] = score(tasks, runs["best constant"], plain)
+    for name, predictions in runs.items() if clip else ():
+        captioned = [(task, text) for task, text in parts(tasks, predictions).get("captions", []) if task.images]
+        found = list(clip_scores(clip, [task.images[0] for task, _ in captioned], [text for _, text in captioned]))
+        if found:
+            scores[name]["captions"]["clip_score"] = sum(found) / len(found)
     return scores
 
 
