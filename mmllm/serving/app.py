@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from uuid import uuid4
 
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -112,7 +114,7 @@ class Endpoints:
         service, worker = self.service, self.service.worker
         engine = worker.engine
         body = {
-            "status": worker.status,
+            "status": service.status,
             "model": self.settings.model_name,
             "version": __version__,
             "device": str(engine.model.device) if engine else None,
@@ -121,6 +123,15 @@ class Endpoints:
             "uptime_s": round(time.monotonic() - service.started_at, 1),
         }
         return JSONResponse(body, 200 if body["status"] == "ok" else 503)
+
+    async def livez(self, request: Request) -> Response:
+        """200 as long as the event loop turns; a server that does not answer this must be started again."""
+        return JSONResponse({"status": "alive"})
+
+    async def metrics(self, request: Request) -> Response:
+        http.check_key(request, self.settings.api_key)
+        self.service.metrics.engine = self.service.worker.engine
+        return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def deltas(put: Put | None) -> Callable[[str], None] | None:
@@ -131,6 +142,14 @@ def deltas(put: Put | None) -> Callable[[str], None] | None:
 def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settings) -> Starlette:
     """The ASGI application; `load` is called in the worker's thread once the application starts."""
     service = Service(load, settings)
+    middleware = [Middleware(http.RequestLog, service.metrics.count_request)]
+    if settings.origins:
+        headers = {
+            "allow_headers": ["Authorization", "Content-Type"],
+            "expose_headers": ["X-Request-ID", "Retry-After"],
+        }
+        methods = ["GET", "POST", "DELETE"]
+        middleware.append(Middleware(CORSMiddleware, settings.origins, allow_methods=methods, **headers))
     own, openai = Endpoints(service), ChatCompletions(service)
     app = Starlette(
         routes=[
@@ -141,9 +160,11 @@ def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settin
             Route("/v1/chat/completions", openai.create, methods=["POST"]),
             Route("/v1/models", openai.models, methods=["GET"]),
             Route("/health", own.health, methods=["GET"]),
+            Route("/livez", own.livez, methods=["GET"]),
+            Route("/metrics", own.metrics, methods=["GET"]),
             Route("/", page(), methods=["GET"]),
         ],
-        middleware=[Middleware(http.RequestLog)],
+        middleware=middleware,
         exception_handlers=http.EXCEPTION_HANDLERS,
         lifespan=service.lifespan,
     )

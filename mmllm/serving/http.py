@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from uuid import uuid4
 
 from python_multipart.multipart import parse_options_header
@@ -31,6 +31,7 @@ MB = 1_000_000
 CHUNK = 64 * 1024  # of a form; between two of them other requests get their turn
 MAX_FIELDS, MAX_FILES, MAX_FIELD_KB = 32, 8, 64
 MAX_JSON_COMMAS = 20_000  # more than a message and the fields of a request can have
+PROBES = ("/health", "/livez", "/metrics")  # asked every few seconds, so logged for debugging only
 CLIENT_CLOSED_REQUEST = 499  # appears in the log only: there is no client to receive it
 log = logging.getLogger("mmllm.serving")
 
@@ -91,13 +92,13 @@ EXCEPTION_HANDLERS = {
 
 
 class RequestLog:
-    """ASGI middleware: gives each request an id and a JSON log line, and removes trailing slashes from its path.
+    """ASGI middleware: gives each request an id and a JSON log line, counts it, and removes trailing slashes from its path.
 
     Handlers add to the line through `request.scope["log"]`. Prompts, images and file names are never logged.
     """
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, count: Callable[[Scope, int, float], None]):
+        self.app, self.count = app, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,10 +125,11 @@ class RequestLog:
         try:
             await app(scope, receive, send_with_id)
         finally:
+            seconds = time.perf_counter() - start
             line = {"id": scope["request_id"], "method": scope["method"][:20], "path": scope["path"][:100]}
-            line |= {"status": status, "ms": round(1000 * (time.perf_counter() - start))}
-            level = logging.DEBUG if scope["path"] == "/health" else logging.INFO  # probes come every few seconds
-            log.log(level, json.dumps(line | scope["log"]))
+            line |= {"status": status, "ms": round(1000 * seconds)} | scope["log"]
+            self.count(scope, line["status"], seconds)
+            log.log(logging.DEBUG if scope["path"] in PROBES else logging.INFO, json.dumps(line))
 
 
 async def cancel_on_disconnect(request: Request, work: Awaitable[Response]) -> Response:

@@ -30,11 +30,13 @@ from mmllm.serving import http, inputs
 from mmllm.serving.conversations import Conversations
 from mmllm.serving.events import EventQueue, EventStream
 from mmllm.serving.http import HttpError
+from mmllm.serving.metrics import Metrics
 from mmllm.serving.settings import Settings
 from mmllm.serving.worker import Job, Worker
 
 IMAGE_STATUS = {"unsupported_image": 415, "image_too_large": 413}  # other faults of an image are 400
 ADDRESS = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]{0,30}://")  # bounded: long base64 must not be searched again and again
+STALLED_AFTER_S = 30  # without a step of the model, or with one image
 REFUSALS = {
     "loading": "the model is still loading; try again in a few seconds",
     "draining": "the server is shutting down; send this to another one",
@@ -56,6 +58,9 @@ class Service:
         self.bodies = http.BodyReader(settings)
         self.image_threads = worker_pool(2, "images")
         self.text_threads = worker_pool(1, "text")  # of its own: text never waits behind images
+        self.metrics = Metrics()
+        self.decoding: dict[object, float] = {}  # images in work, and since when
+        self.answering: dict[Job, float] = {}  # requests with the model, and since when
         self.admitted = 0
         self.mean_service_s = 1.0  # from getting a slot to the answer
         self.started_at = time.monotonic()
@@ -90,6 +95,16 @@ class Service:
             message = f"{self.queue} requests are waiting already; try again later"
             wait_s = math.ceil(self.admitted * self.mean_service_s / self.worker.slots)
             raise HttpError(429, "overloaded", message, headers={"Retry-After": str(max(1, wait_s))})
+
+    @property
+    def status(self) -> str:
+        """That of the worker, or "stalled" when images or answers stand still."""
+        engine, now = self.worker.engine, time.monotonic()
+        waits = [now - start for start in list(self.decoding.values())]
+        if engine and self.answering:
+            waits.append(now - max(engine.counters.last_step, min(self.answering.values())))
+        is_stalled = self.worker.status == "ok" and max(waits, default=0) > STALLED_AFTER_S
+        return "stalled" if is_stalled else self.worker.status
 
     async def respond(self, request: Request, work: Work, *, is_stream: bool, num_answers: int = 1) -> Response:
         """The result of `work`, as JSON or as a stream of events.
@@ -137,8 +152,13 @@ class Service:
             raise HttpError(400, "image_url_not_supported", message, param=param)
 
         def work() -> Image.Image:
-            data = source if isinstance(source, bytes) else decode_base64(source)
-            return self.worker.pipeline.processor.image_processor.crop(decode(data, param, is_bounded=True))
+            key = object()
+            self.decoding[key] = time.monotonic()
+            try:
+                data = source if isinstance(source, bytes) else decode_base64(source)
+                return self.worker.pipeline.processor.image_processor.crop(decode(data, param, is_bounded=True))
+            finally:
+                del self.decoding[key]
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self.image_threads, work)
@@ -188,6 +208,7 @@ class Service:
     async def wait_for_answer(self, request: Request, job: Job) -> Generated:
         """Waits for a slot, then for the answer. Cancelling the wait cancels the job."""
         start, timeout = time.perf_counter(), self.settings.queue_timeout_s
+        self.answering[job] = time.monotonic()
         try:
             done, _ = await asyncio.wait({job.started, job.answer}, timeout=timeout, return_when=FIRST_COMPLETED)
             waited = time.perf_counter() - start
@@ -196,7 +217,14 @@ class Service:
                 message = f"the model was busy with other requests for {timeout:g} s; try again later"
                 raise HttpError(503, "queue_timeout", message, headers={"Retry-After": str(math.ceil(timeout))})
             await asyncio.wait({job.answer})
-            self.mean_service_s += 0.2 * (time.perf_counter() - start - waited - self.mean_service_s)
-            return job.answer.result()
+            answer, end = job.answer.result(), time.perf_counter()
+            first = job.first_token_at or end
+            prefill, decode = max(0.0, first - start - waited), end - first
+            self.mean_service_s += 0.2 * (end - start - waited - self.mean_service_s)
+            self.metrics.count_answer(answer, waited, prefill, decode)
+            request.scope["log"] |= {"prefill_ms": round(1000 * prefill), "decode_ms": round(1000 * decode)}
+            request.scope["log"]["reused_tokens"] = job.handle.reused_tokens
+            return answer
         finally:
+            del self.answering[job]
             job.handle.cancel()  # waiting, it never runs; running, it ends within one step

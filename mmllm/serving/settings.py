@@ -1,5 +1,6 @@
 """Every limit of a server, with its unit: each is a promise to the server's other clients."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,7 @@ from mmllm.config.schema import PRECISIONS
 from mmllm.config.validation import describe
 from mmllm.errors import UserError
 
+ORIGIN = re.compile(r"\*|https?://[^/\s]+")
 Count = Annotated[int, Field(gt=0)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -32,6 +34,7 @@ class Settings(BaseModel):
     dtype: Literal[*PRECISIONS] | None = None
     api_key: str | None = None  # when set, every POST and DELETE must bring it
     require_key: bool = False  # refuse to start without a key, as in the container
+    cors_origins: str | None = None  # whose pages may use the server, such as "https://a.example, https://b.example"
     slots: Count | None = None  # requests answered side by side; None: 8 on a CPU, 64 on a GPU
     queue: Count | None = None  # requests that may wait for a slot; None: 4 for each slot
     max_body_mb: Amount = 16
@@ -57,6 +60,17 @@ class Settings(BaseModel):
         if self.require_key and self.api_key is None:
             raise ValueError("a key is required here; set MMLLM_API_KEY, or MMLLM_REQUIRE_KEY=0 to let anyone in")
         return self
+
+    @model_validator(mode="after")
+    def check_origins(self) -> "Settings":
+        for origin in self.origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(f"MMLLM_CORS_ORIGINS has {origin!r}; it must be like https://example.org, or *")
+        return self
+
+    @property
+    def origins(self) -> list[str]:
+        return [origin.strip() for origin in (self.cors_origins or "").split(",") if origin.strip()]
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str], **flags: object) -> "Settings":

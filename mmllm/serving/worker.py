@@ -40,6 +40,12 @@ class Job:
         self.answer: asyncio.Future[Generated] = loop.create_future()
         self.answer.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody may be waiting
         self.handle: Handle | None = None
+        self.first_token_at: float | None = None  # time.perf_counter()
+
+    def on_token(self, token: int) -> None:
+        """Called in the model's thread."""
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
 
     def finish(self) -> None:
         if self.handle.error is not None:
@@ -156,6 +162,7 @@ class Worker:
                     prompt,
                     config,
                     on_start=lambda: self.events.append(partial(job.started.set_result, None)),
+                    on_token=job.on_token,
                     on_text=on_text and (lambda piece: self.events.append(partial(on_text, piece))),
                     on_done=lambda handle: self._on_done(job, handle),
                 )
