@@ -13,14 +13,14 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from mmllm import __version__
 from mmllm.data.chat import user
 from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import Generated, Prompt
-from mmllm.serving import http, inputs
+from mmllm.serving import http, inputs, openapi
 from mmllm.serving.chat_completions import ChatCompletions
 from mmllm.serving.conversations import Conversation
 from mmllm.serving.page import page
@@ -133,6 +133,13 @@ class Endpoints:
         self.service.metrics.engine = self.service.worker.engine
         return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.document(self.settings))
+
+    async def docs(self, request: Request) -> Response:
+        headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return HTMLResponse(openapi.page(openapi.document(self.settings)), headers=headers)
+
 
 def deltas(put: Put | None) -> Callable[[str], None] | None:
     """Receives the pieces of an answer and sends each as an event; None without a stream."""
@@ -150,16 +157,18 @@ def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settin
         }
         methods = ["GET", "POST", "DELETE"]
         middleware.append(Middleware(CORSMiddleware, settings.origins, allow_methods=methods, **headers))
-    own, openai = Endpoints(service), ChatCompletions(service)
+    own, chat_completions = Endpoints(service), ChatCompletions(service)
     app = Starlette(
         routes=[
             Route("/caption", own.caption, methods=["POST"]),
             Route("/question", own.question, methods=["POST"]),
             Route("/chat", own.chat, methods=["POST"]),
             Route("/chat/{conversation_id}", own.delete_conversation, methods=["DELETE"]),
-            Route("/v1/chat/completions", openai.create, methods=["POST"]),
-            Route("/v1/models", openai.models, methods=["GET"]),
+            Route("/v1/chat/completions", chat_completions.create, methods=["POST"]),
+            Route("/v1/models", chat_completions.models, methods=["GET"]),
             Route("/health", own.health, methods=["GET"]),
+            Route("/openapi.json", own.openapi, methods=["GET"]),
+            Route("/docs", own.docs, methods=["GET"]),
             Route("/livez", own.livez, methods=["GET"]),
             Route("/metrics", own.metrics, methods=["GET"]),
             Route("/", page(), methods=["GET"]),

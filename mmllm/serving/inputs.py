@@ -67,7 +67,11 @@ Message = Annotated[Text, StringConstraints(strip_whitespace=True), AfterValidat
 File = Annotated[bytes, Strict()]
 ConversationId = Annotated[str, StringConstraints(strict=True, pattern="^[A-Za-z0-9._-]{1,64}$")]
 StopString = Annotated[Text, StringConstraints(min_length=1, max_length=64)]
-StopList = Annotated[tuple[StopString, ...], Field(max_length=4), BeforeValidator(as_tuple)]
+StopList = Annotated[
+    tuple[StopString, ...],
+    Field(max_length=4),
+    BeforeValidator(as_tuple, json_schema_input_type=StopString | list[StopString]),
+]
 
 
 class SamplingFields(BaseModel):
