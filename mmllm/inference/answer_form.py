@@ -79,10 +79,12 @@ class AnswerForm:
 
 def form_of(schema: dict[str, object], vocabulary: Vocabulary) -> AnswerForm:
     """The form of a JSON schema. UserError for what is not supported."""
-    if (values := values_of(schema, "the schema", {"object": None})) is not None:
-        parts: list[Part] = [tuple(values)]
-    else:
+    if "properties" in schema or schema.get("type") == "object":
         parts = object_parts(schema)
+    elif isinstance(content := content_of(schema, "the schema"), Free):
+        raise UserError(f"the schema has type {schema['type']!r}; it can be an object with properties, or an enum")
+    else:
+        parts = [content]
     if sum(len(text) for part in parts if isinstance(part, tuple) for text in part) > MAX_BYTES:
         raise UserError("the schema is too large; use fewer or shorter names and values")
     return AnswerForm(tuple(parts), vocabulary)
@@ -90,46 +92,40 @@ def form_of(schema: dict[str, object], vocabulary: Vocabulary) -> AnswerForm:
 
 def object_parts(schema: dict[str, object]) -> list[Part]:
     check_keywords(schema, "the schema", {"type", "properties", "required", "additionalProperties"})
-    fields = schema.get("properties")
-    if not isinstance(fields, dict) or not fields:
+    if not isinstance(fields := schema.get("properties"), dict) or not fields:
         raise UserError("the schema has no properties; it must be an object with fields, or an enum")
     parts: list[Part] = []
     fixed = [b"{"]
-    for number, (name, field) in enumerate(fields.items()):
-        fixed = [text + (b", " if number else b"") + encode(name) + b":" for text in fixed]
-        if not isinstance(field, dict):
-            raise UserError(f"the field {name[:100]!r} has no schema; give its type or an enum")
-        values = values_of(field, f"the field {name[:100]!r}", KINDS)
-        if values is not None and len(fixed) == 1:
-            fixed = [fixed[0] + b" " + value for value in values]
-        elif values is not None:
-            parts.append(tuple(fixed))
-            fixed = [b" " + value for value in values]
+    for name, field in fields.items():
+        fixed = [text + encode(name) + b":" for text in fixed]
+        content = content_of(field, f"the field {name[:100]!r}")
+        if isinstance(content, Free):
+            quote = b'"' if content is Free.TEXT else b""
+            parts += [tuple(text + b" " + quote for text in fixed), content]
+            fixed = [quote + b", "]
+        elif len(fixed) == 1:
+            fixed = [fixed[0] + b" " + value + b", " for value in content]
         else:
-            kind = KINDS[field["type"]]
-            opening, closing = (b' "', b'"') if kind is Free.TEXT else (b" ", b"")
-            parts += [tuple(text + opening for text in fixed), kind]
-            fixed = [closing]
-    return [*parts, tuple(text + b"}" for text in fixed)]
+            parts.append(tuple(fixed))
+            fixed = [b" " + value + b", " for value in content]
+    return [*parts, tuple(text.removesuffix(b", ") + b"}" for text in fixed)]
 
 
-def values_of(schema: dict[str, object], place: str, others: dict[str, object]) -> list[bytes] | None:
-    """The values that a schema lists, or None if it has one of the `others` types."""
-    kind = schema.get("type")
-    if "enum" in schema or "const" in schema:
-        check_keywords(schema, place, {"type", "enum", "const"})
-        values = schema.get("enum", [schema.get("const")])
-        if not isinstance(values, list) or not values or any(isinstance(value, list | dict) for value in values):
-            raise UserError(f"{place} has an enum that is not a list of texts, numbers or booleans")
-        return list(dict.fromkeys(encode(value) for value in values))
-    if kind == "boolean":
-        check_keywords(schema, place, {"type"})
-        return [b"true", b"false"]
-    if not isinstance(kind, str) or kind not in others:
-        raise UserError(f"{place} has type {str(kind)[:100]!r}; it can be an enum, boolean, {', '.join(others)}")
-    if others is KINDS:
-        check_keywords(schema, place, {"type"})
-    return None
+def content_of(schema: object, place: str) -> Part:
+    """The values that a schema lists, or the kind of text or number."""
+    if not isinstance(schema, dict):
+        raise UserError(f"{place} has no schema; give its type or an enum")
+    check_keywords(schema, place, {"type", "enum", "const"})
+    kind, values = schema.get("type"), schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if values is None and kind == "boolean":
+        values = [True, False]
+    if values is None:
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise UserError(f"{place} has type {str(kind)[:100]!r}; it can be boolean, {', '.join(KINDS)} or an enum")
+        return KINDS[kind]
+    if not isinstance(values, list) or not values or any(isinstance(value, list | dict) for value in values):
+        raise UserError(f"{place} has an enum that is not a list of texts, numbers or booleans")
+    return tuple(dict.fromkeys(encode(value) for value in values))
 
 
 def check_keywords(schema: dict[str, object], place: str, known: set[str]) -> None:

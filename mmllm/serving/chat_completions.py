@@ -86,9 +86,7 @@ class ChatMessage(Parameters):
     name: Ignored = None
     refusal: Ignored = None
     annotations: Ignored = None
-    audio: unsupported() = None
     tool_calls: unsupported([]) = None
-    function_call: unsupported() = None
 
     @property
     def text(self) -> str:
@@ -101,7 +99,6 @@ class ChatMessage(Parameters):
 
 class StreamOptions(Parameters):
     include_usage: bool = False
-    include_obfuscation: Ignored = None
 
 
 class JsonSchema(Parameters):
@@ -134,7 +131,6 @@ class ChatCompletionFields(inputs.SamplingFields):
     response_format: ResponseFormat = ResponseFormat()
     metadata: Ignored = None
     parallel_tool_calls: Ignored = None
-    prediction: Ignored = None
     prompt_cache_key: Ignored = None
     safety_identifier: Ignored = None
     service_tier: Ignored = None
@@ -142,16 +138,11 @@ class ChatCompletionFields(inputs.SamplingFields):
     user: Ignored = None
     audio: unsupported() = None
     frequency_penalty: unsupported(0) = None
-    function_call: unsupported("none", "auto") = None
-    functions: unsupported([]) = None
     logit_bias: unsupported({}) = None
     modalities: unsupported(["text"]) = None
     presence_penalty: unsupported(0) = None
-    reasoning_effort: unsupported("none") = None
     tool_choice: unsupported("none", "auto") = None
     tools: unsupported([]) = None
-    verbosity: unsupported("medium") = None
-    web_search_options: unsupported() = None
 
     @field_validator("top_logprobs")
     @classmethod

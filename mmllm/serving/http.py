@@ -68,8 +68,7 @@ async def on_http_error(request: Request, error: HttpError) -> Response:
 async def on_routing_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path[:100]
     if error.status_code == 404:
-        message = f"there is no {path}; the API is /caption, /question, /chat, /v1/chat/completions and /health"
-        return HttpError(404, "not_found", message).response()
+        return HttpError(404, "not_found", f"there is no {path}; /docs lists what there is").response()
     message = f"{path} takes {error.headers['Allow']}, not {request.method[:20]}"
     return HttpError(405, "method_not_allowed", message, headers=error.headers).response()
 

@@ -39,7 +39,7 @@ def test_every_response_to_any_request_is_one_that_the_document_describes(case, 
 def test_the_document_has_every_route_and_the_limits_of_the_server(server, pipeline):
     document = server.call("GET", "/openapi.json")[1]
     routes = {route.path for route in app(pipeline).routes}
-    assert set(document["paths"]) == routes - {"/openapi.json", "/docs"}
+    assert set(document["paths"]) == routes - {"/", "/openapi.json", "/docs"}
     fields = document["components"]["schemas"]["ChatFields"]["properties"]
     assert fields["max_new_tokens"]["maximum"] == 4 and fields["message"]["maxLength"] == 8000
 

@@ -205,7 +205,6 @@ def test_health_reports_the_state(client):
     "method, path, status, code",
     [
         ("GET", "/nowhere", 404, "not_found"),
-        ("GET", "/", 404, "not_found"),
         ("GET", "/caption", 405, "method_not_allowed"),
         ("OPTIONS", "/caption", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),

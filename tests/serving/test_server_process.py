@@ -157,6 +157,9 @@ def test_beyond_the_queue_a_request_is_refused_before_its_body_with_retry_after(
     with server.send(request_head(900_000)) as connection:  # not a byte of the body is sent
         status, headers, body = read_response(connection)
     assert (status, body["error"]["code"]) == (429, "overloaded") and int(headers["retry-after"]) >= 1
+    kind = {"Content-Type": "application/json"}
+    assert server.call("POST", "/chat", bytes(900_000), **kind)[0] == 429  # also to a client that sends all of it first
+    assert server.call("POST", "/chat", bytes(5_000_000), **kind)[0] == 429
     for connection in clients:
         connection.close()
     wait_until(lambda: server.busy_and_waiting() == (0, 0))

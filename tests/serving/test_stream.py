@@ -226,13 +226,17 @@ def test_four_requests_run_side_by_side_and_a_fifth_gets_the_first_free_slot(ser
     wait_until(lambda: server.busy_and_waiting() == (0, 0))
 
 
-def test_a_client_that_leaves_a_stream_frees_its_slot(server):
-    body = json.dumps({"message": "Hello", "stream": True, "max_new_tokens": FOREVER, "temperature": 1.0}).encode()
-    connection = server.send(request_head(len(body)) + body)
-    assert connection.recv(4000).startswith(b"HTTP/1.1 200 OK")
-    wait_until(lambda: server.busy_and_waiting() == (1, 0))
-    connection.close()
-    wait_until(lambda: server.busy_and_waiting() == (0, 0))
+def test_a_client_that_leaves_a_stream_frees_its_slots(server):
+    common = {"stream": True, "temperature": 1.0}
+    chat = {"message": "Hello", "max_new_tokens": FOREVER}
+    completions = {"messages": [{"role": "user", "content": "Hello"}], "n": 3}
+    for path, slots, values in (("/chat", 1, chat), ("/v1/chat/completions", 3, completions)):
+        body = json.dumps(common | values).encode()
+        connection = server.send(request_head(len(body), path=path) + body)
+        assert connection.recv(4000).startswith(b"HTTP/1.1 200 OK")
+        wait_until(lambda slots=slots: server.busy_and_waiting() == (slots, 0))
+        connection.close()
+        wait_until(lambda: server.busy_and_waiting() == (0, 0))
     assert server.chat()[0] == 200
 
 
