@@ -63,13 +63,13 @@ class _Index:
 
 def read_shards(index: Path) -> dict[str, Tensor]:
     weight_map = typed(_Index, read_json(index), index).weight_map
-    read = read_bin if index.name.endswith(".bin.index.json") else read_safetensors
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
         if name != os.path.basename(name):
             raise CheckpointError(f"{index}: shard {name!r} is not a plain file name; this index is not to be trusted")
         if not (index.parent / name).exists():
             raise CheckpointError(f"{index.parent / name}: missing, but {index.name} names it; download it again")
+        read = read_safetensors if name.endswith(".safetensors") else read_bin
         tensors |= read(index.parent / name)
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
