@@ -15,6 +15,8 @@ COMMANDS = {
     "caption": "caption a folder of images, or ask questions about each",
     "serve": "serve a model over HTTP",
     "convert": "join a CLIP and a Qwen2.5 model, or make a model int8",
+    "info": "show what a model directory or a published model holds",
+    "verify": "check official files against published checksums and figures",
     "evaluate": "score a model on captions and questions",
     "compare": "compare two to four runs: settings, numbers, curves",
     "preview": "show what a data file trains on",
