@@ -34,6 +34,7 @@ NOT_RUN = {  # the beginning of a command line: why it is not run here
     "python -m benchmarks": "minutes at full size; tests/benchmarks runs it on tiny models",
     "python -m mmllm prepare easy-vqa": "needs the network; tests/commands/test_prepare_public.py has a server of its own",
     "pip install": "needs the network",
+    "python -m mmllm verify": "needs the official files; tests/commands/test_verify.py has stand-ins for them",
     "uvicorn serve:app": "starts several processes; tests/serving/test_workers.py does, too",
     "gunicorn serve:app": "starts several processes; tests/serving/test_workers.py does, too",
     "python -m mmllm prepare coco": "downloads 20 GB; tests/commands/test_prepare_public.py has a host of its own",
@@ -233,6 +234,12 @@ def test_every_setting_that_is_named_exists():
     assert len(names) > 10
     for name in names:
         config.get(name)
+
+
+def test_every_test_that_the_table_of_formats_names_exists():
+    named = re.findall(r"`(\w+/test_\w+\.py)::(test_\w+)`", TEXT["docs/weights.md"])
+    assert len(named) > 20
+    assert [name for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()] == []
 
 
 def test_readme_is_short():

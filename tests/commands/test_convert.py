@@ -87,6 +87,8 @@ def changed_config(folder, **fields):
     [
         (0, {"model_type": "blip"}, "model_type is 'blip'"),
         (1, {"model_type": "llama"}, "model_type is 'llama'"),
+        (0, {"model_type": "siglip2"}, "model_type is 'siglip2'"),
+        (1, {"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
         (1, {"quantization_config": {"quant_method": "awq"}}, "a quantised model"),
         (1, {"hidden_size": 128}, r"model.embed_tokens.weight .*\[512, 64\].*\[512, 128\]"),
         (1, {"num_hidden_layers": 5}, "model.layers.4"),
