@@ -11,7 +11,6 @@ from itertools import islice, product
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from mmllm.models.config import CLIPVisionConfig, MultimodalConfig, Qwen2Config
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.files import write_json
 from mmllm.storage.atomic import atomic_directory
+from mmllm.storage.weights import write_safetensors
 
 QWEN_WORDS = 151643  # tokens of Qwen2.5 before its control tokens
 TINY_VISION = CLIPVisionConfig(64, 128, 3, 2, image_size=32, patch_size=8)
@@ -93,12 +93,12 @@ def write_towers(folder: Path, config: MultimodalConfig) -> tuple[Path, Path]:
     model = random_model(config).to(torch.bfloat16)
     vision = {"architectures": ["CLIPModel"], "model_type": "clip", "vision_config": config.vision.to_dict()}
     with atomic_directory(clip, replace=True) as temporary:
-        save_file(model.vision_tower.state_dict(), temporary / "model.safetensors", {"format": "pt"})
+        write_safetensors(temporary / "model.safetensors", model.vision_tower.state_dict())
         write_json(temporary / "config.json", vision)
         write_json(temporary / "preprocessor_config.json", ImageProcessor(config.vision.image_size).to_dict())
     tensors = {name: value for name, value in model.language_model.state_dict().items() if name != "lm_head.weight"}
     with atomic_directory(qwen, replace=True) as temporary:
-        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+        write_safetensors(temporary / "model.safetensors", tensors)
         write_json(temporary / "config.json", config.text.to_dict())
         words = config.image_token_id - CONTROL_TOKENS.index("<|image_pad|>")
         random_tokenizer(words).save(str(temporary / "tokenizer.json"))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mmllm.data.image import ImageProcessor
@@ -11,6 +10,7 @@ from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.qwen import Qwen2
 from mmllm.runtime.files import write_json
 from mmllm.storage.atomic import atomic_directory
+from mmllm.storage.weights import write_safetensors
 
 CONTROL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
@@ -56,19 +56,18 @@ def write_clip(folder: str | Path, tower: CLIPVisionTower, image_processor: Imag
     with atomic_directory(folder, replace=True) as temporary:
         write_json(temporary / "config.json", config)
         write_json(temporary / "preprocessor_config.json", image_processor.to_dict())
-        tensors = {name: value.contiguous() for name, value in tower.state_dict().items()}
-        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+        write_safetensors(temporary / "model.safetensors", tower.state_dict())
 
 
 def write_qwen(folder: str | Path, lm: Qwen2, tokenizer: Tokenizer) -> None:
     """Writes an official-format folder of the language model and its tokenizer."""
     end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
     tied = {"lm_head.weight"} if lm.config.tie_word_embeddings else set()
-    tensors = {name: value.contiguous() for name, value in lm.state_dict().items() if name not in tied}
+    tensors = {name: value for name, value in lm.state_dict().items() if name not in tied}
     with atomic_directory(folder, replace=True) as temporary:
         write_json(temporary / "config.json", lm.config.to_dict() | {"eos_token_id": end, "torch_dtype": "float32"})
         write_json(temporary / "generation_config.json", {"eos_token_id": [end, pad], "pad_token_id": pad})
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
         write_json(temporary / "tokenizer_config.json", about)
         tokenizer.save(str(temporary / "tokenizer.json"))
-        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+        write_safetensors(temporary / "model.safetensors", tensors)

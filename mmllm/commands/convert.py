@@ -4,7 +4,8 @@
     mmllm convert --clip ./clip-folder --qwen ./qwen-folder --out models/start --features pooled
     mmllm convert --model outputs/demo/best_model --int8 --out models/demo-int8   # to answer with half the memory
 
-A source is a local folder (config.json and weights) or a name on the Hugging Face hub, downloaded once and cached.
+A source is a folder in the format of transformers or open_clip, OpenAI's ViT-B-32.pt, or a name on the Hugging Face hub
+(NAME or NAME@REVISION), downloaded once and cached. SigLIP can take the place of CLIP, and Qwen3 that of Qwen2.5.
 """
 
 import argparse

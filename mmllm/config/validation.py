@@ -25,6 +25,8 @@ WANTED = {  # by pydantic's type of error, https://docs.pydantic.dev/latest/erro
     "tuple_type": "a list of texts",
     "list_type": "a list of texts",
     "model_type": "a group of settings, written {{...}}",
+    "dict_type": "a group of settings, written {{...}}",
+    "dataclass_type": "a group of settings, written {{...}}",
     "literal_error": "{expected}",
     "greater_than": "above {gt:g}",
     "greater_than_equal": "at least {ge:g}",

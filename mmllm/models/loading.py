@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,7 +31,7 @@ from mmllm.models.published import language_tensors, llava_tensors, read_vision,
 from mmllm.runtime.files import read_json, typed, write_json
 from mmllm.storage.atomic import atomic_directory
 from mmllm.storage.hub import locate
-from mmllm.storage.weights import load_strict_, read_tensors, refuse_integers
+from mmllm.storage.weights import load_strict_, read_tensors, refuse_integers, write_safetensors
 
 Device = str | torch.device
 Model = TypeVar("Model", bound=nn.Module)
@@ -219,8 +218,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, replace: bool = Fal
     """Writes the model as one directory, complete or not at all; `replace` allows it to replace an old one."""
     with atomic_directory(folder, replace=replace) as temporary:
         for name, tensors in tensor_files(model).items():
-            save_file({n: value.contiguous() for n, value in tensors.items()}, temporary / name, {"format": "pt"})
-            (temporary / name).chmod(temporary.stat().st_mode & 0o666)  # as the umask has it; save_file makes it 0600
+            write_safetensors(temporary / name, tensors)
         write_small_files(model, temporary)
 
 

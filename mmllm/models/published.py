@@ -130,8 +130,11 @@ def read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return unwrapped(read_safetensors(file))
     refuse_pointer(file)
-    is_script = zipfile.is_zipfile(file) and any("/code/" in name for name in zipfile.ZipFile(file).namelist())
-    return dict(torch.jit.load(file, map_location="cpu").state_dict()) if is_script else unwrapped(read_bin(file))
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any("/code/" in name for name in archive.namelist()):
+                return dict(torch.jit.load(file, map_location="cpu").state_dict())
+    return unwrapped(read_bin(file))
 
 
 def read_open_clip(folder: Path, name: str) -> VisionSource:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmllm.errors import CheckpointError
@@ -91,6 +92,12 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file}: holds something other than named tensors; use the official file or safetensors")
     return tensors
+
+
+def write_safetensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes `tensors`; the mode of the file follows the umask, as that of its folder does. The library makes it 0600."""
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file, {"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def refuse_pointer(file: Path) -> None:
