@@ -60,13 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.clip and not options.qwen:
         parser.error("name at least one of --clip and --qwen")
-    checks = []
+    total = wrong = 0
     for check in all_checks(options):
-        checks.append(check)
-        print(f"{'right' if check.is_right else 'WRONG'}  {check.name}\n       expected  {check.expected}")
-        print(f"       got       {check.got}", flush=True)
-    wrong = sum(not check.is_right for check in checks)
-    print(f"{len(checks)} checks, {wrong} wrong")
+        total, wrong = total + 1, wrong + (not check.is_right)
+        verdict = "right" if check.is_right else "WRONG"
+        print(f"{verdict}  {check.name}\n       expected  {check.expected}\n       got       {check.got}", flush=True)
+    print(f"{total} checks, {wrong} wrong")
     return 1 if wrong else 0
 
 
@@ -116,12 +115,10 @@ def clip_figures(source: str, images: Path, embeddings: Path | None) -> Iterator
     has_text = not Path(source).expanduser().is_file()
     for name, texts, expected, tolerance in (LOGITS, PROBABILITIES) if has_text else ():
         logits = text_logits(source, embedding(find_image(images, name)), [TEXTS[text] for text in texts])
-        got = logits if name == LOGITS[0] else logits.softmax(0)
-        is_right = all(abs(a - b) <= tolerance for a, b in zip(got.tolist(), expected, strict=True))
+        got = (logits if name == LOGITS[0] else logits.softmax(0)).tolist()
+        is_right = all(abs(a - b) <= tolerance for a, b in zip(got, expected, strict=True))
         of = "logits" if name == LOGITS[0] else "probabilities"
-        yield Check(
-            f"{of} of {name} for {texts}, within {tolerance}", numbers(expected), numbers(got.tolist()), is_right
-        )
+        yield Check(f"{of} of {name} for {texts}, within {tolerance}", numbers(expected), numbers(got), is_right)
     if embeddings:
         import numpy
 
@@ -144,14 +141,12 @@ def text_logits(source: str, image_P, texts: list[list[int]]):
     from mmllm.storage.weights import read_tensors
 
     folder = locate(source)
-    text = {"num_attention_heads": 8, "hidden_act": "quick_gelu"} | read_json(folder / "config.json").get(
-        "text_config", {}
-    )
-    tensors = read_tensors(folder)
+    found, tensors = read_json(folder / "config.json").get("text_config") or {}, read_tensors(folder)
+    heads, activation = found.get("num_attention_heads", 8), found.get("hidden_act", "quick_gelu")
     longest = max(map(len, texts))
     ids_CT = torch.tensor([ids + [END] * (longest - len(ids)) for ids in texts])
-    embeddings_CP = text_embeddings(tensors, ids_CT, text["num_attention_heads"], text["hidden_act"])
-    return tensors["logit_scale"].float().exp() * (F.normalize(embeddings_CP, dim=1) @ image_P)
+    texts_CP = F.normalize(text_embeddings(tensors, ids_CT, heads, activation), dim=1)
+    return tensors["logit_scale"].float().exp() * (texts_CP @ image_P)
 
 
 def find_image(folder: Path, name: str) -> Path:
@@ -187,4 +182,4 @@ def greedy_sentence(folder: Path) -> Check:
 
 
 def numbers(values) -> str:
-    return " ".join(f"{value:.5g}" for value in values)
+    return " ".join(f"{value:.6g}" for value in values)

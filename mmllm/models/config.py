@@ -26,8 +26,26 @@ LLAVA = {  # what the architecture fixes of LLaVA's settings
 }
 
 
+class VisionConfig:
+    """What the configurations of both vision towers have in common."""
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
+            raise CheckpointError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}, "
+                f"image_size {self.image_size} of patch_size {self.patch_size}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def to_dict(self) -> dict:
+        return {"model_type": self.model_type, "num_channels": 3, **asdict(self)}
+
+
 @dataclass(frozen=True)
-class CLIPVisionConfig:
+class CLIPVisionConfig(VisionConfig):
     """The vision tower; the defaults are ViT-B/32."""
 
     hidden_size: Size = 768
@@ -42,13 +60,6 @@ class CLIPVisionConfig:
     model_type: ClassVar = "clip_vision_model"
     select_strategy: ClassVar = "default"  # in LLaVA's words: without the class token
 
-    def __post_init__(self):
-        check_divisible(self)
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
     @classmethod
     def from_dict(cls, config: dict, where: str | Path = "CLIP config") -> "CLIPVisionConfig":
         """From a CLIP config.json or its vision part."""
@@ -58,12 +69,9 @@ class CLIPVisionConfig:
         refuse_other(vision, {"num_channels": 3}, where)
         return typed(cls, vision, where)
 
-    def to_dict(self) -> dict:
-        return {"model_type": self.model_type, "num_channels": 3, **asdict(self)}
-
 
 @dataclass(frozen=True)
-class SigLIPVisionConfig:
+class SigLIPVisionConfig(VisionConfig):
     """SigLIP's vision tower, and SigLIP2's of a fixed size; the defaults are B/16 at 224 pixels."""
 
     hidden_size: Size = 768
@@ -77,13 +85,6 @@ class SigLIPVisionConfig:
     model_type: ClassVar = "siglip_vision_model"
     select_strategy: ClassVar = "full"  # there is no class token
 
-    def __post_init__(self):
-        check_divisible(self)
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
     @property
     def projection_dim(self) -> int:
         """Size of the pooled output."""
@@ -95,9 +96,6 @@ class SigLIPVisionConfig:
         vision = vision_part(config, where)
         refuse_other(vision, {"num_channels": 3, "vision_use_head": True}, where)
         return typed(cls, vision, where)
-
-    def to_dict(self) -> dict:
-        return {"model_type": self.model_type, "num_channels": 3, **asdict(self)}
 
 
 def vision_part(config: dict, where: str | Path) -> dict:
@@ -111,14 +109,6 @@ def vision_part(config: dict, where: str | Path) -> dict:
                 raise CheckpointError(f"{where}: {name} must be a group of settings")
             return part
     return config
-
-
-def check_divisible(config: CLIPVisionConfig | SigLIPVisionConfig) -> None:
-    if config.hidden_size % config.num_attention_heads or config.image_size % config.patch_size:
-        raise CheckpointError(
-            f"hidden_size {config.hidden_size} must be a multiple of num_attention_heads {config.num_attention_heads}, "
-            f"image_size {config.image_size} of patch_size {config.patch_size}"
-        )
 
 
 @dataclass(frozen=True)
@@ -206,7 +196,6 @@ class Qwen3Config(Qwen2Config):
 VISION = {"clip": CLIPVisionConfig, "siglip": SigLIPVisionConfig}  # by model_type of config.json
 VISION |= {kind.model_type: kind for kind in VISION.values()}
 TEXT = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
-VisionConfig = CLIPVisionConfig | SigLIPVisionConfig
 
 
 def tower_config(config: dict, kinds: dict[str, type], where: str | Path) -> VisionConfig | Qwen2Config:
