@@ -72,8 +72,9 @@ def read_vision(source: str | Path) -> VisionSource:
 
 
 def is_of_transformers(folder: Path) -> bool:
-    """Whether a folder that open_clip wrote holds transformers' files as well, as LAION's do."""
-    return (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
+    """Whether a folder that open_clip wrote holds transformers' files as well, as LAION's do; timm's are no such."""
+    file = folder / "config.json"
+    return file.exists() and "model_type" in read_json(file) and any(folder.glob("model*.safetensors"))
 
 
 def vision_config(source: str | Path) -> VisionConfig:

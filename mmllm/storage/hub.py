@@ -14,9 +14,9 @@ SMALL_FILES = [
     *("config.json", "open_clip_config.json", "mmllm.json", "adapter_config.json"),
     *("preprocessor_config.json", "processor_config.json", "tokenizer.json"),
 ]
-WEIGHTS = (  # the first kind that a repository has
-    ["model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"],
+WEIGHTS = (  # the first kind that a repository has; beside open_clip's file model.safetensors may be timm's
     ["open_clip*.safetensors"],
+    ["model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
     ["open_clip_pytorch_model.bin"],
 )

@@ -110,6 +110,9 @@ def test_a_folder_of_open_clip_is_read(tmp_path, name, activation):
     file = folder / "open_clip_config.json"
     file.write_text(json.dumps({"model_cfg": model, "preprocess_cfg": pixels}))
     assert_same_tower(folder, clip)
+    (folder / "config.json").write_text('{"architecture": "vit_base_patch32_clip_224"}')  # of timm
+    save_file({"blocks.0.norm1.weight": torch.ones(4)}, folder / "model.safetensors")
+    assert_same_tower(folder, clip)
     for change, named in (
         ({"vision_cfg": vision | {"timm_model_name": "vit_large"}}, "timm_model_name is 'vit_large'"),
         ({"vision_cfg": vision | {"pool_type": "avg"}}, "pool_type is 'avg'"),
