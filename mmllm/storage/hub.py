@@ -112,10 +112,11 @@ def reason(error: BaseException) -> str:
             return str(cause)
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set, and no earlier download is complete"
-        proxy = re.match(r"(\d{3}) ", str(cause))  # "407 Proxy Authentication Required"
-        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else proxy and int(proxy[1])
-        if status:
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
             return f"HTTP {status}, {ANSWERS.get(status, 'try again later')}"
+        if re.match(r"\d{3} ", str(cause)):  # "407 Proxy Authentication Required", before the hub is reached
+            return f"the proxy answers {str(cause)[:60]}; see HTTPS_PROXY=http://NAME:PASSWORD@HOST:PORT and NO_PROXY"
     if any(isinstance(cause, ValueError) for cause in chain):  # no JSON
         return "its answer is not the hub's; is there a login page of the network in between?"
     text, *_ = [*str(chain[-1]).strip().splitlines(), ""]

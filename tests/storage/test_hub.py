@@ -154,6 +154,16 @@ def test_an_earlier_download_is_used_whatever_fails_and_without_one_the_reason_i
     assert locate("org/tiny") == found
 
 
+@pytest.mark.parametrize("status", ["403 Forbidden", "407 Proxy Authentication Required"])
+def test_a_proxy_that_refuses_is_told_apart_from_the_hub(hub, monkeypatch, status):
+    monkeypatch.setenv("HTTPS_PROXY", constants.ENDPOINT)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    close_session()
+    hub.do_CONNECT = lambda request: request.send_error(int(status[:3]), status[4:])
+    with pytest.raises(CheckpointError, match=f"the proxy answers {status}; see HTTPS_PROXY"):
+        locate("org/tiny")
+
+
 def test_a_newer_commit_that_cannot_be_downloaded_leaves_the_older_one_in_use(hub, capsys, monkeypatch):
     write_qwen(hub.folder)
     found = locate("org/tiny")
