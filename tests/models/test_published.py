@@ -2,16 +2,16 @@
 
 import json
 import os
-import shutil
 from copy import deepcopy
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import AutoProcessor, CLIPConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
 from conftest import ROOT
+from mmllm.data.chat import user
 from mmllm.data.processor_files import load_image_processor, load_processor
 from mmllm.errors import CheckpointError
 from mmllm.models.clip import CLIPVisionTower
@@ -205,9 +205,12 @@ def test_a_llava_folder_without_our_file_is_read_in_each_spelling(tmp_path, spel
 def test_what_transformers_saved_of_our_model_is_the_same_model(tmp_path, towers):
     folder = write_model(tmp_path / "ours", **towers)
     LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "theirs")
-    for name in ("tokenizer.json", "preprocessor_config.json"):
-        shutil.copy(folder / name, tmp_path / "theirs")
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs" / "preprocessor_config.json").exists(), "processor_config.json has its settings"
     ours, again = (MultimodalLLM.from_pretrained(tmp_path / name) for name in ("ours", "theirs"))
+    assert again.processor.image_processor == ours.processor.image_processor
+    turns = [user("what is it?", images=1)]
+    assert again.processor.encode_prompt(turns) == ours.processor.encode_prompt(turns)
     assert again.config == ours.config
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in again.state_dict().items())
 
