@@ -68,7 +68,7 @@ def read_vision(source: str | Path) -> VisionSource:
     for name in OPEN_CLIP_FILES:
         if (folder / name).exists() and not is_of_transformers(folder):
             return read_open_clip(folder, name)
-    return VisionSource(vision_config(folder), vision_tensors(folder), load_image_processor(folder))
+    return VisionSource(read_config(folder, VISION), vision_tensors(folder), load_image_processor(folder))
 
 
 def is_of_transformers(folder: Path) -> bool:
@@ -79,15 +79,18 @@ def is_of_transformers(folder: Path) -> bool:
 
 def vision_config(source: str | Path) -> VisionConfig:
     """The sizes of what `read_vision` would read; of a hub repository only small files are downloaded."""
-    if Path(source).expanduser().is_file():
-        return read_vision(source).config
-    file = locate(source, weights=False) / "config.json"
-    return tower_config(read_json(file), VISION, file) if file.exists() else read_vision(source).config
+    is_file = Path(source).expanduser().is_file()
+    folder = None if is_file else locate(source, weights=False)
+    return read_config(folder, VISION) if folder and (folder / "config.json").exists() else read_vision(source).config
 
 
 def text_config(source: str | Path) -> Qwen2Config:
-    file = locate(source, weights=False) / "config.json"
-    return tower_config(read_json(file), TEXT, file)
+    return read_config(locate(source, weights=False), TEXT)
+
+
+def read_config(folder: Path, kinds: dict[str, type]) -> VisionConfig | Qwen2Config:
+    file = folder / "config.json"
+    return tower_config(read_json(file), kinds, file)
 
 
 def vision_tensors(folder: Path) -> dict[str, Tensor]:

@@ -102,6 +102,14 @@ def test_another_model_is_refused_with_what_differs(sources, tmp_path, side, fie
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_folder_without_a_model_is_refused(sources, tmp_path, side):
+    (tmp_path / "empty").mkdir()
+    clip, qwen = (tmp_path / "empty" if i == side else source for i, source in enumerate(sources))
+    with pytest.raises(CheckpointError, match="config.json: no such file"):
+        convert("--clip", clip, "--qwen", qwen, "--out", tmp_path / "out")
+
+
 def test_weights_that_are_not_finite_are_refused_by_name(sources, tmp_path):
     clip, qwen = sources
     tensors = load_file(clip / "model.safetensors")
