@@ -130,6 +130,18 @@ def test_answers_go_on_with_every_step_while_a_long_prompt_is_read(folder, kind)
     assert not any(stream.is_done for stream in streams)
 
 
+def test_a_static_step_does_not_write_into_prompts_that_are_being_read(folder):
+    model = loaded(folder, "float32")
+    prompts = [Prompt((5, 6), pixels()), Prompt(words(random.Random(2), 300), pixels())]
+    answers = []
+    for is_static in (False, True):
+        engine = Engine(model, 3, max_length=512, step_s=1e-9, store_bytes=LARGE, use_static_step=is_static)
+        handles = [engine.submit(Handle(prompt, GenerationConfig(max_new_tokens=12))) for prompt in prompts]
+        engine.run(handles)
+        answers.append([handle.result().ids for handle in handles])
+    assert answers[0] == answers[1]
+
+
 def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(fast):
     engine = Engine(fast, 2, step_s=1e-9)
     long = engine.submit(Handle(Prompt(words(random.Random(2), 800), pixels()), CONFIG))
