@@ -13,7 +13,7 @@ from mmllm.inference.model_runner import ModelRunner, Piece
 from mmllm.inference.prefix_store import PrefixStore, block_keys, image_key
 from mmllm.inference.request import Prompt
 
-IMAGE_COST = 24  # tokens that the language model reads in the time in which the vision tower encodes an image
+IMAGE_COST = 16  # tokens that the language model reads in the time in which the vision tower encodes an image
 
 
 class PromptReader:
