@@ -202,7 +202,7 @@ class Engine:
             request.tokens = [token]
             if handle.on_token:
                 handle.on_token(token)
-            self._emit_text(handle, request.text.feed(token))
+            handle.emit_text(request.text.feed(token))
             if request.text.is_stopped:
                 self._finish(request, "stop")
             elif len(request.ids) == handle.config.max_new_tokens:
@@ -269,20 +269,17 @@ class Engine:
         elif self.runner.is_row_exact and request.tokens and reason != "cancelled":
             keys = request.reader.keys_of((*handle.prompt.ids, *request.ids))
             request.reader.keep(keys, request.slots[0], len(handle.prompt.ids), request.position)
-        self._emit_text(handle, request.text.close(request.ids))
+        handle.emit_text(request.text.close(request.ids))
         logprobs = tuple(request.logprobs) if handle.config.logprobs else ()
         top_logprobs, num_prompt = tuple(request.top_logprobs), len(handle.prompt.ids)
         ids, text = tuple(request.ids), request.text.text
         answer = Generated(ids, text, reason, num_prompt, hypotheses, logprobs, top_logprobs)
         self._release(request, answer)
 
-    def _emit_text(self, handle: Handle, piece: str) -> None:
-        if piece and handle.on_text:
-            handle.on_text(piece)
-
     def _fail_request(self, request: ActiveRequest, error: BaseException) -> None:
-        """Ends one request with its error. Its slots are cleared: under a mask, NaN would reach the next request."""
+        """Ends one request with its error. Slots and store are cleared: NaN in them would reach the next request."""
         self.runner.cache.clear_(request.slots)
+        self.store.clear()
         self._release(request, error=error)
 
     def _fail_prompt(self, reader: PromptReader, error: BaseException) -> None:
@@ -337,13 +334,9 @@ def generate(
     prompts = iter(prompts)
     first = list(islice(prompts, slots or SLOTS[model.device.type]))
     slots = max(len(first), config.num_beams)
+    longest = max((len(prompt.ids) for prompt in first), default=0) + config.max_new_tokens
     engine = Engine(
-        model,
-        slots,
-        max_length=max((len(prompt.ids) for prompt in first), default=0) + config.max_new_tokens,
-        store_bytes=store_bytes,
-        is_exact=is_exact,
-        use_static_step=use_static_step,
+        model, slots, max_length=longest, store_bytes=store_bytes, is_exact=is_exact, use_static_step=use_static_step
     )
     handles = deque(engine.submit(Handle(prompt, config)) for prompt in first)
     while handles:

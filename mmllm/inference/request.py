@@ -149,6 +149,10 @@ class Handle:
         """Ends the request after the current step; may be called from any thread."""
         self.is_cancelled = True
 
+    def emit_text(self, piece: str) -> None:
+        if piece and self.on_text:
+            self.on_text(piece)
+
     def result(self) -> Generated:
         """The answer; raises the request's error if it failed, ValueError if it is not done."""
         if self.error is not None:

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from mmllm.errors import GenerationError
 from mmllm.inference.counters import MIN_TOKENS
 from mmllm.inference.engine import Engine
 from mmllm.inference.optimize import load_model
@@ -173,6 +174,22 @@ def test_questions_about_one_image_that_wait_together_encode_it_once(fast, monke
     engine.run([engine.submit(handle) for handle in handles])
     assert encoded == [1]
     assert [handle.reused_tokens for handle in handles] == [0, 48, 48, 48]
+
+
+def test_a_failed_request_leaves_nothing_in_the_store(fast):
+    engine, prompt = Engine(fast, 1, store_bytes=LARGE), Prompt((*range(5, 40), 7), pixels())
+    answers = []
+    for spoilt in (True, False):
+        handle = engine.submit(Handle(prompt, CONFIG))
+        engine.step()
+        if spoilt:
+            with torch.inference_mode():
+                engine.runner.cache.values[0, 0] = float("nan")
+        engine.run([handle])
+        answers.append(handle)
+    with pytest.raises(GenerationError, match="not finite"):
+        answers[0].result()
+    assert answers[1].reused_tokens == 0 and answers[1].result().ids
 
 
 def test_the_least_recently_used_goes_first_and_an_end_before_its_beginning():
