@@ -26,10 +26,9 @@ def required(**fields: dict) -> dict:
 USAGE = required(prompt_tokens=WHOLE, completion_tokens=WHOLE)
 ANSWER = {"finish_reason": {"enum": ["stop", "length"]}, "usage": USAGE, "seed": WHOLE, "model": TEXT, "id": TEXT}
 CHOICES = {"type": "array", "items": required(index=WHOLE, message=required(role=TEXT, content=TEXT))}
-COMPLETION = required(id=TEXT, object=TEXT, created=WHOLE, model=TEXT, choices=CHOICES, usage=USAGE)
+COMPLETION = {"id": TEXT, "object": TEXT, "created": WHOLE, "model": TEXT, "choices": CHOICES, "usage": USAGE}
 TURN = {"conversation_id": TEXT, "turn": WHOLE, "truncated_turns": WHOLE}
-PARAM = {"type": ["string", "null"]}
-ERROR = required(error=required(message=TEXT, type=TEXT, param=PARAM, code=TEXT))
+ERROR = required(message=TEXT, type=TEXT, param={"type": ["string", "null"]}, code=TEXT)
 STREAM = {"text/event-stream": {"schema": required(data=TEXT)}}  # each event
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
@@ -37,71 +36,71 @@ STYLE = (
 )
 
 
-def operation(summary: str, answers: dict[str, dict], body: type | None = None, kind: str = JSON) -> dict:
-    """What a path does; `answers` are the schemas of a good answer by media type."""
-    responses = {
-        "200": {"description": "the answer", "content": answers},
-        "default": {"$ref": "#/components/responses/Error"},
-    }
-    operation = {"summary": summary, "responses": responses}
+def operation(summary: str, answer: dict, body: type | None = None, kind: str = JSON, status: str = "200") -> dict:
+    """What a path does; `answer` has the schemas of a good one by media type."""
+    good = {"description": summary, "content": answer}
+    operation = {"summary": summary, "responses": {status: good, "default": {"$ref": "#/components/responses/Error"}}}
     if body:
         schema = {"$ref": f"#/components/schemas/{body.__name__}"}
         operation["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
     return operation
 
 
-def returns(schema: dict) -> dict[str, dict]:
-    return {JSON: {"schema": schema}}
+def returns(**fields: dict) -> dict[str, dict]:
+    return {JSON: {"schema": required(**fields)}}
 
 
-def document(settings: Settings) -> dict:
-    """The document, with the limits of this server."""
-    _, found = models_json_schema(
-        [(model, "validation") for model in MODELS], ref_template="#/components/schemas/{model}"
-    )
-    schemas = found["$defs"]
+def request_schemas(settings: Settings) -> dict[str, dict]:
+    """The schemas of all request bodies, with the limits of this server."""
+    models = [(model, "validation") for model in MODELS]
+    schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")[1]["$defs"]
     del schemas["JsonValue"]
     for schema in schemas.values():
-        for name, field in schema.get("properties", {}).items():
+        for name, field in schema["properties"].items():
             if field.get("$ref") == "#/components/schemas/JsonValue":  # the schema of anything
                 del field["$ref"]
-            if name == "max_new_tokens":
+            elif name == "max_new_tokens":
                 field |= {"maximum": settings.max_new_tokens, "default": min(field["default"], settings.max_new_tokens)}
             elif name in ("prompt", "question", "message"):
                 field |= {"minLength": 1, "maxLength": settings.max_message_chars}
-    deletion = operation("Remove a conversation", {})
-    deletion["responses"] = {"204": {"description": "removed"}, "default": deletion["responses"]["default"]}
+    return schemas
+
+
+def document(settings: Settings) -> dict:
     place = inputs.DeleteFields.model_json_schema()["properties"]["conversation_id"]
-    deletion["parameters"] = [{"name": "conversation_id", "in": "path", "required": True, "schema": place}]
-    caption, answer = required(caption=TEXT, **ANSWER), required(answer=TEXT, **ANSWER)
-    response = required(response=TEXT, **TURN, **ANSWER)
+    named = {"parameters": [{"name": "conversation_id", "in": "path", "required": True, "schema": place}]}
+    health = operation("Whether a question would be answered", returns(status=TEXT))
+    health["responses"]["503"] = health["responses"]["200"]
+    caption = operation("Describe an image", returns(caption=TEXT, **ANSWER) | STREAM, inputs.CaptionFields, FORM)
+    question = operation("Ask about an image", returns(answer=TEXT, **ANSWER) | STREAM, inputs.QuestionFields, FORM)
+    turn = returns(response=TEXT, **TURN, **ANSWER) | STREAM
     paths = {
-        "/caption": {"post": operation("Describe an image", returns(caption) | STREAM, inputs.CaptionFields, FORM)},
-        "/question": {"post": operation("Ask about an image", returns(answer) | STREAM, inputs.QuestionFields, FORM)},
-        "/chat": {"post": operation("The next turn of a conversation", returns(response) | STREAM, inputs.ChatFields)},
-        "/chat/{conversation_id}": {"delete": deletion},
+        "/caption": {"post": caption},
+        "/question": {"post": question},
+        "/chat": {"post": operation("The next turn of a conversation", turn, inputs.ChatFields)},
+        "/chat/{conversation_id}": {"delete": operation("Remove a conversation", {}, status="204") | named},
         "/v1/chat/completions": {
-            "post": operation("OpenAI's chat completions", returns(COMPLETION) | STREAM, ChatCompletionFields)
+            "post": operation("OpenAI's chat completions", returns(**COMPLETION) | STREAM, ChatCompletionFields)
         },
-        "/v1/models": {
-            "get": operation("OpenAI's list of models", returns(required(object=TEXT, data={"type": "array"})))
-        },
-        "/health": {"get": operation("Whether a question would be answered", returns(required(status=TEXT)))},
-        "/livez": {"get": operation("Whether the process answers at all", returns(required(status=TEXT)))},
+        "/v1/models": {"get": operation("OpenAI's list of models", returns(object=TEXT, data={"type": "array"}))},
+        "/health": {"get": health},
+        "/livez": {"get": operation("Whether the process answers at all", returns(status=TEXT))},
         "/metrics": {"get": operation("Numbers for Prometheus", {"text/plain": {"schema": TEXT}})},
     }
-    paths["/health"]["get"]["responses"]["503"] = {
-        "description": "it would not",
-        "content": returns(required(status=TEXT)),
-    }
-    error = {"description": "what was wrong, and the remedy", "content": returns(ERROR)}
-    key = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if settings.api_key else {}
+    error = {"description": "what was wrong, and the remedy", "content": returns(error=ERROR)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "mmllm", "version": __version__},
+        "security": [{}, {"key": []}],
         "paths": paths,
-        "components": {"schemas": schemas, "responses": {"Error": error}} | key,
-    } | ({"security": [{"key": []}]} if settings.api_key else {})
+        "components": {
+            "schemas": request_schemas(settings),
+            "responses": {"Error": error},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer", "description": "where MMLLM_API_KEY is set"}
+            },
+        },
+    }
 
 
 def page(described: dict) -> str:
@@ -113,13 +112,12 @@ def page(described: dict) -> str:
             takes = ", ".join(f"{kind} of {words(body['schema'])}" for kind, body in content.items())
             rows += f"<tr><td>{method.upper()} {escape(path)}<td>{escape(operation['summary'])}<td>{takes}"
     tables = "".join(
-        f'<h2 id="{name}">{name}</h2><table><tr><th>field<th>type<th>default<th>'
+        f'<h2 id="{name}">{name}</h2><table><tr><th>field<th>type<th>default<th>remarks'
         + "".join(
             row(field, schema, field in value.get("required", ())) for field, schema in value["properties"].items()
         )
         + "</table>"
         for name, value in schemas.items()
-        if "properties" in value
     )
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>mmllm API</title><style>{STYLE}</style>'
     intro = '<h1>mmllm API</h1><p>For programs: <a href="openapi.json">openapi.json</a></p>'
@@ -143,5 +141,5 @@ def words(schema: dict) -> str:
     if schema.get("type") == "array":
         return f"list of {words(schema['items'])}"
     limits = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
-    ranges = [f"{word} {schema[limit]:g}" for limit, word in limits.items() if limit in schema]
+    ranges = [f"{word} {schema[limit]}" for limit, word in limits.items() if limit in schema]
     return " ".join([escape(schema.get("format") or str(schema.get("type", "any value"))), *ranges])

@@ -211,7 +211,7 @@ class Service:
         self.answering[job] = time.monotonic()
         try:
             done, _ = await asyncio.wait({job.started, job.answer}, timeout=timeout, return_when=FIRST_COMPLETED)
-            waited = time.perf_counter() - start
+            waited = max(0.0, (job.started_at or time.perf_counter()) - start)
             request.scope["log"]["queue_ms"] = round(1000 * waited)
             if not done:
                 message = f"the model was busy with other requests for {timeout:g} s; try again later"
@@ -219,7 +219,7 @@ class Service:
             await asyncio.wait({job.answer})
             answer, end = job.answer.result(), time.perf_counter()
             first = job.first_token_at or end
-            prefill, decode = max(0.0, first - start - waited), end - first
+            prefill, decode = first - start - waited, end - first
             self.mean_service_s += 0.2 * (end - start - waited - self.mean_service_s)
             self.metrics.count_answer(answer, waited, prefill, decode)
             request.scope["log"] |= {"prefill_ms": round(1000 * prefill), "decode_ms": round(1000 * decode)}

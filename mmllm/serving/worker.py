@@ -40,10 +40,10 @@ class Job:
         self.answer: asyncio.Future[Generated] = loop.create_future()
         self.answer.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody may be waiting
         self.handle: Handle | None = None
-        self.first_token_at: float | None = None  # time.perf_counter()
+        self.started_at: float | None = None  # time.perf_counter(), in the model's thread: events arrive a step later
+        self.first_token_at: float | None = None
 
     def on_token(self, token: int) -> None:
-        """Called in the model's thread."""
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
 
@@ -161,7 +161,7 @@ class Worker:
                 Handle(
                     prompt,
                     config,
-                    on_start=lambda: self.events.append(partial(job.started.set_result, None)),
+                    on_start=lambda: self._on_start(job),
                     on_token=job.on_token,
                     on_text=on_text and (lambda piece: self.events.append(partial(on_text, piece))),
                     on_done=lambda handle: self._on_done(job, handle),
@@ -169,6 +169,10 @@ class Worker:
             )
         self.wake.set()
         return job
+
+    def _on_start(self, job: Job) -> None:
+        job.started_at = time.perf_counter()
+        self.events.append(partial(job.started.set_result, None))
 
     def _on_done(self, job: Job, handle: Handle) -> None:
         if isinstance(handle.error, torch.OutOfMemoryError):
