@@ -54,10 +54,12 @@ app = WorkerApp()
 
 
 def make_worker_app():
-    """The application of one of the processes of uvicorn or gunicorn, which share threads, weights and conversations."""
+    """The application of one of the processes of uvicorn or gunicorn, which share the machine and the conversations."""
     limit_threads()  # main() of mmllm has not run
     import torch
 
+    from mmllm.inference.engine import SLOTS
+    from mmllm.runtime.device import choose_device
     from mmllm.serving.conversations import shared_folder
     from mmllm.serving.server import adopt_, running_server, workers_of
 
@@ -66,7 +68,9 @@ def make_worker_app():
     workers = workers_of(server)
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-        settings = settings.model_copy(update={"state": settings.state or shared_folder()})
+        slots = settings.slots or max(1, SLOTS[choose_device(settings.device).type] // workers)
+        part = {"slots": slots, "store_mb": settings.store_mb / workers, "state": settings.state or shared_folder()}
+        settings = settings.model_copy(update=part)
     app = make_app(settings, is_shared=workers > 1)
     adopt_(server, app, settings)
     return app

@@ -87,6 +87,7 @@ def test_every_turn_is_right_with_several_workers_of_which_one_is_killed(line, w
     with started(line, folder, workers, tmp_path / "log") as (process, server), ThreadPoolExecutor(4) as clients:
         with server.send(b"POST /chat HTTP/1.1\r\nHost: x\r\nX-Ha") as connection:
             assert connection.recv(10) == b""  # the time limit of headers holds
+        assert server.call("GET", "/health")[1]["slots"]["total"] == 8 // workers
         before = workers_of(process)
         turns = dict(zip(names, clients.map(lambda name: talk(server, name, WORDS[:3], 1), names), strict=True))
         os.kill(before[0], signal.SIGKILL)
