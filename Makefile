@@ -48,8 +48,14 @@ lint: $(STAMP)  ## check the style, and that each package imports only from thos
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 
+fuzz: $(STAMP)  ## try 2,000 wrong requests and images of each kind on the server (10 minutes)
+	MMLLM_FUZZ=2000 $(PYTHON) -m pytest tests/serving/test_fuzz.py $(ARGS)
+
 serve: $(STAMP)  ## serve the newest trained model on http://127.0.0.1:8000
 	$(PYTHON) serve.py $(ARGS)
+
+load: $(STAMP)  ## measure a server under load: answers, refusals, times, memory (4 minutes; ARGS="--url ..." for one that runs)
+	$(PYTHON) -m benchmarks load $(ARGS)
 
 bench: $(STAMP)  ## measure training, answers and memory beside other programs (more than half an hour on 2 cores)
 	$(PYTHON) -m benchmarks train --rounds 2 $(ARGS)

@@ -83,7 +83,7 @@ class Server:
     @property
     def headers(self) -> dict[str, str]:
         key = os.environ.get("MMLLM_API_KEY")
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        return {"Connection": "close"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def send(self, path: str, body: bytes, kind: str) -> http.client.HTTPResponse:
         """A POST on a connection of its own, which the response holds."""
@@ -106,7 +106,7 @@ class Server:
     def health(self) -> dict:
         place = urllib.parse.urlsplit(self.url)
         connection = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
-        connection.request("GET", "/health")
+        connection.request("GET", "/health", headers=self.headers)
         return json.loads(connection.getresponse().read())
 
     def resident_mb(self) -> float | None:
@@ -280,12 +280,14 @@ def stall_ms(server: Server) -> float:
 
     few, more = read(10), read(60)
     words = math.ceil(10 + 50 * (LONG_PROMPT - few) / (more - few))
-    stream = events(server.chat(message="Tell me a story.", max_new_tokens=400, stream=True))
+    response = server.chat(message="Tell me a story.", max_new_tokens=400, stream=True)
+    stream = events(response)
     arrivals = [next(stream)[0] for _ in range(10)]
     with ThreadPoolExecutor(1) as other:
         reading = other.submit(read, words)
         while not reading.done():
             arrivals.append(next(stream)[0])
+    response.close()
     print_rank0(f"a stream of {len(arrivals)} pieces beside a prompt of {reading.result()} tokens")
     return 1000 * max(after - before for before, after in itertools.pairwise(arrivals[9:]))
 

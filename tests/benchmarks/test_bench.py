@@ -11,6 +11,7 @@ from benchmarks import __main__ as bench
 from benchmarks import caption as bench_caption
 from benchmarks import generate as bench_generate
 from benchmarks import gpu as bench_gpu
+from benchmarks import load as bench_load
 from benchmarks import train as bench_train
 from benchmarks.llama_cpp_peer import gguf_name
 from benchmarks.random_model import prompt_ids, random_tokenizer, sizes, write_model
@@ -291,3 +292,12 @@ def test_help_answers_without_torch():
         "import sys; from benchmarks import __main__ as bench; bench.parse(['train']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_server_under_load_loses_and_mixes_no_answers(tmp_path):
+    places = ["--models", str(tmp_path), "--out", str(tmp_path)]
+    assert bench.main(["load", "--size", "tiny", "--requests", "80", *places]) == 0
+    answers, times = read_rows(tmp_path, "load")
+    assert (answers["lost"], answers["mixed"]) == (0, 0) and answers["different_answers"] > 30
+    assert all(times[goal.field] > 0 for goal in bench_load.GOALS if goal.row[0] == bench_load.TIMES)
