@@ -258,6 +258,13 @@ def test_readme_names_every_package():
     assert named == {file.parent.name for file in (ROOT / "mmllm").glob("*/__init__.py")}
 
 
+def test_every_test_that_is_named_exists():
+    named = set(re.findall(r"`(test_\w+)`", ALL_TEXT))
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if f"def {name}(" not in tests] == []
+
+
 def test_the_page_on_serving_has_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `MMLLM_(\w+)` \| ([^|]+) \|", TEXT["docs/serving.md"], re.M))
     defaults = {name.upper(): default for name, default in vars(Settings()).items()}
