@@ -66,6 +66,7 @@ def make_worker_app():
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     server, settings = running_server(), settings_for({})
     workers = workers_of(server)
+    warn_if_open(server.config.host, settings)
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
         slots = settings.slots or max(1, SLOTS[choose_device(settings.device).type] // workers)
@@ -123,6 +124,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); see --host and --port") from error
 
 
+def warn_if_open(host: str, settings) -> None:
+    if not host.startswith("127.") and host not in ("::1", "localhost") and not settings.api_key:
+        print("warning: anyone who reaches this port can use the model; set MMLLM_API_KEY", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     flags = {name: value for name, value in vars(parse(arguments)).items() if value is not None}
     # torch takes two seconds to import: only now that the command line is known to be right
@@ -135,6 +141,5 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{settings.model} on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", file=sys.stderr
     )
-    if not host.startswith("127.") and host != "::1" and not settings.api_key:
-        print("warning: anyone who reaches this port can use the model; set MMLLM_API_KEY", file=sys.stderr)
+    warn_if_open(host, settings)
     return Server(make_app(settings), settings).serve_until_signal(listener)
