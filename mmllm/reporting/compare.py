@@ -50,7 +50,7 @@ def _table(runs: dict[str, list[dict]]) -> list[str]:
         tokens = sum(row["tokens_per_s"] * row["ms"] / 1000 for row in train)
         validation = [row["val_loss"] for row in validation_rows(rows)]
         lines.append(
-            f"{name:{width}}  {len(train):5}  {smooth([row['loss'] for row in train])[-1]:6.3f}  "
+            f"{name:{width}}  {train[-1]['step']:5}  {smooth([row['loss'] for row in train])[-1]:6.3f}  "
             f"{f'{min(validation):.4f}' if validation else '-':>10}  {duration(seconds):>8}  "
             f"{short(tokens / seconds):>9}  {max(row['peak_bytes'] for row in train) / 1e9:.1f} GB"
         )

@@ -2,9 +2,11 @@
 
 import pytest
 
+from conftest import ROOT
 from mmllm.commands import compare as command
 from mmllm.errors import UserError
 from mmllm.reporting.compare import compare
+from mmllm.reporting.metrics import read_metrics
 from run_rows import write_run
 
 
@@ -26,6 +28,14 @@ def test_the_metrics_of_somebody_elses_run_are_compared_without_its_settings(tmp
     (write_run(tmp_path / "other", [4.0, 2.0, 1.0]) / "metrics.jsonl").rename(reference)
     lines = compare([own, reference], tmp_path / "both.png")
     assert lines[0].split()[:2] == ["run", "steps"] and lines[2].split()[:4] == [str(reference), "3", "3.520", "1.0000"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "runs").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_a_reference_run_holds_numbers_alone(path, tmp_path):
+    rows = read_metrics(path)
+    assert all(isinstance(value, int | float) for row in rows for value in row.values())
+    own = write_run(tmp_path / "own", [4.0, 3.0])
+    assert compare([own, path], tmp_path / "both.png")[2].split()[:2] == [str(path), str(rows[-1]["step"])]
 
 
 def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path):
