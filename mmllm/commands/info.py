@@ -20,7 +20,6 @@ class _Trained:
     stage: int
     step: int
     epoch: int
-    config: dict[str, object]
     best: dict[str, object] = field(default_factory=dict)
     data_sha256: dict[str, str] = field(default_factory=dict)
 
@@ -82,7 +81,7 @@ def tower(config) -> list[tuple[str, str]]:
 
 
 def weights(tensors: dict) -> list[tuple[str, str]]:
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for value in tensors.values():
         counts[str(value.dtype).removeprefix("torch.")] += value.numel()
     size = sum(value.nbytes for value in tensors.values())

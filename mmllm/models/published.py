@@ -29,17 +29,17 @@ FILE_TYPES = (".pt", ".pth", ".bin", ".safetensors")
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 HEAD_WIDTH = 64  # of OpenAI's and open_clip's towers, whose tensors do not tell it
 OPENAI_NAMES = {  # after `visual.`; regular expressions, and transformers' names
-    r"class_embedding": "vision_model.embeddings.class_embedding",
-    r"positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    r"conv1\.weight": "vision_model.embeddings.patch_embedding.weight",
-    r"ln_pre\.(\w+)": r"vision_model.pre_layrnorm.\1",
-    r"ln_post\.(\w+)": r"vision_model.post_layernorm.\1",
-    r"proj": "visual_projection.weight",
-    r"transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)": r"vision_model.encoder.layers.\1.layer_norm\2.\3",
-    r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)": r"vision_model.encoder.layers.\1.self_attn.out_proj.\2",
-    r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(\w+)": r"vision_model.encoder.layers.\1.self_attn.{}_proj.\2",
-    r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)": r"vision_model.encoder.layers.\1.mlp.fc1.\2",
-    r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)": r"vision_model.encoder.layers.\1.mlp.fc2.\2",
+    r"class_embedding$": "vision_model.embeddings.class_embedding",
+    r"positional_embedding$": "vision_model.embeddings.position_embedding.weight",
+    r"conv1\.weight$": "vision_model.embeddings.patch_embedding.weight",
+    r"ln_pre\.(\w+)$": r"vision_model.pre_layrnorm.\1",
+    r"ln_post\.(\w+)$": r"vision_model.post_layernorm.\1",
+    r"proj$": "visual_projection.weight",
+    r"transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)$": r"vision_model.encoder.layers.\1.layer_norm\2.\3",
+    r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)$": r"vision_model.encoder.layers.\1.self_attn.out_proj.\2",
+    r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(\w+)$": r"vision_model.encoder.layers.\1.self_attn.{}_proj.\2",
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)$": r"vision_model.encoder.layers.\1.mlp.fc1.\2",
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)$": r"vision_model.encoder.layers.\1.mlp.fc2.\2",
 }
 LLAVA_NAMES = {  # as transformers holds them in memory, and as it writes them
     r"(?:model\.)?vision_tower\.(?!visual_projection)(?:vision_model\.)?": "vision_tower.vision_model.",
@@ -181,7 +181,7 @@ def openai_tower(
     )
     ours = {}
     for name, value in found.items():
-        new = renamed({f"{pattern}$": theirs for pattern, theirs in OPENAI_NAMES.items()}, name)
+        new = renamed(OPENAI_NAMES, name)
         if "{}" in new:
             ours |= {new.format(part): piece for part, piece in zip("qkv", value.chunk(3), strict=True)}
         else:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import tempfile
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -333,13 +335,19 @@ def test_a_folder_in_the_place_of_a_file_is_told(tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["config.json", "mmllm.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"]
 )
-def test_a_file_that_may_not_be_read_is_told(tmp_path, name, monkeypatch):
-    folder = write_model(tmp_path / "model")
-    (folder / name).chmod(0)
-    if os.access(folder / name, os.R_OK):
-        pytest.skip("this user may read every file")
-    with pytest.raises(CheckpointError, match=f"{name}: cannot be read .Permission denied."):
+def test_a_file_that_may_not_be_read_is_told(name):
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as place:  # not tmp_path, which only its owner may enter
+        os.chmod(place, 0o755)
+        folder = write_model(Path(place) / "model")
         MultimodalLLM.from_pretrained(folder)
+        (folder / name).chmod(0)
+        try:
+            os.seteuid(user or 65534)  # root may read every file
+            with pytest.raises(CheckpointError, match=f"{name}: cannot be read .Permission denied."):
+                MultimodalLLM.from_pretrained(folder)
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64])
