@@ -8,6 +8,7 @@ the ids of the whole: no tokenization of the whole can disagree with that of its
 of an image. Template: https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct; `mmllm preview` shows what a data file trains on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -32,10 +33,11 @@ IMAGE = _Image()  # the part of a message that stands for its next image
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: texts and images in their order."""
+    """One turn: texts and images in their order. An answer may be there without being trained on."""
 
     role: str
     parts: tuple[str | _Image, ...]
+    is_target: bool = True
 
     @property
     def num_images(self) -> int:
@@ -54,6 +56,10 @@ def user(text: str, images: int = 0) -> Message:
 
 def assistant(text: str) -> Message:
     return Message("assistant", (text,))
+
+
+def has_target(messages: Sequence[Message]) -> bool:
+    return any(message.role == "assistant" and message.is_target for message in messages)
 
 
 def parse_text(text: str) -> tuple[str | _Image, ...]:
@@ -110,7 +116,7 @@ class ChatProcessor:
         fit, or has no answer: images and the last answer are never cut.
         """
         messages = self._with_system(messages)
-        if not any(message.role == "assistant" for message in messages):
+        if not has_target(messages):
             raise DataError(NO_ANSWER)
         turns = [self._turn(message) for message in messages]
         length = whole_length = sum(len(ids) for ids, _ in turns)
@@ -151,7 +157,8 @@ class ChatProcessor:
         if message.role == "assistant":
             opening = self._opening("assistant")
             answer = [*self.tokenizer.encode("".join(message.parts)), self._end]
-            labels = [IGNORED] * len(opening) + answer + [IGNORED] * len(self._newline)
+            targets = answer if message.is_target else [IGNORED] * len(answer)
+            labels = [IGNORED] * len(opening) + targets + [IGNORED] * len(self._newline)
             return opening + answer + self._newline, labels
         ids, text = [self._start], f"{message.role}\n"
         for part in message.parts:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmllm.config.schema import DataConfig
-from mmllm.data.chat import IMAGE, NO_ANSWER, ChatProcessor, Encoded
+from mmllm.data.chat import IMAGE, NO_ANSWER, ChatProcessor, Encoded, has_target
 from mmllm.data.image import decode, open_checked
 from mmllm.data.samples import Sample, read_samples, share_images
 from mmllm.errors import DataError, ImageError
@@ -137,7 +137,7 @@ def text_fault(sample: Sample, processor: ChatProcessor | None, max_length: int,
         if processor is None:
             for message in sample.messages:
                 message.text.encode()
-            return "" if any(message.role == "assistant" for message in sample.messages) else NO_ANSWER
+            return "" if has_target(sample.messages) else NO_ANSWER
         if not fits_by_bytes(sample, processor, max_length):
             left_out.add(processor.encode(list(sample.messages), max_length))
     except UnicodeEncodeError:
@@ -155,7 +155,7 @@ def fits_by_bytes(sample: Sample, processor: ChatProcessor, max_length: int) -> 
     parts = [part for message in sample.messages for part in message.parts if part is not IMAGE]
     most = 3 * sum(len(part.encode()) for part in [processor.system, *parts])
     most += 8 * (len(sample.messages) + 1) + (processor.num_image_tokens + 2) * len(sample.images)
-    return most <= max_length and any(message.role == "assistant" for message in sample.messages)
+    return most <= max_length and has_target(sample.messages)
 
 
 def keep_good(

@@ -21,7 +21,10 @@ def to_record(sample: Sample, names: dict[Path, str]) -> dict:
     record: dict = {"id": sample.id}
     if sample.images:
         record["images"] = [names[path] for path in sample.images]
-    record["conversations"] = [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.messages]
+    record["conversations"] = [
+        {"from": ROLES[turn.role], "value": turn.text} | ({} if turn.is_target else {"weight": 0})
+        for turn in sample.messages
+    ]
     if sample.kind:
         record["kind"] = sample.kind
     if sample.references:

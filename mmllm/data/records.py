@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mmllm.config.validation import shown
 from mmllm.data.chat import MARK
@@ -35,13 +36,19 @@ ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "as
 LONGEST_NAME = 1000  # a longer name of an image is its content in base64
 
 
+class Turn(NamedTuple):
+    role: str
+    text: str
+    is_target: bool = True  # of an answer: whether it is trained on
+
+
 @dataclass(frozen=True)
 class Record:
-    """What a record holds. `turns` are (role, text), with a mark for each image. Each of `answers`, where there are any,
+    """What a record holds. The texts of `turns` have a mark for each image. Each of `answers`, where there are any,
     follows the turns in a sample of its own; they may be of any type."""
 
     images: list[str]
-    turns: list[tuple[str, str]]
+    turns: list[Turn]
     answers: list[object]
     references: list[object]
     kind: str
@@ -65,21 +72,21 @@ def read_record(content: object) -> Record:
     if turn_key:
         turns, inside = read_turns(turns, turn_key)
         images, answers = images or inside, []
-        references = references or [text for role, text in turns if role == "assistant"][-1:]
+        references = references or [turn.text for turn in turns if turn.role == "assistant"][-1:]
     else:
         question_key, question = first_of(values, QUESTION_KEYS)
         if not images and not question_key:
             raise DataError("has neither an `image` nor a `prompt`, so its text answers nothing")
         if question_key and not isinstance(question, str):
             raise DataError(f"`{question_key}` is {shown(question)}; it must be a text")
-        turns, answers = [("user", question or CAPTION_PROMPT)], [inner_text(item) for item in as_list(answers)]
+        turns, answers = [Turn("user", question or CAPTION_PROMPT)], [inner_text(item) for item in as_list(answers)]
         references = references or answers
         if answer_key in ANSWER_KEYS:
             answers = [most_common(answers)]
     if "system" in values:
-        if turns[0][0] == "system":
+        if turns[0].role == "system":
             raise DataError("has `system` and also a system turn; keep one of them")
-        turns = [("system", str(values["system"])), *turns]
+        turns = [Turn("system", str(values["system"])), *turns]
     return Record([name for name in images if name], turns, answers, references, str(values.get("kind", "")))
 
 
@@ -99,7 +106,7 @@ def unread_keys(content: object) -> Iterator[str]:
     yield from values.keys() - KNOWN_KEYS
     key, turns = first_of(values, TURN_KEYS)
     for name in {name for turn in as_list(turns) if isinstance(turn, dict) for name in present(turn)}:
-        if name not in ("from", "value", "role", "content", "user", "assistant"):
+        if name not in ("from", "value", "role", "content", "user", "assistant", "loss", "weight"):
             yield f"{key}[].{name}"
 
 
@@ -134,15 +141,16 @@ def image_name(item: object) -> str:
     return found
 
 
-def read_turns(turns: object, key: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """The turns of a conversation as (role, text), and the names of the images in them."""
+def read_turns(turns: object, key: str) -> tuple[list[Turn], list[str]]:
+    """The turns of a conversation, and the names of the images in them."""
     if not isinstance(turns, list):
         raise DataError(f"`{key}` must be a list of turns")
     found, images = [], []
     for number, turn in enumerate(turns):
         turn = present(turn) if isinstance(turn, dict) else {}
+        is_target = all(is_wanted(turn, name, f"{key}[{number}]") for name in ("loss", "weight"))
         if "user" in turn:
-            found += [(role, str(turn[role])) for role in ("user", "assistant") if role in turn]
+            found += [Turn(role, str(turn[role]), is_target) for role in ("user", "assistant") if role in turn]
             continue
         role_key, role = first_of(turn, ("from", "role"))
         _, content = first_of(turn, ("value", "content"))
@@ -151,9 +159,16 @@ def read_turns(turns: object, key: str) -> tuple[list[tuple[str, str]], list[str
         if role not in ROLE_OF:
             raise DataError(f"{key}[{number}].{role_key} is {role!r}; it can be {', '.join(ROLE_OF)}")
         text, inside = (content, []) if isinstance(content, str) else join_parts(content, f"{key}[{number}]")
-        found.append((ROLE_OF[role], text))
+        found.append(Turn(ROLE_OF[role], text, is_target))
         images += inside
     return found, images
+
+
+def is_wanted(turn: dict, name: str, where: str) -> bool:
+    """False where `loss` (ms-swift) is false or `weight` (OpenAI) is 0."""
+    if turn.get(name, 1) not in (0, 1):
+        raise DataError(f"{where}.{name} is {shown(turn[name])}; it can be 0 or 1, false or true")
+    return bool(turn.get(name, 1))
 
 
 def join_parts(parts: list, where: str) -> tuple[str, list[str]]:

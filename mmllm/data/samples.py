@@ -10,7 +10,7 @@ from mmllm.config.validation import did_you_mean, shown
 from mmllm.data.archives import archive_kind, unpack
 from mmllm.data.chat import IMAGE, MARK, Message, assistant, parse_text
 from mmllm.data.formats import coco_folder, data_files, image_folder, read_records
-from mmllm.data.records import KNOWN_KEYS, read_record, record_id, unread_keys
+from mmllm.data.records import KNOWN_KEYS, Turn, read_record, record_id, unread_keys
 from mmllm.errors import DataError
 from mmllm.runtime.console import stderr_rank0
 
@@ -117,10 +117,10 @@ def image_paths(names: list[str], image_dir: Path) -> tuple[Path, ...]:
     return tuple(image_dir / name for name in names)
 
 
-def to_messages(turns: list[tuple[str, str]], num_images: int) -> tuple[Message, ...]:
+def to_messages(turns: list[Turn], num_images: int) -> tuple[Message, ...]:
     """The messages of a conversation; images without a mark come first in the first question."""
     messages = []
-    for number, (role, text) in enumerate(turns):
+    for number, (role, text, is_target) in enumerate(turns):
         fault = ""
         if role == "user" and (mark := OTHER_MARK.search(text)):
             fault = f"has {mark.group()}; write {MARK} where each image belongs, in their order"
@@ -130,7 +130,7 @@ def to_messages(turns: list[tuple[str, str]], num_images: int) -> tuple[Message,
             fault = f"has {MARK}, but is a system turn; images can only be in user turns"
         if fault:
             raise DataError(f"turn {number} {fault}")
-        messages.append(Message(role, parse_text(text) if role == "user" else (text,)))
+        messages.append(Message(role, parse_text(text) if role == "user" else (text,), is_target))
     marks = sum(message.num_images for message in messages)
     if marks == 0 and num_images:
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import jinja2
 import pytest
@@ -61,6 +62,15 @@ def test_the_targets_are_the_answers_and_their_ends(process):
     )
     assert all(label in (IGNORED, token) for token, label in zip(encoded.ids, encoded.labels, strict=True))
     assert encoded.images == [0]
+
+
+def test_an_answer_that_is_no_target_is_read_and_not_trained_on(process):
+    turns = [user("what?"), replace(assistant("a cat"), is_target=False), user("sure?"), assistant("yes")]
+    encoded = process.encode(turns)
+    assert "\na cat<|im_end|>\n" in mark_targets(encoded, process)
+    assert mark_targets(encoded, process).endswith("assistant\n[yes<|im_end|>]\n")
+    with pytest.raises(DataError, match="nothing to train on"):
+        process.encode(turns[:2])
 
 
 def test_a_prompt_is_the_beginning_of_what_was_trained_on(process):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmllm.data.chat import IMAGE, Message, assistant, user
+from mmllm.data.prepared import to_record
 from mmllm.data.records import CAPTION_PROMPT
 from mmllm.data.samples import Sample, read_samples
 from mmllm.errors import DataError
@@ -180,12 +181,25 @@ def test_a_line_that_is_not_json_is_one_bad_sample(tmp_path):
 
 def test_keys_that_are_not_read_are_reported_once_with_the_nearest_that_would_be(tmp_path, capsys):
     record = {"image": "0.png", "text": "A bus.", "tags": ["bus"], "systen": "Be brief."}
-    turns = {"image": "0.png", "conversations": [TURNS[0], TURNS[1] | {"loss": False}]}
+    turns = {"image": "0.png", "conversations": [TURNS[0], TURNS[1] | {"tools": "none"}]}
     samples_of(tmp_path, record, record, turns, record | {"tags": None})
     assert capsys.readouterr().err == (
-        f"{tmp_path}/data.json: not read: `conversations[].loss` of 1, `systen` (did you mean system?) of 3, "
+        f"{tmp_path}/data.json: not read: `conversations[].tools` of 1, `systen` (did you mean system?) of 3, "
         "`tags` of 2 records\n"
     )
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"weight": 0.0}])
+def test_an_answer_without_loss_or_weight_is_not_trained_on(mark, tmp_path):
+    others = [TURNS[0] | {"weight": 1}, TURNS[1] | {"loss": True}]
+    sample = sample_of(tmp_path, {"image": "0.png", "conversations": [TURNS[0], TURNS[1] | mark, *others]})
+    assert [turn.is_target for turn in sample.messages] == [True, False, True, True]
+    assert to_record(sample, {sample.images[0]: "0.png"})["conversations"][1] == TURNS[1] | {"weight": 0}
+
+
+def test_a_weight_between_0_and_1_is_refused(tmp_path):
+    (sample,) = samples_of(tmp_path, {"image": "0.png", "conversations": [TURNS[0], TURNS[1] | {"weight": 0.5}]})
+    assert sample.fault == "conversations[1].weight is 0.5; it can be 0 or 1, false or true"
 
 
 def test_system_is_the_first_turn(tmp_path):
