@@ -4,7 +4,7 @@
     python -m mmllm train own --dry-run device=cuda:8GB data.train_data_path=train.json data.val_fraction=0.1
 
 One epoch of 500 images is 31 steps of 16, one of 50,000 is 3,125: the epochs are for the small end, and early stop ends
-a run of the large end sooner. With the published weights: not measured. docs/training.md says what was.
+the last stage of the large end sooner. With the published weights: not measured. docs/training.md says what was.
 """
 
 from mmllm.config import ExperimentConfig
@@ -15,8 +15,8 @@ config.model.use_lora = True  # trains 2.2 million weights of the language model
 config.data.batch_size = 16  # images, with all their texts; full.py's 128 would leave 500 images 4 steps an epoch
 config.training.weight_decay = 0.05
 config.training.early_stop = 2  # epochs without a lower validation loss; best_model is the best one, not the last
-config.training.stage1.epochs = 2
-config.training.stage1.learning_rate = 1e-3  # a new projector, nothing else moves
+config.training.stage1.epochs = 5  # a new projector, nothing else moves: 2 at 1e-3 leave it half trained
+config.training.stage1.learning_rate = 2e-3
 config.training.stage2.epochs = 8
 config.training.stage2.learning_rate = 2e-4  # as in small.py; 1e-3 for small backbones from scratch
-config.training.stage2.projector_learning_rate = 1e-4  # it has seen few images in stage 1 and goes on
+config.training.stage2.projector_learning_rate = 1e-4
