@@ -18,13 +18,17 @@ from mmllm.config.validation import describe, did_you_mean
 from mmllm.errors import ConfigError
 
 PRECISIONS = ("float32", "bfloat16", "int8", "int8-dynamic", "int4")  # to answer in, see inference/optimize.py
-GENERAL = ("data.batch_size", "training.gradient_accumulation_steps", "training.learning_rate")  # of both stages
+GENERAL = ("data.batch_size", "training.gradient_accumulation_steps", "training.learning_rate")  # of all stages
+
+LOSS_RISES = "a reward raises the validation loss"
+STAGES = ("stage1", "stage2", "stage3")
 
 MOST = 10**12  # no setting is larger
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Amount = Annotated[int, Field(ge=0, le=MOST)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # a list will do
 Part = Literal["projector", "language_model", "vision_tower"]
 Parts = Annotated[tuple[Part, ...], Field(strict=False)]
@@ -115,12 +119,22 @@ class StageConfig(Section):
     gradient_accumulation_steps: Count | None = None
 
 
+class RewardConfig(StageConfig):
+    """Stage 3 samples captions and raises the probability of those that score above the others of their image."""
+
+    epochs: Amount = 0
+    num_captions: Annotated[int, Field(ge=2, le=MOST)] = 5  # sampled for each image
+    max_new_tokens: Count = 40  # of a caption
+    bleu_weight: Weight = 0.0  # the reward is CIDEr-D + bleu_weight * BLEU-4
+    kl_weight: Weight = 0.02  # of the distance to the model before the stage; 0 keeps no copy of it
+
+
 class TrainingConfig(Section):
     """How it is trained. One optimizer step of a process takes batch_size x gradient_accumulation_steps samples."""
 
     learning_rate: Rate = 2e-5
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # its moments: 8 bytes a trained parameter, or 2
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Weight = 0.0
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.95
     warmup_ratio: Rate = 0.03
@@ -134,6 +148,7 @@ class TrainingConfig(Section):
     timeout_s: Count = 600  # a process that is silent for so long is lost
     stage1: StageConfig = Field(default_factory=lambda: StageConfig(epochs=3, train=("projector",), learning_rate=1e-3))
     stage2: StageConfig = Field(default_factory=lambda: StageConfig(epochs=2))
+    stage3: RewardConfig = Field(default_factory=RewardConfig)
     log_steps: Count = 1
     eval_steps: Count | None = None  # None: at the end of every epoch
     save_steps: Count | None = None  # None: at the end of every epoch
@@ -185,33 +200,38 @@ class ExperimentConfig(Section):
         value = from_text(text, type(section).model_fields[last].annotation)
         with section._one_line_errors(f"{group}." if group else ""):
             section.__pydantic_validator__.validate_assignment(section, last, value, strict=False)
-        stages = [f"training.{stage}.{last}" for stage in ("stage1", "stage2")] if full in GENERAL else []
+        stages = [f"training.{stage}.{last}" for stage in STAGES] if full in GENERAL else []
         default = ExperimentConfig()
         changed = [own for own in stages if default.get(own) is None and self.get(own) is not None]
         for own in changed:
             self.set(own, None)
         return [full, *changed]
 
-    def stages(self) -> tuple[StageConfig, StageConfig]:
-        """Both stages, with the general settings where they have none of their own."""
-        return self._filled(self.training.stage1), self._filled(self.training.stage2)
+    def stages(self) -> tuple[StageConfig, StageConfig, RewardConfig]:
+        """The stages, with the general settings where they have none of their own."""
+        return tuple(self._filled(self.get(f"training.{stage}")) for stage in STAGES)
 
     def _filled(self, stage: StageConfig) -> StageConfig:
         own = stage.model_dump(exclude_none=True)
         general = {full.rpartition(".")[2]: self.get(full) for full in GENERAL} | own
         rates = dict.fromkeys(("projector_learning_rate", "vision_learning_rate"), general["learning_rate"])
-        return StageConfig(**(rates | general))
+        return type(stage)(**(rates | general))
 
     def imply(self) -> dict[str, str]:
-        """Set `model.use_lora` where an int8 or int4 language model is trained and nobody set it; its name and the reason."""
-        model = self.model
-        rounding = "load_in_8bit" if model.load_in_8bit else "load_in_4bit"
-        if not self._trains_rounded_weights() or "use_lora" in model.model_fields_set:
-            return {}
-        model.use_lora = True
-        return {
-            "model.use_lora": f"implied by model.{rounding}: rounded weights are frozen, adapters beside them are trained"
-        }
+        """Set what follows from other settings and nobody set: names and reasons.
+
+        `model.use_lora` where an int8 or int4 language model is trained, `training.best_metric` where stage 3 is on.
+        """
+        model, training, implied = self.model, self.training, {}
+        if self._trains_rounded_weights() and "use_lora" not in model.model_fields_set:
+            model.use_lora = True
+            rounding = "load_in_8bit" if model.load_in_8bit else "load_in_4bit"
+            reason = "rounded weights are frozen, adapters beside them are trained"
+            implied["model.use_lora"] = f"implied by model.{rounding}: {reason}"
+        if training.stage3.epochs and "best_metric" not in training.model_fields_set:
+            training.best_metric = "cider"
+            implied["training.best_metric"] = f"implied by training.stage3: {LOSS_RISES}"
+        return implied
 
     def _trains_rounded_weights(self) -> bool:
         trains = any("language_model" in stage.train and stage.epochs for stage in self.stages())
@@ -229,6 +249,15 @@ class ExperimentConfig(Section):
         if self.training.early_stop and data.train_data_path and not (data.val_data_path or data.val_fraction):
             raise ConfigError(
                 "training.early_stop needs a validation: set data.val_data_path, or data.val_fraction=0.1, or early_stop=0"
+            )
+        if self.training.stage3.epochs and self.training.best_metric == "val_loss":
+            raise ConfigError(
+                f"training.best_metric=val_loss never chooses a model of stage 3: {LOSS_RISES}; set cider"
+            )
+        if self.training.stage3.epochs and self.training.reshard_after_forward:
+            raise ConfigError(
+                "training.reshard_after_forward saves nothing in stage 3, where each process needs all weights to sample "
+                "captions; set it to false"
             )
         for number, stage in enumerate(self.stages(), 1):
             if (data.cache_features or data.features_path) and "vision_tower" in stage.train and stage.epochs:

@@ -33,7 +33,7 @@ class Batch:
 
     `segment_ids_BT` is None where each row is one conversation, see packing.py. `image_index_P` says which image each of
     P places in the rows shows, in their order; None where each shows the next one. With cached features, `pixels_N3SS`
-    holds these, (N, Q, F).
+    holds these, (N, Q, F). `factors_M` says how much each of M targets counts in the loss, row by row; None: 1.
     """
 
     ids_BT: Tensor
@@ -41,6 +41,7 @@ class Batch:
     pixels_N3SS: Tensor
     segment_ids_BT: Tensor | None = None
     image_index_P: Tensor | None = None
+    factors_M: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
@@ -83,9 +84,10 @@ def make_batch(rows: list[EncodedRow], processor: ChatProcessor) -> Batch:
 
 
 class BatchMaker:
-    """`make(indices)` is the batch of these samples. One whose image cannot be decoded is replaced by the next sample.
+    """`make(indices)` is the batch of these samples: what `read` makes of each, put together by `collate`.
 
-    It is reported on stderr once, and `broken` says why, by index. DataError for one more than `max_broken`.
+    A sample whose image cannot be decoded is replaced by the next one. It is reported on stderr once, and `broken` says
+    why, by index. DataError for one more than `max_broken`.
     """
 
     def __init__(
@@ -95,20 +97,23 @@ class BatchMaker:
         max_length: int | None,
         read_image: ReadImage | None,
         max_broken: int,
+        read: Callable[..., list] = read_rows,
+        collate: Callable[[list, ChatProcessor], Item] = make_batch,
     ):
         self.samples, self.processor, self.max_length = samples, processor, max_length
         self.read_image, self.max_broken = read_image or processor.image_processor, min(max_broken, len(samples) - 1)
+        self.read, self.collate = read, collate
         self.broken: dict[int, str] = {}
 
-    def __call__(self, indices: Iterable[int]) -> Batch:
+    def __call__(self, indices: Iterable[int]) -> Item:
         read_image = cache(self.read_image)
-        return make_batch([row for index in indices for row in self._rows(index, read_image)], self.processor)
+        return self.collate([row for index in indices for row in self._rows(index, read_image)], self.processor)
 
-    def _rows(self, index: int, read_image: ReadImage) -> list[EncodedRow]:
+    def _rows(self, index: int, read_image: ReadImage) -> list:
         while True:
             sample = self.samples[index]
             try:
-                return read_rows(sample, self.processor, self.max_length, read_image)
+                return self.read(sample, self.processor, self.max_length, read_image)
             except ImageError as error:
                 is_new = index not in self.broken
                 self.broken[index] = str(error)
@@ -142,6 +147,8 @@ class BatchLoader:
         read_image: ReadImage | None = None,
         accumulation: int = 1,
         group_by_length: bool = False,
+        read: Callable[..., list] = read_rows,
+        collate: Callable[[list, ChatProcessor], Item] = make_batch,
     ):
         if len(samples) < batch_size * world_size:
             raise DataError(
@@ -151,14 +158,14 @@ class BatchLoader:
         self.samples, self.processor, self.batch_size, self.seed = samples, processor, batch_size, seed
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         self.accumulation, self.group_by_length = accumulation, group_by_length
-        self.make = BatchMaker(samples, processor, max_length, read_image, max_broken)
+        self.make = BatchMaker(samples, processor, max_length, read_image, max_broken, read, collate)
         self.broken = self.make.broken
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, in each process."""
         return len(self.samples) // (self.batch_size * self.world_size)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Item]:
         """The micro-batches of an epoch from number `start` on."""
         order = sample_order(len(self.samples), self.seed, epoch)
         numbers = range(start, len(self))

@@ -14,18 +14,22 @@ from torch import Tensor
 from mmllm.models.qwen import at_least_float32
 
 
-def cross_entropy_sum(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int) -> Tensor:
-    """Summed cross-entropy of the logits x W^T, float32; `rows` of the logits exist at a time, in autocast's dtype."""
+def cross_entropy_sum(
+    x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int, factors_M: Tensor | None = None
+) -> Tensor:
+    """Summed cross-entropy of the logits x W^T, float32; `rows` of the logits exist at a time, in autocast's dtype.
+
+    `factors_M`: each target's factor in the sum, 1 where None."""
     if torch.is_autocast_enabled(x_MD.device.type):
         x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type))
     if not torch.is_grad_enabled():
         x_MD, weight_VD = x_MD.detach(), weight_VD.detach()
-    return HeadCrossEntropy.apply(x_MD, weight_VD, targets_M, rows)
+    return HeadCrossEntropy.apply(x_MD, weight_VD, targets_M, rows, factors_M)
 
 
 class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int) -> Tensor:
+    def forward(ctx, x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int, factors_M: Tensor | None) -> Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         rounded_VD = weight_VD.to(x_MD.dtype)
         of_x_MD = torch.empty_like(x_MD) if needs_x else None
@@ -34,12 +38,14 @@ class HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_MD), rows):
             x, targets = x_MD[start : start + rows], targets_M[start : start + rows, None]
             log_p = at_least_float32(F.linear(x, rounded_VD)).log_softmax(-1)
-            loss -= log_p.gather(1, targets).sum()
+            factors = None if factors_M is None else factors_M[start : start + rows, None].to(log_p.dtype)
+            of_targets = log_p.gather(1, targets)
+            loss -= (of_targets if factors is None else of_targets * factors).sum()
             if not (needs_x or needs_weight):
                 continue
             p = log_p.exp_()
             p.scatter_add_(1, targets, p.new_full(targets.shape, -1.0))
-            p = p.to(x.dtype)
+            p = (p if factors is None else p.mul_(factors)).to(x.dtype)
             if needs_x:
                 torch.mm(p, rounded_VD, out=of_x_MD[start : start + rows])
             if needs_weight:
@@ -54,4 +60,4 @@ class HeadCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(of_loss) for g in gradients), None, None
+        return *(None if g is None else g.mul_(of_loss) for g in gradients), None, None, None

@@ -91,13 +91,26 @@ class MultimodalLLM(nn.Module):
         pixels_N3SS: Tensor,
         segment_ids_BT: Tensor | None = None,
         image_index_P: Tensor | None = None,
+        factors_M: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy (float32) of the target positions, and their number.
+        """Summed cross-entropy (float32) of the target positions, each times its factor, and their number.
 
         `labels_BT[b, t]` is the token at t, predicted from t - 1, or IGNORED. Rows are padded on the right. With
         `segment_ids_BT` a row holds several conversations about one image, see shared_prefix.py.
         The caller divides: only it knows the number of targets in the whole optimizer step.
         """
+        x_MD, targets_M = self.predictors(ids_BT, labels_BT, pixels_N3SS, segment_ids_BT, image_index_P)
+        return self.loss_sum(x_MD, targets_M, factors_M), torch.tensor(len(targets_M), device=x_MD.device)
+
+    def predictors(
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor,
+        pixels_N3SS: Tensor,
+        segment_ids_BT: Tensor | None = None,
+        image_index_P: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The hidden states (M, D) that predict the targets, and the targets, row by row."""
         x_BTD = self.embed(ids_BT, pixels_N3SS, image_index_P)
         rows_M, columns_M = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)
         targets_M = labels_BT[rows_M, columns_M + 1]
@@ -105,14 +118,22 @@ class MultimodalLLM(nn.Module):
         if segment_ids_BT is not None:
             positions_BT, attend_BTS = positions_of(segment_ids_BT), attention_of(segment_ids_BT)
             columns_M = predictor_positions(segment_ids_BT)[rows_M, columns_M + 1]
-        x_MD = self.language_model(x_BTD, positions_BT, attend_BTS=attend_BTS, keep=(rows_M, columns_M))
-        return self.loss_sum(x_MD, targets_M), torch.tensor(len(targets_M), device=x_MD.device)
+        return self.language_model(x_BTD, positions_BT, attend_BTS=attend_BTS, keep=(rows_M, columns_M)), targets_M
 
-    def loss_sum(self, x_MD: Tensor, targets_M: Tensor) -> Tensor:
-        """Summed cross-entropy of `targets_M`, each predicted from its hidden state."""
+    def loss_sum(self, x_MD: Tensor, targets_M: Tensor, factors_M: Tensor | None = None) -> Tensor:
+        """Summed cross-entropy of `targets_M`, each predicted from its hidden state and times its factor."""
         weight_VD = self.language_model.lm_head.weight
         numbers = LOGITS_AT_ONCE * (TRAINED_HEAD_FACTOR if weight_VD.requires_grad else 1)
-        return cross_entropy_sum(x_MD, weight_VD, targets_M, max(1, numbers // self.config.text.vocab_size))
+        return cross_entropy_sum(x_MD, weight_VD, targets_M, max(1, numbers // self.config.text.vocab_size), factors_M)
+
+    def target_logprobs(self, *inputs: Tensor | None) -> Tensor:
+        """The log-probability of each target, (M,) float32, by the inputs of `predictors`."""
+        pieces = [x.split(max(1, LOGITS_AT_ONCE // self.config.text.vocab_size)) for x in self.predictors(*inputs)]
+        logits = self.language_model.logits
+        found = [
+            logits(x).log_softmax(-1).gather(1, targets[:, None])[:, 0] for x, targets in zip(*pieces, strict=True)
+        ]
+        return torch.cat(found)
 
     def logits(self, ids_BT: Tensor, pixels_N3SS: Tensor) -> Tensor:
         """Logits of every position, (B, T, V) float32, for rows padded on the right."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmllm.errors import UserError
 from mmllm.reporting.curves import COLORS, draw_comparison
-from mmllm.reporting.metrics import read_metrics, read_settings, smooth, training_rows, validation_rows
+from mmllm.reporting.metrics import loss_rows, read_metrics, read_settings, smooth, training_rows, validation_rows
 from mmllm.runtime.console import duration, short
 
 
@@ -49,8 +49,9 @@ def _table(runs: dict[str, list[dict]]) -> list[str]:
         seconds = sum(row["ms"] for row in train) / 1000
         tokens = sum(row["tokens_per_s"] * row["ms"] / 1000 for row in train)
         validation = [row["val_loss"] for row in validation_rows(rows)]
+        losses = smooth([row["loss"] for row in loss_rows(rows)])
         lines.append(
-            f"{name:{width}}  {train[-1]['step']:5}  {smooth([row['loss'] for row in train])[-1]:6.3f}  "
+            f"{name:{width}}  {train[-1]['step']:5}  {f'{losses[-1]:.3f}' if losses else '-':>6}  "
             f"{f'{min(validation):.4f}' if validation else '-':>10}  {duration(seconds):>8}  "
             f"{short(tokens / seconds):>9}  {max(row['peak_bytes'] for row in train) / 1e9:.1f} GB"
         )

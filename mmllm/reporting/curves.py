@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmllm.reporting.metrics import smooth, training_rows, validation_rows
+from mmllm.reporting.metrics import loss_rows, smooth, validation_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ SHUFFLED = "val_loss_shuffled"
 
 def draw_run(rows: list[dict], path: Path) -> None:
     """Loss of a run as measured and smoothed, validation, and validation with the images of other samples."""
-    train, validation = training_rows(rows), validation_rows(rows)
+    train, validation = loss_rows(rows), validation_rows(rows)
     shuffled = [row for row in validation if row.get(SHUFFLED) is not None]
     steps, losses = _points(train, "loss")
     with _axes(path, f"Loss of {path.resolve().parent.name}") as axes:
@@ -41,7 +41,7 @@ def draw_comparison(runs: dict[str, list[dict]], path: Path) -> None:
     """Smoothed training loss of each run as a line, its validation loss dashed in the same colour."""
     with _axes(path, f"Loss of {len(runs)} runs") as axes:
         for (name, rows), color in zip(runs.items(), COLORS, strict=False):
-            steps, losses = _points(training_rows(rows), "loss")
+            steps, losses = _points(loss_rows(rows), "loss")
             axes.plot(steps, smooth(losses), color=color, label=name)
             axes.plot(*_points(validation_rows(rows), "val_loss"), color=color, linestyle="--", marker="o")
         axes.plot([], [], color=GREY, linestyle="--", marker="o", label="validation")

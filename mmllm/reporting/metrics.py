@@ -89,6 +89,11 @@ def training_rows(rows: list[dict]) -> list[dict]:
     return [row for row in rows if "loss" in row]
 
 
+def loss_rows(rows: list[dict]) -> list[dict]:
+    """The training rows whose loss is a cross-entropy: not those of stage 3, which have a reward."""
+    return [row for row in training_rows(rows) if "reward" not in row]
+
+
 def validation_rows(rows: list[dict]) -> list[dict]:
     return [row for row in rows if "val_loss" in row]
 
@@ -122,7 +127,7 @@ def progress_line(row: dict, loss: float, total_steps: int) -> str:
     """The console line of a training row. `loss` is the smoothed one; the time left assumes the speed of this row."""
     parts = [
         f"step {row['step']}/{total_steps} {100 * row['step'] / total_steps:4.1f}%",
-        f"loss {loss:.3f}",
+        f"reward {row['reward']:.3f} | kl {row['kl']:.3f}" if "reward" in row else f"loss {loss:.3f}",
         f"lr {row['learning_rate']:.1e}",
         f"|g| {row['grad_norm']:.2f}",
         f"{row['ms']:.0f} ms",

@@ -103,12 +103,13 @@ def _stages(rows: list[dict]) -> str:
         train, validation = training_rows(mine), validation_rows(mine)
         if not train:  # all steps so far were skipped
             continue
-        losses, seconds = [row["loss"] for row in train], [row["ms"] / 1000 for row in train]
+        what = "reward" if "reward" in train[-1] else "loss"  # stage 3 has both, and its loss says nothing
+        values, seconds = [row[what] for row in train], [row["ms"] / 1000 for row in train]
         tokens, images = (
             sum(row[name] * s for row, s in zip(train, seconds, strict=True))
             for name in ("tokens_per_s", "images_per_s")
         )
-        reached = [f"{fmean(losses[:10]):.4f}", f"{fmean(losses[-10:]):.4f}"]
+        reached = [f"{'reward ' * (what == 'reward')}{fmean(part):.4f}" for part in (values[:10], values[-10:])]
         reached.append(f"{validation[-1]['val_loss']:.4f}" if validation else "-")
         peak = f"{max(row['peak_bytes'] for row in train) / 1e9:.1f} GB"
         cost = (duration(sum(seconds)), short(tokens), short(images), peak)

@@ -1,7 +1,8 @@
 """Training state on disk, so that a run continues bit for bit where it stopped.
 
     outputs/NAME/checkpoint-epoch-1-step-100/   the model directory that sample.py and transformers load, and
-        training/optimizer.safetensors          <parameter>.exp_avg, <parameter>.exp_avg_sq (and their scales, of 8 bits)
+        training/optimizer.safetensors          <parameter>.exp_avg, <parameter>.exp_avg_sq (and their scales, of 8 bits),
+                                            in stage 3 <parameter>.reference, as it was before the stage
         training/state.json                     the stage, its step, and the settings of the run
         training/experiment.json                its configuration
         manifest.json                           sizes and checksums of all files, written last
@@ -233,10 +234,11 @@ def load_optimizer_(
         parameter = trained[name]
         own = {}
         for kind, tensor in found.items():
-            if kind in MOMENTS and tensor.shape != parameter.shape:
+            is_like_parameter = kind in (*MOMENTS, "reference")
+            if is_like_parameter and tensor.shape != parameter.shape:
                 wanted = list(parameter.shape)
                 raise CheckpointError(f"{file}: {name} is {list(tensor.shape)} where {wanted} is needed")
-            if kind in MOMENTS:
+            if is_like_parameter:
                 own[kind] = torch.empty_like(parameter, dtype=tensor.dtype)
                 local(own[kind]).copy_(rows_for(own[kind], tensor, world))
             else:  # the scales of 8-bit moments, which are never sharded

@@ -63,7 +63,7 @@ def describe(config: ExperimentConfig) -> list[str]:
     shape = architecture(config.model)
     data = plan_data(config, shape)
     lines = [*parameter_table(config, shape), *data.lines]
-    for number, stage in enumerate(config.stages(), 1):
+    for number, stage in enumerate(shown_stages(config), 1):
         memory = stage_memory(shape, config, stage, kind, data.size)
         length = data.size.length if data.size else config.data.max_length
         lines.append(
@@ -86,13 +86,22 @@ def parameter_table(config: ExperimentConfig, shape: MultimodalConfig) -> list[s
         model = MultimodalLLM(shape)
     prepare(model, uncompiled(config))
     columns = [[count_weights(part) for part in model.children()]]
-    for stage in config.stages():
+    for stage in shown_stages(config):
         train_only_(model, trained_parts(stage))
         columns.append([count_parameters(part, only_trainable=True) for part in model.children()])
     names = [*(name for name, _ in model.named_children()), "total"]
     rows = zip(names, *([*column, sum(column)] for column in columns), strict=True)
-    head = f"{'':22}{'parameters':>14}{'stage 1 trains':>16}{'stage 2 trains':>16}"
-    return [head, *(f"{name:22}{weights:>14,}{first:>16,}{second:>16,}" for name, weights, first, second in rows)]
+    titles = [f"stage {number} trains" for number in range(1, len(columns))]
+    head = f"{'':22}{'parameters':>14}" + "".join(f"{title:>16}" for title in titles)
+    return [
+        head,
+        *(f"{name:22}{weights:>14,}" + "".join(f"{n:>16,}" for n in trained) for name, weights, *trained in rows),
+    ]
+
+
+def shown_stages(config: ExperimentConfig) -> tuple[StageConfig, ...]:
+    """Stages 1 and 2, and stage 3 where it is on."""
+    return config.stages() if config.training.stage3.epochs else config.stages()[:2]
 
 
 def samples_of_step(stage: StageConfig) -> int:

@@ -51,7 +51,8 @@ from mmllm.training.resume import (
     refuse_small_disk,
     stage_positions,
 )
-from mmllm.training.run import Run, TrainingData, best_of, describe_best, goal
+from mmllm.training.reward import Reward
+from mmllm.training.run import Run, TrainingData, best_of, describe_best, goal, last_stage
 from mmllm.training.stage import Stage
 from mmllm.training.step import LossScale
 from mmllm.training.validation import check_metric
@@ -64,9 +65,11 @@ def train(
     resume: str | None = None,
     overwrite: bool = False,
     allow_data_change: bool = False,
+    reward: Reward | None = None,
 ) -> int:
-    """Run both stages. Returns the exit code: 0, or 128 + the number of the signal that stopped it (after saving).
+    """Run all stages. Returns the exit code: 0, or 128 + the number of the signal that stopped it (after saving).
 
+    `reward` takes the place of stage 3's own.
     `resume` is "auto" (the newest whole checkpoint of this run, or a new run), a checkpoint, or the directory of a run.
     """
     with World.start(config.device, config.training.timeout_s) as world, ExitStack() as at_end:
@@ -98,7 +101,7 @@ def train(
         ):
             best, tokens = best_of(config, directory, state, sha256), state.get("tokens", 0)
             run = Run(config, directory, data, world, log, stop, writer, total_steps, best, tokens)
-            run.highest, run.stale = best, state.get("stale", 0)
+            run.highest, run.stale, run.reward = best, state.get("stale", 0), reward
             if config.training.bf16 and half_type(world.device) == torch.float16:
                 print_rank0("this card has no bfloat16: training in float16, with a scale of the loss")
                 run.scale = LossScale(*(state.get("loss_scale") or ()))
@@ -299,7 +302,7 @@ def conclude(run: Run) -> int:
         cause = signal.Signals(run.stopping).name
         print_rank0(f"stopped by {cause}; saved {run.directory / run.writer.last_saved}; go on with --resume auto")
         return 128 + run.stopping
-    if run.stops_early(2 if run.config.training.stage2.epochs else 1):
+    if run.stops_early(last_stage(run.config)):
         print_rank0(f"early stop: the last {run.stale} checkpoints did not {goal(run.config.training.best_metric)}")
     model = run.directory / disk.BEST
     which = f"{run.best['name']}, {describe_best(run.best)}" if run.best else run.writer.last_saved

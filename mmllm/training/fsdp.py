@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from mmllm.config.schema import ExperimentConfig
+from mmllm.data.chat import IGNORED
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.distributed import World, local, rows_for
 
@@ -83,6 +84,15 @@ def reduce_after_(model: nn.Module, is_last: bool) -> None:
     """Exchange the gradients of a sharded model after the next backward pass if it is the last of the step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
+
+
+@torch.no_grad()
+def call_once(model: MultimodalLLM) -> None:
+    """Call a sharded model as a whole, before any of its parts: FSDP takes the first module that is called for the root."""
+    if is_sharded(model):
+        ids_BT = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        side = model.config.vision.image_size
+        model(ids_BT, torch.full_like(ids_BT, IGNORED), torch.zeros(0, 3, side, side))
 
 
 @contextmanager

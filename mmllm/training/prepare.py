@@ -45,7 +45,7 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
     # Autograd adds few rows to the gradient of the tied head. On a GPU the order of the sum would not be deterministic.
     is_tied = model.config.text.tie_word_embeddings
     model.language_model.model.embed_tokens.sparse = is_tied and model.device.type == "cpu"
-    train_only_(model, {part for stage in config.stages() for part in trained_parts(stage)})
+    train_only_(model, {part for stage in config.stages() if stage.epochs for part in trained_parts(stage)})
     if config.training.gradient_checkpointing:
         checkpoint_blocks_(model.language_model.model.layers)
         if count_parameters(model.vision_tower, only_trainable=True):

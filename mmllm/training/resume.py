@@ -18,6 +18,7 @@ from mmllm.runtime.console import print_rank0
 from mmllm.runtime.files import locked
 from mmllm.storage import checkpoint as disk
 from mmllm.training.prepare import trained_parts
+from mmllm.training.reward import has_reference
 from mmllm.training.run import Position, TrainingData, is_stale
 from mmllm.training.stage import steps_per_epoch
 
@@ -122,6 +123,7 @@ def refuse_changes(
         "data.share_images",
         "data.val_fraction",
         f"training.stage{state['stage']}.train",
+        *(("training.stage3.kl_weight",) if state["stage"] == 3 else ()),
     )
     fixed = [line for name, line in changed.items() if name.startswith("model.") or name in fixed_names]
     stages = [c.stages()[state["stage"] - 1] for c in (old, config)]
@@ -162,16 +164,19 @@ def stage_positions(
             raise ConfigError(f"training.stage{number}.train is empty; name what it trains, or set its epochs to 0")
     steps = [stage.epochs and stage.epochs * steps_per_epoch(stage, num_samples, processes) for stage in stages]
     if not sum(steps):
-        raise ConfigError("both stages have 0 epochs; set training.stage1.epochs or training.stage2.epochs")
+        raise ConfigError("all stages have 0 epochs; set training.stage1.epochs or training.stage2.epochs")
+    epochs = [sum(stage.epochs for stage in stages[:number]) for number in range(len(stages))]  # before each stage
+    number, total, positions = 0, 0, []
+    if state:
+        number, done = state["stage"], state["stage_step"]
+        before = (state["step"] - done, epochs[number - 1])
+        positions = [Position(number, *before, done, state["updates"], state["is_pending"], checkpoint)]
+        total = max(before[0] + steps[number - 1], state["step"])
+    for later in range(number + 1, len(stages) + 1):
+        positions += [Position(later, total, epochs[later - 1])] * bool(steps[later - 1])
+        total += steps[later - 1]
     if not state:
-        positions = [Position(1), Position(2, steps[0], stages[0].epochs)]
-        return [position for position in positions if steps[position.stage - 1]], sum(steps)
-    number, done = state["stage"], state["stage_step"]
-    before = (state["step"] - done, stages[0].epochs if number == 2 else 0)
-    positions = [Position(number, *before, done, state["updates"], state["is_pending"], checkpoint)]
-    if number == 1 and steps[1]:
-        positions.append(Position(2, max(steps[0], done), stages[0].epochs))
-    total = max(positions[-1].steps_before + steps[positions[-1].stage - 1], state["step"])
+        return positions, total
     is_over = state["step"] == total or is_stale(config, number, state.get("stale", 0))
     is_finished = is_over and not state["is_pending"]
     return [] if is_finished else positions, total
@@ -192,7 +197,8 @@ def refuse_small_disk(
         stage = config.stages()[position.stage - 1]
         parts = trained_parts(stage)
         trained = [p.numel() for name, p in model.named_parameters() if p.requires_grad and name.split(".")[0] in parts]
-        moments = max(moments, sum(trained) * (2.03 if training.optimizer == "adamw8bit" else 8))
+        of_each = (2.03 if training.optimizer == "adamw8bit" else 8) + 4 * has_reference(stage)
+        moments = max(moments, sum(trained) * of_each)
         per_epoch = steps_per_epoch(stage, len(data.train), processes)
         every = training.save_steps or per_epoch
         saves += -(-stage.epochs * per_epoch // every) - position.done // every

@@ -1,4 +1,4 @@
-"""A run in progress: what both stages share, when it stops, its checkpoints, and the lines that it writes."""
+"""A run in progress: what all stages share, when it stops, its checkpoints, and the lines that it writes."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mmllm.config.schema import ExperimentConfig
+from mmllm.config.schema import STAGES, ExperimentConfig
 from mmllm.data.batches import BatchLoader, ReadImage
 from mmllm.data.samples import Sample
 from mmllm.errors import RunError
@@ -21,6 +21,7 @@ from mmllm.runtime.distributed import World
 from mmllm.runtime.signals import StopSignal
 from mmllm.storage import checkpoint as disk
 from mmllm.storage.checkpoint_writer import CheckpointWriter
+from mmllm.training.reward import Reward
 from mmllm.training.step import LossScale
 
 
@@ -51,7 +52,11 @@ class Position:
 def is_stale(config: ExperimentConfig, stage: int, stale: int) -> bool:
     """Whether `stale` checkpoints without a better validation end the run in `stage`, which must be its last one."""
     training = config.training
-    return 0 < training.early_stop <= stale and (stage == 2 or not training.stage2.epochs)
+    return 0 < training.early_stop <= stale and stage == last_stage(config)
+
+
+def last_stage(config: ExperimentConfig) -> int:
+    return max(number for number, stage in enumerate(STAGES, 1) if config.get(f"training.{stage}").epochs)
 
 
 @dataclass
@@ -67,6 +72,7 @@ class Run:
     best: dict | None = None  # name, val_loss and training.best_metric of the best checkpoint, on rank 0
     tokens: int = 0  # in all steps
     scale: LossScale | None = None  # in float16
+    reward: Reward | None = None  # of stage 3; None: as its settings say
     stopping: int = 0  # the signal that ends the run, in all processes
     skipped: int = 0  # steps in a row
     highest: dict | None = None  # as `best`, in all processes, saved or not

@@ -1,4 +1,5 @@
-"""One stage of training: the projector alone (stage 1), then the projector with the language model (stage 2).
+"""One stage of training: the projector alone (stage 1), then the projector with the language model (stage 2); perhaps
+then on a reward of the model's own captions (stage 3, reward.py).
 
 Everything random is a function of (seed, stage, step), so a resumed run restores weights, moments and one integer, and
 continues bit for bit. Recipe: LLaVA 1.5, https://arxiv.org/abs/2310.03744.
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from mmllm.config.schema import StageConfig
+from mmllm.config.schema import RewardConfig, StageConfig
 from mmllm.data.batches import Batch, BatchLoader, allowed_broken
 from mmllm.data.order import sample_order
 from mmllm.errors import DataError
@@ -24,6 +25,7 @@ from mmllm.runtime.memory import peak_memory
 from mmllm.storage import checkpoint as disk
 from mmllm.training.fsdp import gathered
 from mmllm.training.prepare import PART_OF, frozen_weights, held_as, train_only_, trained_parts
+from mmllm.training.reward import CaptionSampler, caption_reward, has_reference, keep_reference_, read_questions
 from mmllm.training.run import Position, Run
 from mmllm.training.step import (
     adamw,
@@ -55,6 +57,8 @@ class Stage:
         self.optimizer = adamw(groups, training.adam_beta1, training.adam_beta2, training.optimizer)
         if position.done:
             disk.load_optimizer_(position.checkpoint, model, self.optimizer, position.updates, run.world)
+        self.sampler = self._caption_sampler() if isinstance(settings, RewardConfig) else None
+        is_asked = {"read": read_questions, "collate": lambda questions, _: questions} if self.sampler else {}
         self.loader = BatchLoader(
             run.data.train,
             model.processor,
@@ -68,8 +72,17 @@ class Stage:
             group_by_length=run.config.data.group_by_length,
             rank=run.world.rank,
             world_size=run.world.size,
+            **is_asked,
         )
         self.frozen = frozen_weights(model) if training.bf16 else []
+
+    def _caption_sampler(self) -> CaptionSampler:
+        run, settings = self.run, self.settings
+        if has_reference(settings) and not self.position.done:
+            keep_reference_(self.optimizer)
+        reward = run.reward or caption_reward(run.data.train, settings.bleu_weight)
+        limits = {"max_length": run.config.data.max_length, "bf16": run.config.training.bf16}
+        return CaptionSampler(self.model, self.optimizer, settings, reward, **limits)
 
     def train(self) -> None:
         """Take the steps that are left, or until a signal sets `run.stopping`; validate and save when due."""
@@ -109,14 +122,18 @@ class Stage:
         torch.manual_seed((run.config.seed * 2 + number) * 1_000_003 + step + run.world.rank)
         rate = set_learning_rates_(self.optimizer, step, self.warmup, self.total)
         error = batches if isinstance(batches, DataError) else None
-        *counts, errors = run.world.sum([*step_counts([] if error else batches), bool(error)])
+        batches, sums = [] if error else batches, [0.0] * 3
+        if self.sampler:
+            batches, sums = self.sampler.batches(batches)
+        *counts, score, divergence, captions, errors = run.world.sum([*step_counts(batches), *sums, bool(error)])
         if errors:
             self._save_and_raise(step, next(filter(None, run.world.all_gather(str(error or "")))))
         run.tokens += int(counts[1])
         loss, norm = update_(self.model, self.optimizer, batches, run.config.training, counts[0], run.world, run.scale)
         row = {"stage": number, "step": self.position.steps_before + step + 1, "learning_rate": rate}
         if math.isfinite(loss) and math.isfinite(norm):
-            row |= {"loss": loss, "grad_norm": norm} | self._speed(counts, time.perf_counter() - begin)
+            own = {"reward": score / captions, "kl": divergence / captions} if self.sampler else {}
+            row |= {"loss": loss, "grad_norm": norm} | own | self._speed(counts, time.perf_counter() - begin)
             run.report_step(row, is_last=step + 1 == self.total)
         elif run.scale and math.isfinite(loss) and run.scale.value >= 1:
             run.report_overflow(row)

@@ -10,7 +10,7 @@ B rows, T tokens, D hidden size, N images of Q tokens, M targets.
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mmllm.config.schema import ExperimentConfig, StageConfig
+from mmllm.config.schema import ExperimentConfig, RewardConfig, StageConfig
 from mmllm.models.config import MultimodalConfig
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.device import autocast
 from mmllm.training.adamw8bit import empty_moments
 from mmllm.training.prepare import cast_, prepare, train_only_, trained_parts
+from mmllm.training.reward import has_reference
 
 CPU = torch.device("cpu")
 
@@ -138,6 +139,9 @@ def stage_memory(
     `size` is that of the largest samples; None: rows of `data.max_length` tokens, all targets but those of an image.
     """
     size = size or SampleSize(config.data.max_length, max(1, config.data.max_length - shape.num_image_tokens))
+    if isinstance(stage, RewardConfig):  # whose captions may all be as long as allowed, in one row beside the prompt
+        said = stage.num_captions * stage.max_new_tokens
+        size = replace(size, length=min(config.data.max_length, size.length + said), targets=said, rows=1)
     held, is_8bit = {}, config.training.optimizer == "adamw8bit"
 
     def build() -> MultimodalLLM:
@@ -151,6 +155,7 @@ def stage_memory(
         trained = [p for p in model.parameters() if p.requires_grad]
         moments = {p: empty_moments(p).values() if is_8bit else (p, p) for p in trained}
         held["moments"] = sum(tensor.nbytes for pair in moments.values() for tensor in pair)
+        held["moments"] += sum(p.nbytes for p in trained) * has_reference(stage)
         return model
 
     step = step_peak(

@@ -30,7 +30,7 @@ def test_a_stage_has_the_general_values_where_it_has_none_of_its_own():
     config.data.batch_size = 6
     config.training.stage2.gradient_accumulation_steps = 7
     config.training.stage2.projector_learning_rate = 1e-6
-    first, second = config.stages()
+    first, second, _ = config.stages()
     assert (first.batch_size, first.gradient_accumulation_steps, first.learning_rate) == (6, 1, 1e-3)
     assert (second.batch_size, second.gradient_accumulation_steps, second.learning_rate) == (6, 7, 2e-5)
     assert (first.projector_learning_rate, second.projector_learning_rate) == (1e-3, 1e-6)
@@ -83,21 +83,21 @@ def test_a_wrong_value_is_refused_in_a_constructor_too():
 def test_debug_is_small():
     config = load(ROOT / "configs" / "debug.py")
     assert (config.data.max_train_samples, config.data.max_val_samples, config.data.batch_size) == (100, 50, 4)
-    assert [stage.epochs for stage in config.stages()] == [1, 1]
+    assert [stage.epochs for stage in config.stages()] == [1, 1, 0]
 
 
 def test_small_adapts_an_int8_model_in_2_and_1_epochs():
     config = load(ROOT / "configs" / "small.py")
     assert (config.model.use_lora, config.model.load_in_8bit, config.data.batch_size) == (True, True, 8)
-    assert [stage.epochs for stage in config.stages()] == [2, 1]
+    assert [stage.epochs for stage in config.stages()] == [2, 1, 0]
     assert all(stage.gradient_accumulation_steps > 1 for stage in config.stages())
 
 
 def test_full_trains_patches_for_3_and_2_epochs():
     config = load(ROOT / "configs" / "full.py")
     assert (config.model.features, config.data.batch_size) == ("patch", 32)
-    assert [stage.epochs for stage in config.stages()] == [3, 2]
-    assert [stage.train for stage in config.stages()] == [("projector",), ("projector", "language_model")]
+    assert [stage.epochs for stage in config.stages()] == [3, 2, 0]
+    assert [stage.train for stage in config.stages()] == [("projector",), *[("projector", "language_model")] * 2]
 
 
 def test_pooled_is_full_but_for_the_one_token():

@@ -129,12 +129,12 @@ def test_a_configuration_is_found_by_its_name_here_first(tmp_path, monkeypatch):
 )
 def test_a_general_value_given_later_wins_over_what_the_file_gave_a_stage(environment, overrides):
     config, _ = resolve(ROOT / "configs" / "full.py", environment, overrides)
-    assert [stage.gradient_accumulation_steps for stage in config.stages()] == [2, 2]
+    assert [stage.gradient_accumulation_steps for stage in config.stages()] == [2, 2, 2]
 
 
 def test_a_general_learning_rate_leaves_the_rate_of_alignment_alone():
     config, _ = resolve(ROOT / "configs" / "full.py", {}, ["learning_rate=1e-5"])
-    assert [stage.learning_rate for stage in config.stages()] == [1e-3, 1e-5]
+    assert [stage.learning_rate for stage in config.stages()] == [1e-3, 1e-5, 1e-5]
 
 
 @pytest.mark.parametrize(

@@ -85,3 +85,14 @@ def test_a_figure_that_cannot_be_drawn_costs_a_warning_and_no_report(tmp_path, m
     report = report_of(tmp_path)
     assert "loss.png" not in report and "| 1 | 1 | 2.5000 | 2.5000 | - | 0s |" in report
     assert "loss.png: cannot be drawn" in capsys.readouterr().err
+
+
+def test_stage_3_reports_its_reward_in_place_of_a_loss_that_says_nothing(tmp_path):
+    write_rows(
+        tmp_path,
+        ROW,
+        *(ROW | {"stage": 3, "step": 2 + i, "loss": -0.1, "reward": i / 10, "kl": 0.5} for i in range(20)),
+    )
+    report = report_of(tmp_path)
+    assert "| 1 | 1 | 2.5000 | 2.5000 | - |" in report
+    assert "| 3 | 20 | reward 0.4500 | reward 1.4500 | - |" in report

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from mmllm.config.schema import ExperimentConfig
+from mmllm.config.schema import ExperimentConfig, RewardConfig, StageConfig
 from mmllm.data.order import sample_order
 from mmllm.errors import UserError
 from mmllm.models.multimodal import MultimodalLLM
@@ -299,6 +299,36 @@ def test_another_number_of_processes_goes_on_as_well(alone, resumed, name):
     then_now = {"one from two": (2, 1), "four from one": (1, 4)}.get(name)
     line = "changed: processes: {} at the checkpoint, {} now".format(*then_now) if then_now else ""
     assert line in done.said(name, 0) and ("changed: processes" in done.said(name, 0)) == bool(then_now)
+
+
+def test_stage_3_sharded_or_not_takes_the_same_steps_and_goes_on(world, alone, tmp_path):
+    """Each process samples the captions of its own images, at its own pace."""
+    kinds = {
+        "replicated": {"sharding": "none"},
+        "sharded": {},
+        "resumed": {},
+    }
+    taught = run_of(world, tmp_path / "taught", stage1=StageConfig(epochs=0), learning_rate=5e-3, save_steps=None)
+    taught.training.stage2, taught.training.gradient_accumulation_steps = StageConfig(epochs=9), 1
+    assert train(taught) == 0
+    configs = {}
+    for name, settings in kinds.items():
+        configs[name] = run_of(world, tmp_path / name, 2, best_metric="cider", num_metric_samples=1, **settings)
+        configs[name].model.pretrained = str(directory_of(taught) / "best_model")
+        for stage in ("stage1", "stage2"):
+            setattr(configs[name].training, stage, StageConfig(epochs=0))
+        configs[name].training.stage3 = RewardConfig(epochs=1, learning_rate=1e-3, max_new_tokens=12)
+        configs[name].save(tmp_path / name / "config.json")
+    done = launch(tmp_path, [train_job(configs[name], 2) for name in ("replicated", "sharded")])
+    assert [code for codes in done.codes.values() for code in codes] == [0] * 4, done.all_said("sharded")
+    assert {0} != {row["reward"] for row in read_metrics(directory_of(configs["sharded"])) if "reward" in row}
+    assert far(configs["sharded"], configs["replicated"]) < 1e-5
+    assert losses(configs["sharded"]) == pytest.approx(losses(configs["replicated"]), abs=1e-4)
+    cut(configs["resumed"], configs["sharded"], 2)
+    done = launch(tmp_path, [train_job(configs["resumed"], 2, resume="auto")])
+    assert done.codes == {"resumed": [0, 0]}, done.all_said("resumed")
+    assert far(configs["resumed"], configs["sharded"]) == 0
+    assert losses(configs["resumed"]) == losses(configs["sharded"])
 
 
 def test_torchrun_starts_and_ends_a_run(world, tmp_path):

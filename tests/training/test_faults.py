@@ -113,7 +113,7 @@ def test_a_missing_data_file_is_named_before_anything_is_made(world, tmp_path, s
     "name, value, words",
     [
         ("training.stage2.train", (), "training.stage2.train is empty"),
-        ("training.stage1.epochs", 0, "both stages have 0 epochs"),
+        ("training.stage1.epochs", 0, "all stages have 0 epochs"),
     ],
 )
 def test_a_run_that_would_train_nothing_is_refused(world, tmp_path, name, value, words):
