@@ -10,6 +10,9 @@ request left there is overwritten before anything attends to it.
 L layers, S slots, B rows of one pass, T tokens, H query heads, G key/value heads, C capacity in tokens, K head size.
 """
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +25,7 @@ class KVCache:
 
     def __init__(self, config: Qwen2Config, slots: int, length: int, *, device: torch.device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-        self._take(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+        self._take(zeros(shape, device, dtype), zeros(shape, device, dtype))
 
     def _take(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -57,6 +60,16 @@ class KVCache:
         """Puts what `read` returned at position `start` of a slot."""
         for tensor, block_LGTK in zip((self.keys, self.values), block_2LGTK, strict=True):
             tensor[:, slot, :, start : start + block_LGTK.shape[2]] = block_LGTK
+
+
+def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros, which on a CPU take memory only where they are written: torch.zeros writes all of them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    numbers = np.zeros(size + 64, np.uint8)
+    start = -numbers.ctypes.data % 64  # a whole cache line
+    return torch.from_numpy(numbers[start : start + size]).view(dtype).view(shape)
 
 
 class PerSlot:

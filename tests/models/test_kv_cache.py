@@ -1,5 +1,8 @@
 """Keys and values in slots: every way of decoding gives the logits of the whole text at once."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -94,3 +97,18 @@ def test_slots_can_be_swapped(model):
     assert torch.equal(cache.keys[:, 0, :, :3], before[:, 1, :, :3])
     assert torch.equal(cache.keys[:, 1, :, :3], before[:, 0, :, :3])
     assert torch.equal(cache.keys[:, :, :, 3:], before[:, :, :, 3:]) and torch.equal(cache.keys[:, 2], before[:, 2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_a_cache_takes_memory_only_where_it_is_written(model):
+    def resident_mb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    before, cache = resident_mb(), new_cache(model, 8, 50_000)
+    assert cache.keys.nbytes + cache.values.nbytes > 350 * 2**20
+    read(model, cache, [3], [0], some_ids(1, 12))
+    assert resident_mb() - before < 70
+    assert (
+        cache.keys.data_ptr() % 64 == 0
+        and cache.keys.count_nonzero() == cache.values.count_nonzero() == 4 * 2 * 12 * 16
+    )
