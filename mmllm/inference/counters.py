@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
+FORGET = 0.9  # a slow step makes the next ones short at once; they grow by a tenth
 MIN_TOKENS, FIRST_TOKENS, MAX_TOKENS = 8, 32, 512  # of prompts in one step; FIRST: before a step was measured
 
 
@@ -18,13 +19,12 @@ class Counters:
     new_tokens: int = 0  # decoded
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    token_s: float | None = None  # what a token lately took in a step that read prompts; None before the first
+    token_s: float | None = None  # what a token of a step that reads prompts takes, at most; None before the first
 
     def add(self, seconds: float, decoded: int, read: int, cost: int) -> None:
         """Adds a step that decoded `decoded` rows and read `read` tokens of prompts, which with images cost `cost`."""
-        if cost:
-            measured = seconds / (decoded + cost)
-            self.token_s = measured if self.token_s is None else (self.token_s + measured) / 2
+        if cost and decoded + cost >= MIN_TOKENS:  # fewer take as long: the weights are read
+            self.token_s = max(seconds / (decoded + cost), FORGET * (self.token_s or 0))
         prefill_s = seconds * cost / max(1, decoded + cost)
         self.prefill_s += prefill_s
         self.decode_s += seconds - prefill_s

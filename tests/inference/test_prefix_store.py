@@ -1,12 +1,13 @@
 """What the store keeps changes no bit of an answer, and long prompts are read without stopping the others."""
 
+import math
 import random
 
 import pytest
 import torch
 
 from mmllm.errors import GenerationError
-from mmllm.inference.counters import MIN_TOKENS
+from mmllm.inference.counters import FIRST_TOKENS, MAX_TOKENS, MIN_TOKENS, Counters
 from mmllm.inference.engine import Engine
 from mmllm.inference.optimize import load_model
 from mmllm.inference.prefix_store import PrefixStore, block_keys
@@ -118,7 +119,9 @@ def test_answers_go_on_with_every_step_while_a_long_prompt_is_read(folder, kind)
     model = loaded(folder, kind)
     engine, steps = Engine(model, 3, step_s=1e-9), []
     endless = GenerationConfig(max_new_tokens=200, min_new_tokens=200)
-    streams = [engine.submit(Handle(Prompt((5, i), pixels()), endless, on_token=steps.append)) for i in range(2)]
+    streams = [
+        engine.submit(Handle(Prompt((*range(5, 17), i), pixels()), endless, on_token=steps.append)) for i in (1, 2)
+    ]
     engine.step()
     engine.step()
     long = engine.submit(Handle(Prompt(words(random.Random(2), 500), pixels()), CONFIG))
@@ -141,6 +144,24 @@ def test_a_static_step_does_not_write_into_prompts_that_are_being_read(folder):
         engine.run(handles)
         answers.append([handle.result().ids for handle in handles])
     assert answers[0] == answers[1]
+
+
+def test_a_slow_step_makes_the_next_ones_short_and_fast_ones_make_them_long_again():
+    counters = Counters()
+    assert (counters.budget(math.inf, 4), counters.budget(0.15, 4)) == (MAX_TOKENS, FIRST_TOKENS)
+    counters.add(0.1, decoded=4, read=46, cost=46)  # 2 ms a token
+    assert counters.budget(0.15, 4) == 71
+    counters.add(0.5, decoded=4, read=46, cost=46)  # 10 ms a token
+    assert counters.budget(0.15, 4) == 11
+    budgets = []
+    for _ in range(30):
+        counters.add(0.1, decoded=4, read=46, cost=46)
+        budgets.append(counters.budget(0.15, 4))
+    assert budgets[0] == 12 and budgets == sorted(budgets) and budgets[-1] == 71
+    counters.add(5.0, decoded=1, read=1, cost=1)  # too few tokens to tell
+    assert counters.budget(0.15, 4) == 71
+    counters.add(5.0, decoded=4, read=8, cost=8)
+    assert counters.budget(0.15, 4) == MIN_TOKENS
 
 
 def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(fast):
