@@ -245,6 +245,15 @@ def test_a_full_server_is_asked_again_after_a_countdown(page, server):
     expect(page.locator(".answer")).to_contain_text("40 tokens")
 
 
+def test_a_server_that_is_gone_is_asked_again_when_it_is_back(page):
+    page.context.set_offline(True)
+    ask(page, "Hello")
+    expect(page.locator(".problem")).to_contain_text("The server cannot be reached. Is it still running? Next try in")
+    page.context.set_offline(False)
+    page.get_by_role("button", name="Try now").click()
+    expect(page.locator(".answer")).to_contain_text("40 tokens")
+
+
 def test_a_missing_key_is_asked_for_and_the_question_asked_again(browser, pipeline):
     with serving(pipeline, api_key="secret") as server:
         page = browser.new_page()
