@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes two seconds to import: only now that the command line is known to be right
     from mmllm.data.samples import load_samples
     from mmllm.evaluation.evaluator import MultimodalEvaluator
-    from mmllm.evaluation.predictions import make_directory
+    from mmllm.evaluation.predictions import make_directory, read_predictions
     from mmllm.evaluation.tasks import check_images, tasks_of
     from mmllm.inference.pipeline import default_model
 
@@ -74,9 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
     out = Path(options.out or (of_run or Path("outputs")) / "evaluation" / Path(options.data).stem)
     make_directory(out)
     about |= {"data": str(options.data), "split": options.split, "seed": options.seed}
-    predictions, more = stored(options, tasks) if options.predictions else answer(options, model, tasks, out, about)
+    if options.predictions:
+        predictions = {"true images": read_predictions(options.predictions, tasks)}
+    else:
+        predictions, generation = answer(options, model, tasks, out, about)
+        about |= generation
     if is_rank0():
-        report(options, tasks, predictions, out, about | more, evaluator)
+        report(options, tasks, predictions, out, about, evaluator)
         if of_run:
             write_report(of_run)
         if missing := sum(text is None for text in predictions["true images"]):
@@ -84,12 +88,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise RunError(
                 f"{missing} of {len(tasks)} were left out because {why} (see above); the scores are those of the others"
             )
-
-
-def stored(options: argparse.Namespace, tasks: list) -> tuple[dict, dict]:
-    from mmllm.evaluation.predictions import read_predictions
-
-    return {"true images": read_predictions(options.predictions, tasks)}, {}
 
 
 def answer(options: argparse.Namespace, model: str, tasks: list, out: Path, about: dict) -> tuple[dict, dict]:

@@ -39,11 +39,12 @@ def collect(
         asked.update(name.encode())
         for task in tasks:
             asked.update(repr((task.id, task.messages, task.images)).encode())
-    key = asked.hexdigest()
+    key = world.on_rank0(asked.hexdigest)  # on another machine the same files may have other times
     done = world.on_rank0(lambda: merge(out, key))
     if done:
         stderr_rank0(f"{out / UNFINISHED}: {len(done)} answers of an interrupted evaluation are kept")
-    with (out / f"{UNFINISHED}.part{world.rank}").open("w", encoding="utf-8", buffering=1) as file:
+    path = out / f"{UNFINISHED}.part{world.rank}"
+    with writing(path), path.open("w", encoding="utf-8", buffering=1) as file:
         file.write(json.dumps(key) + "\n")
         for name, tasks in runs.items():
             todo = [i for i in range(len(tasks)) if (name, i) not in done][world.rank :: world.size]
