@@ -1,7 +1,8 @@
 """The steps of the public recipe, as commands.
 
 The projector first learns from 558,000 web captions (LLaVA's alignment), then projector and language model from COCO's
-captions, VQAv2 and LLaVA's mixture together. All data share one folder of images, so each archive is downloaded once.
+captions, VQAv2 and LLaVA's mixture together. A reward for whole captions comes last: it knows COCO alone, so the questions
+are asked of the model before it as well. All data share one folder of images, so each archive is downloaded once.
 """
 
 import argparse
@@ -19,14 +20,24 @@ MIXTURE = ("coco", "vqav2", "llava-instruct")
 ALIGN = ("stage1.epochs=1", "stage2.epochs=0", "data.val_fraction=0.002")
 # 1,024 tokens hold all but the longest of LLaVA's conversations
 MIX = ("stage1.epochs=0", "stage2.epochs=2", "data.max_length=1024", "best_metric=cider", "num_metric_samples=500")
-EVALUATIONS = {  # what is asked of the model, by the folder of its result
-    "coco": ("--num-beams", "5", "--max-new-tokens", "30"),
-    "vqav2": ("--max-new-tokens", "10"),
-}
+REWARD = (
+    "stage1.epochs=0",
+    "stage2.epochs=0",
+    "stage3.epochs=1",
+    "stage3.learning_rate=1e-6",
+    "num_metric_samples=500",
+)
+ASKED = {"coco": ("--num-beams", "5", "--max-new-tokens", "30"), "vqav2": ("--max-new-tokens", "10")}
+EVALUATIONS = (
+    ("mix", "coco"),
+    ("mix", "vqav2"),
+    ("reward", "coco"),
+    ("reward", "vqav2"),
+)  # of which model on which data
 
 
 def run_recipe(options: argparse.Namespace) -> None:
-    """Every step that is not done yet. The last model is in `options.out`/mix/best_model."""
+    """Every step that is not done yet. The models are in `options.out`/mix and /reward."""
     start, images = options.out / "start", options.data / "images"
     if not start.exists():
         command("convert", "--clip", options.clip, "--qwen", options.qwen, "--out", start)
@@ -37,13 +48,14 @@ def run_recipe(options: argparse.Namespace) -> None:
     train(options, "align", start, ("llava-pretrain",), ALIGN)
     val = f"data.val_data_path={options.data / 'coco' / 'val.jsonl'}"
     train(options, "mix", options.out / "align" / "best_model", MIXTURE, (*MIX, val))
-    for name, asked in EVALUATIONS.items():
-        out = options.out / "mix" / "evaluation" / name
+    train(options, "reward", options.out / "mix" / "best_model", ("coco",), (*REWARD, val))
+    for model, name in EVALUATIONS:
+        out = options.out / model / "evaluation" / name
         if not (out / "scores.json").exists():
             data = ("--data", options.data / name / "test.jsonl", "--image-dir", images, "--out", out)
             more = ("--device", options.device, "--blank", "--constant")
-            model = ("--model", options.out / "mix" / "best_model")
-            command("evaluate", *model, *data, *asked, *more, processes=options.processes)
+            best = ("--model", options.out / model / "best_model")
+            command("evaluate", *best, *data, *ASKED[name], *more, processes=options.processes)
 
 
 def train(

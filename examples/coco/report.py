@@ -1,5 +1,6 @@
 """report.md of the recipe: its scores beside the targets and what was published for like systems, and what it cost."""
 
+from itertools import product
 from pathlib import Path
 
 from mmllm.reporting.metrics import read_metrics, training_rows
@@ -7,6 +8,7 @@ from mmllm.reporting.report import markdown_table
 from mmllm.runtime.console import duration
 from mmllm.runtime.files import read_json
 
+MODELS = ("mix", "reward")  # those that are evaluated
 # name of the table: the part of scores.json, what its numbers are multiplied by, columns, the target, and published rows
 TABLES = {
     "coco": (
@@ -40,11 +42,12 @@ NOTES = {
 def write_report(out: Path) -> Path:
     sections = ["# The public recipe"]
     for name in TABLES:
-        sections += [
-            f"## {name}",
-            scores_table(name, read_json(out / "mix" / "evaluation" / name / "scores.json")["scores"]),
-        ]
-        sections.append(NOTES[name])
+        rows = {
+            f"{model}: {row}": scores
+            for model in MODELS
+            for row, scores in read_json(out / model / "evaluation" / name / "scores.json")["scores"].items()
+        }
+        sections += [f"## {name}", scores_table(name, rows), NOTES[name]]
     sections += ["## Cost", cost_table(out)]
     path = out / "report.md"
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -71,14 +74,14 @@ def percent(score: float, interval: list[float] | None) -> str:
 def cost_table(out: Path) -> str:
     """Steps, tokens and time of each training, from its metrics.jsonl, and the time of each evaluation."""
     rows = []
-    for name in ("align", "mix"):
+    for name in ("align", *MODELS):
         steps = training_rows(read_metrics(out / name))
         seconds = sum(row["ms"] for row in steps) / 1000
         tokens = sum(row["tokens_per_s"] * row["ms"] / 1000 for row in steps)
         use = [row["mfu"] for row in steps if row.get("mfu")]
         of_peak = f"{sum(use) / len(use):.0%}" if use else "-"
         rows.append((name, str(len(steps)), f"{tokens / 1e6:.1f} M", duration(seconds), of_peak))
-    for name in TABLES:
-        found = read_json(out / "mix" / "evaluation" / name / "scores.json")
-        rows.append((f"evaluation: {name}", "-", "-", duration(found["seconds"]), "-"))
+    for model, name in product(MODELS, TABLES):
+        found = read_json(out / model / "evaluation" / name / "scores.json")
+        rows.append((f"evaluation: {model}, {name}", "-", "-", duration(found["seconds"]), "-"))
     return markdown_table(("what", "steps", "tokens", "time", "of the peak"), rows, numbers=True)

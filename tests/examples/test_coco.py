@@ -13,7 +13,7 @@ from mmllm.reporting.metrics import read_metrics
 from official import write_clip, write_qwen
 
 SMALL = ["data.batch_size=2", "data.num_workers=0", "training.bf16=false", "stage1.gradient_accumulation_steps=1"]
-SMALL += ["stage2.gradient_accumulation_steps=2", "training.num_sample_captions=0"]
+SMALL += ["stage2.gradient_accumulation_steps=2", "training.num_sample_captions=0", "stage3.max_new_tokens=4"]
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,10 @@ def done(tmp_path_factory):
         line = [f"--{name}={folder / name}" for name in ("clip", "qwen", "data", "out")]
         line += [f"--table={table}", "--device=cpu", *SMALL]
         coco.main(line)
-        asked, written = len(server.requests), (folder / "out" / "mix" / "metrics.jsonl").read_bytes()
+        asked, written = len(server.requests), [path.read_bytes() for path in (folder / "out").glob("*/metrics.jsonl")]
         coco.main(line)
         assert len(server.requests) == asked
-        assert (folder / "out" / "mix" / "metrics.jsonl").read_bytes() == written
+        assert [path.read_bytes() for path in (folder / "out").glob("*/metrics.jsonl")] == written
         photographs = [name for name, _ in server.requests if "2014.zip" in name]
         assert len(photographs) == 2  # though three of the data sets show them
     return folder
@@ -40,14 +40,15 @@ def done(tmp_path_factory):
 def test_the_recipe_ends_in_a_report_with_targets(done):
     report = (done / "out" / "report.md").read_text()
     for row in ("true images", "shuffled images", "blank images", "best constant", "target", "ClipCap", "GIT-base"):
-        assert f"| {row}" in report
-    assert "| align | 2 |" in report and "| mix |" in report and "| evaluation: vqav2 |" in report
+        assert f"| {row}" in report or f"| mix: {row}" in report and f"| reward: {row}" in report
+    assert "| align | 2 |" in report and "| mix | 4 |" in report and "| reward | 3 |" in report
+    assert "| evaluation: reward, vqav2 |" in report
 
 
 @pytest.mark.slow
-def test_both_stages_train_what_they_should(done):
-    stages = {name: read_metrics(done / "out" / name) for name in ("align", "mix")}
-    assert {row["stage"] for row in stages["align"]} == {1} and {row["stage"] for row in stages["mix"]} == {2}
+def test_each_stage_trains_what_they_should(done):
+    stages = [{row["stage"] for row in read_metrics(done / "out" / name)} for name in ("align", "mix", "reward")]
+    assert stages == [{1}, {2}, {3}]
     settings = json.loads((done / "out" / "mix" / "experiment.json").read_text())
     assert settings["model"]["pretrained"].endswith("align/best_model")
     assert settings["data"]["train_data_path"].count("train.jsonl") == 3
