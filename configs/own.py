@@ -18,5 +18,5 @@ config.training.early_stop = 2  # epochs without a lower validation loss; best_m
 config.training.stage1.epochs = 5  # a new projector, nothing else moves: 2 at 1e-3 leave it half trained
 config.training.stage1.learning_rate = 2e-3
 config.training.stage2.epochs = 8
-config.training.stage2.learning_rate = 2e-4  # as in small.py; 1e-3 for small backbones from scratch
-config.training.stage2.projector_learning_rate = 1e-4
+config.training.stage2.learning_rate = 2e-4  # as in small.py; small models from scratch want 1e-3
+config.training.stage2.projector_learning_rate = 1e-4  # and 1e-3 here
