@@ -73,6 +73,9 @@ class ModelConfig(Section):
     qwen: str = "Qwen/Qwen2.5-0.5B-Instruct"
     pretrained: str | None = None
     features: Literal["patch", "pooled"] = "patch"  # every patch is a token, or the image is one token
+    image_size: Count | None = (
+        None  # pixels a side; None: the vision tower's. Its positions are interpolated to another
+    )
     system_prompt: str = "You are a helpful assistant."
     use_lora: bool = False
     lora_config: LoraConfig = Field(default_factory=LoraConfig)

@@ -27,7 +27,7 @@ from mmllm.layers.packed import empty_, to_device_layout_
 from mmllm.layers.quantized import ROUNDINGS, quantize_
 from mmllm.models.config import MultimodalConfig
 from mmllm.models.projector import Projector
-from mmllm.models.published import language_tensors, llava_tensors, read_vision, text_config
+from mmllm.models.published import language_tensors, llava_tensors, read_vision, resized, text_config
 from mmllm.runtime.files import read_json, typed, write_json
 from mmllm.storage.atomic import atomic_directory
 from mmllm.storage.hub import locate
@@ -147,13 +147,18 @@ def from_towers(
     qwen: str | Path,
     *,
     features: str = "patch",
+    image_size: int | None = None,
     system: str = DEFAULT_SYSTEM,
     seed: int = 0,
     device: Device = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> Model:
-    """Two published models, each a folder, a hub name or OpenAI's file, and a new projector drawn with `seed`."""
+    """Two published models, each a folder, a hub name or OpenAI's file, and a new projector drawn with `seed`.
+
+    `image_size` None: that of the vision tower; with another one its positions are interpolated.
+    """
     vision, qwen_folder = read_vision(clip), locate(qwen)
+    vision = resized(vision, image_size) if image_size else vision
     text = text_config(qwen_folder)
     tokenizer = Tokenizer(qwen_folder)
     config = MultimodalConfig(vision.config, text, features, tokenizer.image_id)

@@ -11,10 +11,11 @@ Names: https://github.com/openai/CLIP (clip/model.py), https://github.com/mlfoun
 
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.data.image import ImageProcessor
@@ -25,6 +26,7 @@ from mmllm.runtime.files import read_json, refuse_other
 from mmllm.storage.hub import locate
 from mmllm.storage.weights import read_bin, read_safetensors, read_tensors, refuse_pointer, unwrapped
 
+POSITIONS = "vision_model.embeddings.position_embedding.weight"
 FILE_TYPES = (".pt", ".pth", ".bin", ".safetensors")
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 HEAD_WIDTH = 64  # of OpenAI's and open_clip's towers, whose tensors do not tell it
@@ -69,6 +71,21 @@ def read_vision(source: str | Path) -> VisionSource:
         if (folder / name).exists() and not is_of_transformers(folder):
             return read_open_clip(folder, name)
     return VisionSource(read_config(folder, VISION), vision_tensors(folder), load_image_processor(folder))
+
+
+def resized(source: VisionSource, image_size: int) -> VisionSource:
+    """The tower for square images of another size, whose positions lie between those that it has learned.
+
+    Bicubic, as ViT's authors and transformers do: https://arxiv.org/abs/2010.11929, section 3.2. N patches, D hidden size.
+    """
+    config, images = replace(source.config, image_size=image_size), replace(source.images, size=image_size)
+    learned_ND = source.tensors[POSITIONS]
+    num_class = len(learned_ND) - source.config.num_patches  # the class token's position stays
+    old, new = (c.image_size // c.patch_size for c in (source.config, config))
+    grid_1DHW = learned_ND[num_class:].float().T.unflatten(1, (old, old))[None]
+    grid_1DHW = F.interpolate(grid_1DHW, (new, new), mode="bicubic", align_corners=False)
+    positions_ND = torch.cat([learned_ND[:num_class], grid_1DHW[0].flatten(1).T.to(learned_ND.dtype)])
+    return VisionSource(config, source.tensors | {POSITIONS: positions_ND}, images)
 
 
 def is_of_transformers(folder: Path) -> bool:

@@ -5,6 +5,7 @@ No weights are loaded. The model is built from its configuration, and its step r
 """
 
 import re
+from dataclasses import replace
 
 import torch
 
@@ -42,6 +43,7 @@ def architecture(settings: ModelConfig) -> MultimodalConfig:
         file = locate(settings.pretrained, weights=False) / "config.json"
         return MultimodalConfig.from_dict(read_json(file), file)
     vision = PUBLISHED_CLIP.get(settings.clip) or vision_config(settings.clip)
+    vision = replace(vision, image_size=settings.image_size or vision.image_size)
     text = PUBLISHED_QWEN.get(settings.qwen) or text_config(settings.qwen)
     return MultimodalConfig(vision, text, settings.features)
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    SiglipVisionModel,
+)
 
 from mmllm.data.chat import user
 from mmllm.errors import CheckpointError
@@ -40,6 +46,30 @@ def test_a_saved_model_loads_as_the_same_model(tmp_path, features, towers):
     assert second.config == first.config and second.processor.system == first.processor.system
     for name in ("config.json", "mmllm.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("write, images", [(write_clip, 3), (write_siglip, 1)])
+def test_a_tower_takes_images_of_another_size_as_transformers_interpolates_them(tmp_path, write, images):
+    tower, qwen = write(tmp_path / "tower"), write_qwen(tmp_path / "qwen")
+    model = MultimodalLLM.from_towers(tower, qwen, image_size=48)
+    assert (model.config.num_image_tokens, model.processor.image_processor.size) == (36, 48)
+    pixels = torch.randn(images, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    kind = {write_clip: CLIPVisionModel, write_siglip: SiglipVisionModel}[write]
+    theirs = kind.from_pretrained(tower)(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+    wanted = theirs.hidden_states[-2][:, write is write_clip :]
+    torch.testing.assert_close(model.vision_features(pixels), wanted, atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "model")
+    llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = torch.tensor([model.processor.encode_prompt([user("hm", images=1)])])
+    found = llava(input_ids=ids, pixel_values=pixels[:1]).logits
+    torch.testing.assert_close(model.logits(ids, pixels[:1]), found, atol=1e-4, rtol=0)
+    again = MultimodalLLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(again.logits(ids, pixels[:1]), model.logits(ids, pixels[:1]))
+
+
+def test_an_image_size_that_no_whole_patches_fill_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="image_size 50 of patch_size 8"):
+        MultimodalLLM.from_towers(write_clip(tmp_path / "clip"), write_qwen(tmp_path / "qwen"), image_size=50)
 
 
 def test_the_new_projector_is_drawn_by_its_seed(tmp_path):
