@@ -11,8 +11,8 @@ L layers, S slots, B rows of one pass, T tokens, H query heads, G key/value head
 """
 
 import math
+import mmap
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,13 +63,12 @@ class KVCache:
 
 
 def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros, which on a CPU take memory only where they are written: torch.zeros writes all of them."""
+    """Zeros, which on a CPU take memory only where they are written: torch.zeros writes all of them, and numpy.zeros takes
+    huge pages, so that the first token of a slot would write 100 MB.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    size = math.prod(shape) * dtype.itemsize
-    numbers = np.zeros(size + 64, np.uint8)
-    start = -numbers.ctypes.data % 64  # a whole cache line
-    return torch.from_numpy(numbers[start : start + size]).view(dtype).view(shape)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 class PerSlot:
