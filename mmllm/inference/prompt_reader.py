@@ -79,6 +79,7 @@ class PromptReader:
         found = next((i for i, key in enumerate(usable) if key not in self.store), len(usable))
         if not coming.isdisjoint(usable[found : found + 1]):
             return 0
+        blocks = [self.store.tensors[key] for key in usable[:found]]  # held: images may push them out of the store
         start, cost = found * self.runner.block, 0
         skipped = self.ids[:start].count(self.image_id)
         first = skipped // self.per_image
@@ -89,8 +90,9 @@ class PromptReader:
                 return cost
             self.images[i], is_new = self._image(i)
             cost += IMAGE_COST * is_new
-        for i, key in enumerate(usable[:found]):
-            self.runner.cache.write(self.slot, i * self.runner.block, self.store.get(key))
+        for i, block in enumerate(blocks):
+            self.runner.cache.write(self.slot, i * self.runner.block, block)
+        self.store.hits += found
         self.store.misses += len(usable) - found
         self.store.touch(usable[:found])
         images = [self.images[i] for i in range(first, len(self.pixels))]

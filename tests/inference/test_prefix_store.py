@@ -239,3 +239,18 @@ def test_blocks_are_told_apart_by_all_tokens_and_images_before_their_end():
         other = block_keys(other_ids, 3, 9, images)
         assert [a == b for a, b in zip(keys, other, strict=True)] == [i < same for i in range(3)]
     assert block_keys(ids[:8], 3, 9, [b"A", b"A", b"B"]) == keys[:2]
+
+
+def test_an_image_may_push_the_beginning_of_its_own_prompt_out_of_the_store(fast):
+    image, rng = (fast.config.image_token_id,) * fast.config.num_image_tokens, random.Random(3)
+    begin = words(rng, 64)
+    engine = Engine(fast, 2, store_bytes=LARGE)
+    engine.run([engine.submit(Handle(Prompt((*begin, *words(rng, 3)), pixels()), CONFIG))])
+    engine.store.limit_bytes = engine.store.bytes  # full
+    prompt = Prompt((*begin, *image, *words(rng, 5)), pixels(1))
+    handle = engine.submit(Handle(prompt, CONFIG))
+    engine.run([handle])
+    alone = Engine(fast, 2)
+    expected = alone.submit(Handle(prompt, CONFIG))
+    alone.run([expected])
+    assert handle.result() == expected.result()
