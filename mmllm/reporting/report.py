@@ -59,7 +59,7 @@ def write_report(directory: Path) -> None:
         _image_probe(evaluations),
         _best_metric(evaluations),
         _captions(evaluations, directory),
-        _scores(directory),
+        scores_tables(directory),
         "## How it was made",
         f"    {start['command']}",
         "\n".join(f"- {line}" for line in start.get("data", [])),
@@ -151,7 +151,7 @@ def _captions(evaluations: list[dict], directory: Path) -> str:
     return "## What it says\n\n" + markdown_table(("image", "sample", "prompt", "model", "reference"), lines)
 
 
-def _scores(directory: Path) -> str:
+def scores_tables(directory: Path) -> str:
     """The scores that the evaluation wrote beside the run."""
     tables = []
     for path in sorted(directory.glob("evaluation/*/scores.json")):
