@@ -23,8 +23,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor, nn
 
 from examples.pretrain.folders import CONTROL_TOKENS, SPLIT
+from mmllm.config.schema import LoraConfig
+from mmllm.layers.lora import adapters, add_lora_
 from mmllm.models.clip import CLIPVisionTower
 from mmllm.models.config import CLIPVisionConfig, Qwen2Config, Qwen3Config, SigLIPVisionConfig
+from mmllm.models.loading import ModelForm
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Qwen2
 from mmllm.models.qwen3 import Qwen3
@@ -173,3 +176,15 @@ def write_model(
     randomise_(model.multi_modal_projector)
     model.save_pretrained(folder)
     return folder
+
+
+def add_adapters(model_folder: str | Path, folder: str | Path) -> Path:
+    """The model of `model_folder` with LoRA adapters that change its answers, in `folder`."""
+    model = MultimodalLLM.from_pretrained(model_folder)
+    add_lora_(model.language_model, LoraConfig(r=3))
+    rng = torch.Generator().manual_seed(5)
+    for layer in adapters(model.language_model).values():
+        layer.lora_B.data = 0.2 * torch.randn(layer.lora_B.shape, generator=rng)
+    model.form = ModelForm(lora=LoraConfig(r=3))
+    model.save_pretrained(folder)
+    return Path(folder)

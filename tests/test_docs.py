@@ -19,7 +19,7 @@ from conftest import ROOT
 from examples.shapes.__main__ import OUT
 from mmllm.config.schema import ExperimentConfig
 from mmllm.serving.settings import Settings
-from official import write_clip, write_qwen
+from official import add_adapters, write_clip, write_model, write_qwen
 from server_process import RealServer, wait_until
 
 PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
@@ -87,6 +87,9 @@ def write_layout(folder: Path) -> None:
     write_clip(folder / "openai" / "clip-vit-base-patch32", num_hidden_layers=1)
     write_qwen(folder / "Qwen" / "Qwen2.5-0.5B-Instruct", num_hidden_layers=1)
     (folder / "configs").symlink_to(ROOT / "configs")
+    add_adapters(
+        write_model(folder / "models" / "base", num_hidden_layers=1), folder / "outputs" / "own" / "best_model"
+    )
     for place in (
         "images",
         "data/easy_vqa/images",

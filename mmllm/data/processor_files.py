@@ -66,7 +66,12 @@ def save_processor(processor: ChatProcessor, folder: str | Path, select_strategy
     }
     write_json(folder / "processor_config.json", PROCESSOR_CONFIG | about_tower)
     write_json(folder / "generation_config.json", generation)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("SYSTEM", json.dumps(processor.system)))
+    (folder / "chat_template.jinja").write_text(chat_template(processor.system))
+
+
+def chat_template(system: str) -> str:
+    """The Jinja template whose text `ChatProcessor` encodes."""
+    return CHAT_TEMPLATE.replace("SYSTEM", json.dumps(system))
 
 
 def load_processor(folder: str | Path, num_image_tokens: int, system: str = DEFAULT_SYSTEM) -> ChatProcessor:

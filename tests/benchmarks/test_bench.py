@@ -13,7 +13,6 @@ from benchmarks import generate as bench_generate
 from benchmarks import gpu as bench_gpu
 from benchmarks import load as bench_load
 from benchmarks import train as bench_train
-from benchmarks.llama_cpp_peer import gguf_name
 from benchmarks.random_model import prompt_ids, random_tokenizer, sizes, write_model
 from benchmarks.rows import BEGIN, END, Goal, goal_lines, read_rows, rewritten, save_rows
 from benchmarks.runner import compete, speeds
@@ -146,13 +145,6 @@ def test_llama_cpp_answers_from_our_weights(answering):
     for kind in ("BF16", "Q8_0"):
         loaded, turn = bench_generate.build(answering | {"kind": "llama.cpp", "precision": kind})
         assert turn({"new_tokens": 4})["tokens_per_s"] > 0
-
-
-def test_the_tensors_of_a_gguf_file_have_its_names():
-    assert gguf_name("language_model.model.layers.3.mlp.up_proj.weight") == "blk.3.ffn_up.weight"
-    assert gguf_name("language_model.model.layers.10.self_attn.q_proj.bias") == "blk.10.attn_q.bias"
-    assert gguf_name("language_model.model.embed_tokens.weight") == "token_embd.weight"
-    assert gguf_name("language_model.model.norm.weight") == "output_norm.weight"
 
 
 @pytest.mark.slow
