@@ -100,7 +100,7 @@ def make_language_model(out: Path, captions: Captions, config: ExperimentConfig,
     config = write_run(out, targets, features, validation, config)
     config.model.qwen = str(out / "qwen")
     config.data.batch_size *= TEXTS_PER_IMAGE
-    config.training.stage1.epochs = 0
+    config.training.stage1.epochs = config.training.stage3.epochs = 0
     config.training.stage2.epochs, config.training.stage2.learning_rate = 1, options.text_rate
     write_qwen(out / "qwen", MultimodalLLM.from_pretrained(trained(config)).language_model, tokenizer)
     return out / "qwen"
