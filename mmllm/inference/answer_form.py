@@ -135,9 +135,9 @@ def check_keywords(schema: dict[str, object], place: str, known: set[str]) -> No
 
 def encode(value: object) -> bytes:
     try:
-        return json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError("the schema has text that is not Unicode") from None
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise UserError("the schema has text that is not Unicode, or a number that is too large") from None
 
 
 class FormState:

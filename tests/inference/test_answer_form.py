@@ -108,6 +108,7 @@ def fields(**schema) -> dict:
         ({"enum": []}, "enum that is not a list"),
         ({"enum": [["a"]]}, "enum that is not a list"),
         ({"enum": ["\ud800"]}, "not Unicode"),
+        ({"enum": [float("inf")]}, "too large"),  # 1e999 in JSON; Infinity is no JSON
         ({"enum": ["x" * 30_000]}, "too large"),
         (fields(type="object", properties={}), "the field 'a' has 'properties', which is not supported"),
         (fields(type=["string", "null"]), "the field 'a' has type"),
