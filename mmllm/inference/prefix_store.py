@@ -18,7 +18,7 @@ class PrefixStore:
     def __init__(self, limit_bytes: int):
         self.limit_bytes, self.bytes = limit_bytes, 0
         self.tensors: OrderedDict[bytes, Tensor] = OrderedDict()  # least recently used first
-        self.hits = self.misses = self.evicted = 0
+        self.hits = self.misses = self.evicted = 0  # images, and blocks of tokens
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.tensors
@@ -53,11 +53,6 @@ class PrefixStore:
         """Forgets everything; needed when the model's weights have changed."""
         self.tensors.clear()
         self.bytes = 0
-
-    def stats(self) -> dict[str, int]:
-        """Numbers for a monitor. A hit is an image or a block of tokens that did not have to be computed."""
-        names = ("bytes", "limit_bytes", "hits", "misses", "evicted")
-        return {name: getattr(self, name) for name in names} | {"entries": len(self.tensors)}
 
 
 def image_key(pixels_3SS: Tensor) -> bytes:

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mmllm import __version__
@@ -133,13 +133,6 @@ class Endpoints:
         self.service.metrics.engine = self.service.worker.engine
         return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    async def openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi.document(self.settings))
-
-    async def docs(self, request: Request) -> Response:
-        headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-        return HTMLResponse(openapi.page(openapi.document(self.settings)), headers=headers)
-
 
 def deltas(put: Put | None) -> Callable[[str], None] | None:
     """Receives the pieces of an answer and sends each as an event; None without a stream."""
@@ -158,6 +151,7 @@ def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settin
         methods = ["GET", "POST", "DELETE"]
         middleware.append(Middleware(CORSMiddleware, settings.origins, allow_methods=methods, **headers))
     own, chat_completions = Endpoints(service), ChatCompletions(service)
+    described = openapi.document(settings)
     app = Starlette(
         routes=[
             Route("/caption", own.caption, methods=["POST"]),
@@ -167,8 +161,8 @@ def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settin
             Route("/v1/chat/completions", chat_completions.create, methods=["POST"]),
             Route("/v1/models", chat_completions.models, methods=["GET"]),
             Route("/health", own.health, methods=["GET"]),
-            Route("/openapi.json", own.openapi, methods=["GET"]),
-            Route("/docs", own.docs, methods=["GET"]),
+            Route("/openapi.json", JSONResponse(described), methods=["GET"]),
+            Route("/docs", openapi.page(described), methods=["GET"]),
             Route("/livez", own.livez, methods=["GET"]),
             Route("/metrics", own.metrics, methods=["GET"]),
             Route("/", page(), methods=["GET"]),

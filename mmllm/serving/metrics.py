@@ -50,12 +50,12 @@ class Metrics:
         """The engine's own numbers, as Prometheus's library asks for them."""
         if self.engine is None:
             return
-        engine, counters, store = self.engine, self.engine.counters, self.engine.store.stats()
+        engine, counters, store = self.engine, self.engine.counters, self.engine.store
         for name, text, value in (
             ("slots", "Requests that can be answered side by side", engine.slots),
             ("slots_busy", "Requests that are being answered", engine.busy),
             ("requests_waiting", "Requests that wait for a slot", len(engine.waiting)),
-            ("store_bytes", "Images and prompts that are kept", store["bytes"]),
+            ("store_bytes", "Images and prompts that are kept", store.bytes),
         ):
             yield GaugeMetricFamily(f"mmllm_{name}", text, value)
         for name, text, value in (
@@ -65,8 +65,8 @@ class Metrics:
             ("prefill_seconds", "Time in which prompts were read", counters.prefill_s),
             ("decode_seconds", "Time in which answers were written", counters.decode_s),
             ("steps", "Steps of the model", counters.steps),
-            ("store_hits", "Images and blocks of prompts that the store had", store["hits"]),
-            ("store_misses", "Images and blocks of prompts that it had not", store["misses"]),
+            ("store_hits", "Images and blocks of prompts that the store had", store.hits),
+            ("store_misses", "Images and blocks of prompts that it had not", store.misses),
         ):
             yield CounterMetricFamily(f"mmllm_{name}", text, value)
 

@@ -53,7 +53,7 @@ class Service:
 
     def __init__(self, load: Callable[[], MultimodalInferencePipeline], settings: Settings):
         self.settings = settings
-        self.worker = Worker(load, settings.slots, settings.max_context, int(settings.store_mb * 2**20))
+        self.worker = Worker(load, settings)
         self.conversations = Conversations(settings.conversations, settings.conversation_ttl_s, settings.state)
         self.bodies = http.BodyReader(settings)
         self.image_threads = worker_pool(2, "images")

@@ -32,7 +32,7 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535)
     device: str = "auto"
     dtype: Literal[*PRECISIONS] | None = None
-    api_key: str | None = None  # when set, every POST and DELETE must bring it
+    api_key: str | None = None  # when set, requests must bring it; pages and probes need none
     require_key: bool = False  # refuse to start without a key, as in the container
     cors_origins: str | None = None  # whose pages may use the server, such as "https://a.example, https://b.example"
     slots: Count | None = None  # requests answered side by side; None: 8 on a CPU, 64 on a GPU

@@ -20,8 +20,8 @@ from mmllm.errors import RunError, UserError
 from mmllm.inference.engine import Engine
 from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import Generated, GenerationConfig, Handle, Prompt
-from mmllm.inference.static_step import BUCKET
 from mmllm.runtime.memory import return_freed_memory
+from mmllm.serving.settings import Settings
 
 STEP_S = 0.15  # how long the answers under way may stand still while a prompt is read, about
 
@@ -60,14 +60,8 @@ class Worker:
     `status` is "loading", "ok", "draining" or "engine_dead"; `error` is what ended the thread.
     """
 
-    def __init__(
-        self,
-        load: Callable[[], MultimodalInferencePipeline],
-        slots: int | None = None,
-        max_context: int = BUCKET,
-        store_bytes: int = 0,
-    ):
-        self.load, self.wanted_slots, self.max_context, self.store_bytes = load, slots, max_context, store_bytes
+    def __init__(self, load: Callable[[], MultimodalInferencePipeline], settings: Settings):
+        self.load, self.settings = load, settings
         self.thread = ThreadPoolExecutor(1, "model")
         self.pipeline: MultimodalInferencePipeline | None = None
         self.engine: Engine | None = None
@@ -100,10 +94,10 @@ class Worker:
         # the cache has room for the longest context at once: growing copies it, and memory counts only where it is used
         engine = Engine(
             pipeline.model,
-            self.wanted_slots,
-            max_length=self.max_context,
+            self.settings.slots,
+            max_length=self.settings.max_context,
             step_s=STEP_S,
-            store_bytes=self.store_bytes,
+            store_bytes=int(self.settings.store_mb * 2**20),
         )
         prompt = pipeline.prompt([user("?", images=1)], [Image.new("RGB", (1, 1))])
         handle = engine.submit(Handle(prompt, GenerationConfig(max_new_tokens=2)))
