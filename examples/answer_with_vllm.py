@@ -27,8 +27,12 @@ def refuse_what_vllm_cannot_read(folder: Path) -> None:
     info = read_info(folder)
     if info.config.features == "pooled":
         raise CheckpointError(f"{folder}: a model with pooled features, which vLLM has no class for; use mmllm serve")
-    if info.is_packed or info.has_adapters:
-        raise CheckpointError(f"{folder}: int8 weights or LoRA adapters; vLLM needs a float directory without adapters")
+    if info.has_adapters:
+        raise CheckpointError(
+            f"{folder}: LoRA adapters; merge them with `mmllm convert --model {folder} --merge --out DIR`"
+        )
+    if info.is_packed:
+        raise CheckpointError(f"{folder}: int8 weights, which only mmllm reads; name the directory they were made from")
 
 
 def answer(model: Path, images: list[tuple[str, Path]], questions: list[str], max_new_tokens: int) -> Iterator:

@@ -40,6 +40,8 @@ NOT_RUN = {  # the beginning of a command line: why it is not run here
     "python -m mmllm prepare coco": "downloads 20 GB; tests/commands/test_prepare_public.py has a host of its own",
     "python -m mmllm prepare vqav2": "as prepare coco",
     "python -m examples.caption_with_ray": "needs Ray; tests/examples runs it where Ray is installed",
+    "python -m examples.answer_with_vllm": "needs vLLM, in an environment of its own; docs/serving.md has a run's result",
+    "vllm serve": "needs vLLM; several GPUs or machines",
     "python -m examples.crossval": "needs a table of embeddings; tests/examples runs it on a small one",
 }
 SCRIPTS = {

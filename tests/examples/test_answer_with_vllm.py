@@ -29,19 +29,23 @@ def test_the_help_names_every_option(capsys):
     assert [option for option in ("--model", "--out", "--questions", "--compare") if option not in text] == []
 
 
-def test_a_model_with_pooled_features_is_refused_before_vllm_starts(photos, tmp_path):
-    model = write_model(tmp_path / "model", features="pooled")
-    with pytest.raises(CheckpointError, match="pooled features, which vLLM has no class for") as error:
+@pytest.mark.parametrize(
+    "features, surgery, message",
+    [
+        ("pooled", [], "pooled features, which vLLM has no class for"),
+        ("patch", ["int8", "packed"], "int8 weights, which only mmllm reads"),
+        ("patch", ["lora"], "LoRA adapters; merge them with"),
+    ],
+)
+def test_what_vllm_cannot_read_is_refused_before_it_starts(features, surgery, message, photos, tmp_path):
+    model = write_model(tmp_path / "model", features=features)
+    form = json.loads((model / "mmllm.json").read_text()) | {"surgery": surgery}
+    (model / "mmllm.json").write_text(json.dumps(form))
+    if "lora" in surgery:
+        (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=message) as error:
         main([photos, "--model", str(model), "--out", str(tmp_path / "answers.jsonl")])
     assert "\n" not in str(error.value)
-
-
-def test_an_int8_directory_is_refused(photos, tmp_path):
-    model = write_model(tmp_path / "model")
-    form = json.loads((model / "mmllm.json").read_text()) | {"surgery": ["int8", "packed"]}
-    (model / "mmllm.json").write_text(json.dumps(form))
-    with pytest.raises(CheckpointError, match="int8 weights or LoRA adapters; vLLM needs a float directory"):
-        main([photos, "--model", str(model), "--out", str(tmp_path / "answers.jsonl")])
 
 
 def test_without_vllm_one_line_says_how_to_install_it(photos, tmp_path, monkeypatch):
