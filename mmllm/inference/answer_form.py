@@ -21,7 +21,7 @@ from torch import Tensor
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import UserError
 
-MAX_BYTES = 20_000  # of all fixed texts; each token looks them up again
+MAX_BYTES = 20_000  # of a schema, and of all fixed texts: each token looks them up again
 ANNOTATIONS = {"title", "description", "default", "examples", "$schema"}  # change no answer
 PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
 
@@ -79,6 +79,9 @@ class AnswerForm:
 
 def form_of(schema: dict[str, object], vocabulary: Vocabulary) -> AnswerForm:
     """The form of a JSON schema. UserError for what is not supported."""
+    too_large = UserError("the schema is too large; use fewer or shorter names and values")
+    if len(str(schema)) > MAX_BYTES:  # before texts are joined: each value of an enum with the name that follows it
+        raise too_large
     if "properties" in schema or schema.get("type") == "object":
         parts = object_parts(schema)
     elif isinstance(content := content_of(schema, "the schema"), Free):
@@ -86,7 +89,7 @@ def form_of(schema: dict[str, object], vocabulary: Vocabulary) -> AnswerForm:
     else:
         parts = [content]
     if sum(len(text) for part in parts if isinstance(part, tuple) for text in part) > MAX_BYTES:
-        raise UserError("the schema is too large; use fewer or shorter names and values")
+        raise too_large
     return AnswerForm(tuple(parts), vocabulary)
 
 

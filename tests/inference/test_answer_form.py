@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 
 import pytest
 from jsonschema_rs import validator_for
@@ -109,7 +110,8 @@ def fields(**schema) -> dict:
         ({"enum": [["a"]]}, "enum that is not a list"),
         ({"enum": ["\ud800"]}, "not Unicode"),
         ({"enum": [float("inf")]}, "too large"),  # 1e999 in JSON; Infinity is no JSON
-        ({"enum": ["x" * 30_000]}, "too large"),
+        ({"enum": ["x" * 15_000, "y" * 15_000]}, "too large"),
+        ({"properties": {"a": {"enum": [*range(100)]}, "x" * 15_000: {"enum": [1]}}}, "too large"),
         (fields(type="object", properties={}), "the field 'a' has 'properties', which is not supported"),
         (fields(type=["string", "null"]), "the field 'a' has type"),
         (fields(type="string", maxLength=5), "the field 'a' has 'maxLength', which is not supported"),
@@ -121,6 +123,17 @@ def fields(**schema) -> dict:
 def test_a_schema_beyond_what_is_supported_is_refused_by_name(vocabulary, schema, message):
     with pytest.raises(UserError, match=message):
         form_of(schema, vocabulary)
+
+
+def test_a_schema_that_would_fill_the_memory_is_refused_before_it_does(vocabulary):
+    schema = {"type": "object", "properties": {"a": {"enum": [*range(2000)]}, "x" * 100_000: {"type": "boolean"}}}
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="too large"):
+            form_of(schema, vocabulary)
+        assert tracemalloc.get_traced_memory()[1] < 10e6  # 2,000 values with that name: 200 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_beam_search_takes_no_form(vocabulary):
