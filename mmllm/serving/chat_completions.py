@@ -272,10 +272,8 @@ class Reply:
         return self.chunk(index, None, self.logprobs(answer), answer.finish_reason)
 
     def usage_chunk(self, answers: list[Generated]) -> dict | None:
-        usage = self.usage(answers)
-        return (
-            self.events_head() | {"choices": [], "usage": usage} if self.fields.stream_options.include_usage else None
-        )
+        chunk = self.events_head() | {"choices": [], "usage": self.usage(answers)}
+        return chunk if self.fields.stream_options.include_usage else None
 
     def events_head(self) -> dict:
         usage = {"usage": None} if self.fields.stream_options.include_usage else {}
@@ -290,13 +288,9 @@ class Reply:
     def logprobs(self, answer: Generated) -> dict | None:
         if not self.fields.logprobs:
             return None
-        content = [
-            self.token(*pair) for pair in zip(answer.ids, answer.logprobs, strict=False)
-        ]  # ids have no end token
-        for i, entry in enumerate(content):
-            entry["top_logprobs"] = (
-                [self.token(*pair) for pair in answer.top_logprobs[i]] if answer.top_logprobs else []
-            )
+        best = answer.top_logprobs or [()] * len(answer.ids)
+        each = zip(answer.ids, answer.logprobs, best, strict=False)  # ids have no end token
+        content = [self.token(i, p) | {"top_logprobs": [self.token(*pair) for pair in top]} for i, p, top in each]
         return {"content": content, "refusal": None}
 
     def token(self, number: int, logprob: float) -> dict:
