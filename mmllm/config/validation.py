@@ -79,10 +79,11 @@ def path_of(location: tuple[str | int, ...]) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint at the nearest of the dotted names `known`, or nothing: by the last part; the shortest name first."""
+    name = name[-100:]  # a client's may have megabytes, which take seconds to compare
     ends: dict[str, list[str]] = {}
     for full in known:
         ends.setdefault(full.rpartition(".")[2], []).append(full)
-    last = name.rpartition(".")[2][:100]
+    last = name.rpartition(".")[2]
     found = difflib.get_close_matches(OTHER_NAMES.get(last, last), ends, n=1, cutoff=0.7)
     if not found:
         return ""

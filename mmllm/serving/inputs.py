@@ -151,4 +151,4 @@ def validate(model: type[Fields], values: dict[str, object], settings: Settings,
         kind, param, context = first["type"], path_of(first["loc"]), first.get("ctx", {})
         code = context.get("code") or CODES.get((kind, param)) or CODES.get(kind, "invalid_value")
         sentence = context.get("sentence") or SENTENCES.get((kind, param)) or describe(error, noun="field")
-        raise HttpError(400, code, sentence, param=param) from None
+        raise HttpError(400, code, sentence, param=param[:100]) from None

@@ -295,6 +295,7 @@ def one(content, role: str = "user") -> list[dict]:
         (one([image_part()] * 17), "too_many_images", "messages"),
         ([{"role": "user", "content": "x", "tool_calls": [{}]}], "unsupported_parameter", "messages[0].tool_calls"),
         ([{"role": "user", "content": "x", "text": "y"}], "unknown_field", "messages[0].text"),
+        ([{"role": "user", "content": "x", "y" * 999: "z"}], "unknown_field", "messages[0]." + "y" * 88),
     ],
 )
 def test_a_wrong_message_is_named(client, messages, code, param):

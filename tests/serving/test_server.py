@@ -264,6 +264,7 @@ def test_chat_takes_json_only_and_says_how_to_send_it(client, kind):
         ({"image_base64": "\ud800"}, "invalid_unicode", "image_base64"),
         ({"\ud800": 1}, "unknown_field", "\ud800"),
         ({"max_tokens": 1}, "unknown_field", "max_tokens"),
+        ({"a." * 100 + "message": 1}, "unknown_field", "a." * 50),
         ({"message": None}, "missing_field", "message"),
         ({"message": " \n"}, "empty_message", "message"),
         ({"message": "a" * 8001}, "message_too_long", "message"),
