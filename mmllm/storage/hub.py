@@ -20,7 +20,9 @@ WEIGHTS = (  # the first kind that a repository has; beside open_clip's file mod
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
     ["open_clip_pytorch_model.bin"],
 )
-REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+REPOSITORY = re.compile(  # the names that the hub's library takes; it raises an error of its own for others
+    r"(?![^@]*(?:--|\.\.|\.git(?:@|$)))([A-Za-z0-9](?:[\w.-]*\w)?/\w(?:[\w.-]{0,94}\w)?)(?:@([\w./-]+))?"
+)
 ANSWERS = {  # what to do about an HTTP status of the hub or of a proxy
     401: "there is no such repository, or it is private; check the name, or log in with `hf auth login`",
     403: "access is refused; accept the model's licence on its page and log in with `hf auth login`",

@@ -199,3 +199,12 @@ def test_an_offline_hub_says_so(hub, monkeypatch):
 def test_a_source_that_is_not_a_folder_is_refused(source, named):
     with pytest.raises(CheckpointError, match=named):
         locate(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/a--b", "runs/a..b", "runs/a.git", "runs/a.git@main", "runs/a-", "runs-/a", "r/" + "a" * 97]
+)
+def test_a_path_that_is_no_name_of_the_hub_is_a_missing_folder(name):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        locate(name)
+    assert cached_file(name, "config.json") is None
