@@ -1,1 +1,2 @@
-"""Whole experiments made with the library, each a command: shapes (`make demo`), pretrain, crossval."""
+"""Programs made with the library, each a command: shapes (`make demo`), coco (`make coco`), pretrain, crossval, and
+captioning through Ray and vLLM."""
