@@ -153,8 +153,12 @@ def read_file(file: Path) -> dict[str, Tensor]:
     refuse_pointer(file)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            if any("/code/" in name for name in archive.namelist()):
+            is_script = any("/code/" in name for name in archive.namelist())
+        if is_script:
+            try:
                 return dict(torch.jit.load(file, map_location="cpu").state_dict())
+            except RuntimeError as error:
+                raise CheckpointError(f"{file}: a broken TorchScript archive; download it again") from error
     return unwrapped(read_bin(file))
 
 

@@ -95,6 +95,10 @@ def test_openais_file_is_read_as_an_archive_and_as_a_state_dict(tmp_path, clip):
     for name in ("archive.pt", "tensors.pt", "training.pt"):
         assert_same_tower(tmp_path / name, clip)
         assert vision_config(tmp_path / name) == vision_config(clip)
+    broken = (tmp_path / "archive.pt").read_bytes().replace(b"/data.pkl", b"/date.pkl")
+    (tmp_path / "archive.pt").write_bytes(broken)
+    with pytest.raises(CheckpointError, match="archive.pt: a broken TorchScript archive; download it again"):
+        read_vision(tmp_path / "archive.pt")
 
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
