@@ -175,7 +175,7 @@ def shared_folder() -> Path:
     if above.is_symlink() or above.stat().st_uid != os.getuid() or above.stat().st_mode & 0o077:
         raise UserError(f"{above}: open to other users, so no place for conversations; set MMLLM_STATE to a folder")
     for other in above.iterdir():
-        if not is_running(int(other.name)):
+        if other.name.isdigit() and not is_running(int(other.name)):
             shutil.rmtree(other, ignore_errors=True)
     return above / str(os.getppid())
 
