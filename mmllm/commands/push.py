@@ -47,12 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
 def write_folder(model: Path, folder: Path, options: argparse.Namespace) -> None:
     """A copy of the model's own files, and README.md."""
     from mmllm.reporting.model_card import write_card
+    from mmllm.runtime.files import read_json, write_json
     from mmllm.storage.atomic import atomic_directory
 
     with atomic_directory(folder) as temporary:
         for file in sorted(model.iterdir()):
             if file.is_file() and file.name != "manifest.json":  # the manifest is that of the whole checkpoint
                 shutil.copy2(file, temporary / file.name)
+        if (adapter := temporary / "adapter_config.json").exists():
+            write_json(adapter, read_json(adapter) | {"base_model_name_or_path": options.name})
         write_card(temporary, model.resolve().parent, options.name, options.license)
 
 

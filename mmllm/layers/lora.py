@@ -29,6 +29,10 @@ from mmllm.storage.weights import read_safetensors
 
 ALL_LINEAR = "all-linear"
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+AUTO_MAPPING = {  # the class to which peft's AutoPeftModel adds the adapters
+    "base_model_class": "LlavaForConditionalGeneration",
+    "parent_library": "transformers.models.llava.modeling_llava",
+}
 ADAPTER = re.compile(r"(?:.*\.)?(layers\.\d+\..+)\.lora_([AB])(?:\.default)?\.weight")
 PROJECTOR = re.compile(r"(?:.*\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))")
 
@@ -130,8 +134,9 @@ def write_adapter_config(folder: Path, model: nn.Module, config: LoraConfig) -> 
     modules = sorted({name.rpartition(".")[2] for name in adapters(model.language_model)})
     content = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "task_type": None,  # AutoPeftModel takes the class from auto_mapping
+        "base_model_name_or_path": None,  # this folder itself; `mmllm push` writes its name on the hub
+        "auto_mapping": AUTO_MAPPING if model.config.features == "patch" else None,
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": config.lora_alpha,

@@ -6,11 +6,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
+from peft import AutoPeftModel
 
 from mmllm.commands import push
 from mmllm.errors import RunError, UserError
 from mmllm.models.multimodal import MultimodalLLM
-from official import write_model
+from official import add_adapters, write_model
 
 SCORES = {"captions": {"count": 20, "bleu_4": 0.25, "cider": 0.8125}}
 
@@ -128,6 +130,19 @@ def test_the_hub_gets_every_file(run, hub, capsys):
     assert hub.card.startswith("---\nlicense: other\n")
     assert "commit/c0ffee" in capsys.readouterr().err
     assert not list(run.glob(".push-*"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by peft
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # by transformers
+def test_auto_peft_loads_a_pushed_model_with_adapters(tmp_path, monkeypatch):
+    folder = add_adapters(write_model(tmp_path / "base"), tmp_path / "adapted")
+    monkeypatch.chdir(tmp_path)
+    push.main([str(folder), "me/own", "--out", "me/own"])  # a path of the repository's name stands for the hub
+    theirs, ours = AutoPeftModel.from_pretrained("me/own").eval(), MultimodalLLM.from_pretrained(folder)
+    ids = torch.arange(1, 40).remainder(250)[None]
+    with torch.no_grad():
+        wanted = ours.logits(ids, torch.empty(0, 3, 32, 32))
+        torch.testing.assert_close(theirs(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_hub_that_refuses_is_one_line_with_the_reason(run, hub):
