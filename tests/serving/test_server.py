@@ -2,14 +2,17 @@
 
 import base64
 import json
+import signal
 import socket
 import struct
 import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -19,18 +22,23 @@ from mmllm.data.image import decode
 from mmllm.errors import CheckpointError, UserError, run
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import GenerationConfig
+from mmllm.runtime.memory import peak_memory, return_freed_memory
 from mmllm.serving.app import create_app
+from mmllm.serving.server import Server
 from mmllm.serving.settings import Settings
 from official import write_model
 from server_process import (
     BASE64,
     FOREVER,
     IMAGE,
+    RealServer,
     app,
     encode,
     error_of,
     post_chat,
     post_image,
+    read_response,
+    request_head,
     serving,
     wait_until,
     wait_until_loaded,
@@ -141,7 +149,9 @@ def test_the_oldest_turns_are_dropped_and_the_image_stays(pipeline):
         assert turns[0]["truncated_turns"] == 0 < turns[-1]["truncated_turns"]
         kept = client.app.state.service.conversations.get("f")
         assert kept.image is not None and kept.image_turn == 0
-        assert error_of(post_chat(client, message="word " * 200)) == (400, "context_length_exceeded", None)
+        refused = post_chat(client, message="word " * 200)
+        assert error_of(refused) == (400, "context_length_exceeded", None)
+        assert "the answer may have 5, together more than the 250" in refused.json()["error"]["message"]
 
 
 def names(client: TestClient) -> list[str]:
@@ -241,7 +251,6 @@ def test_a_request_id_is_kept_when_it_is_harmless(client, given, kept):
         '{"message": "x"}'.encode("utf-16"),
         b"\xff{}",
     ]
-    + [b'{"message": [' + b"0," * 100_000 + b"0]}"]
     + [b'{"message": "x", "temperature": NaN}', b'{"message": "x", "temperature": -Infinity}'],
 )
 def test_what_is_not_a_json_object_is_refused(client, body):
@@ -461,7 +470,7 @@ def test_an_api_key_guards_everything_but_health(pipeline):
         wait_until_loaded(client)
         response = post_chat(client)
         assert error_of(response)[:2] == (401, "invalid_api_key") and response.headers["www-authenticate"] == "Bearer"
-        assert error_of(client.delete("/chat/a"))[0] == 401
+        assert error_of(client.delete("/chat/a"))[0] == error_of(post_image(client))[0] == 401
         wrong = client.post("/chat", json={"message": "x"}, headers={"Authorization": "Bearer é".encode()})
         assert error_of(wrong)[0] == 401
         headers = {"Authorization": "Bearer s3cret"}
@@ -540,6 +549,79 @@ def test_logits_that_are_not_finite_fail_one_request_and_not_the_server(client, 
     norm.data.copy_(healthy)
     assert error_of(response)[:2] == (500, "generation_failed")
     assert post_image(client).status_code == 200
+
+
+def test_running_out_of_memory_fails_one_request_and_not_the_server(pipeline, monkeypatch):
+    def encode_images(pixels_N3SS):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with TestClient(app(pipeline)) as client:
+        wait_until_loaded(client)
+        with monkeypatch.context() as full:
+            full.setattr(pipeline.model, "encode_images", encode_images)
+            response = post_image(client)
+            assert error_of(response)[:2] == (503, "out_of_memory") and response.headers["retry-after"] == "5"
+            assert post_chat(client).status_code == 200
+        assert post_image(client).status_code == 200
+
+
+def test_a_server_whose_model_fails_ends_with_1(tmp_path, caplog):
+    pipeline = load_pipeline(write_model(tmp_path / "model"), device="cpu")
+    settings, handler = Settings(model="outputs/tiny/best_model"), signal.getsignal(signal.SIGTERM)
+
+    def ask(port: int) -> int:
+        server = RealServer(port, None).wait_until_loaded()
+        pipeline.model.language_model.model.norm = torch.nn.Linear(3, 3)  # of another shape
+        return server.chat()[0]
+
+    with serve.listen("127.0.0.1", 0) as listener, ThreadPoolExecutor(1) as others:
+        status = others.submit(ask, listener.getsockname()[1])
+        assert Server(create_app(lambda: pipeline, settings), settings).serve_until_signal(listener) == 1
+        assert status.result() == 500
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_retry_after_is_the_wait_that_the_last_answers_took(pipeline):
+    limits = {"slots": 1, "queue": 4, "max_new_tokens": FOREVER, "max_context": 32768}
+    with serving(pipeline, **limits) as server:
+
+        def retry_after() -> int:
+            clients = [server.start_chat() for _ in range(5)]
+            wait_until(lambda: server.busy_and_waiting() == (1, 4))
+            with server.send(request_head(100)) as connection:
+                status, headers, _ = read_response(connection)
+            for client in clients:
+                client.close()
+            wait_until(lambda: server.busy_and_waiting() == (0, 0))
+            assert status == 429
+            return int(headers["retry-after"])
+
+        assert retry_after() == 5  # before the first answer each is taken to last a second
+        for _ in range(20):
+            server.chat(max_new_tokens=1)
+        assert retry_after() < 5
+
+
+def test_an_image_that_costs_out_of_all_proportion_is_refused_or_takes_little_memory(pipeline):
+    header = struct.pack(">IIBBBBB", 7000, 7000, 8, 6, 0, 0, 0)  # RGBA: 196 MB
+    pixels = zlib.compress(bytes(7000 * 28_001), 1)
+    large = IMAGE[:8] + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
+    many_scans = encode("JPEG") + b"\xff\xda" * 100
+    with serving(pipeline) as server:
+        status, body = server.chat(image_base64=base64.b64encode(many_scans).decode())
+        assert (status, body["error"]["code"]) == (400, "image_too_complex")
+        return_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = peak_memory(torch.device("cpu"))
+        assert server.chat(image_base64=base64.b64encode(large).decode())[0] == 200
+        assert peak_memory(torch.device("cpu")) - before < 300e6
+
+
+def test_a_large_body_of_json_values_is_refused_before_it_is_parsed(pipeline):
+    with serving(pipeline) as server:
+        body = b'{"message": [' + b"0," * 7_900_000 + b"0]}"
+        status, answer = server.call("POST", "/chat", body, **{"Content-Type": "application/json"})
+        assert (status, answer["error"]["code"]) == (400, "invalid_json")
 
 
 def test_text_does_not_wait_behind_images(pipeline, monkeypatch):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import select
 import shutil
 import signal
 import socket
@@ -80,6 +81,13 @@ def test_a_body_that_does_not_arrive_is_a_timeout(server):
         status, headers, body = read_response(connection)
         assert (status, body["error"]["code"], headers["connection"]) == (408, "request_timeout", "close")
         assert connection.recv(100) == b""
+
+
+def test_a_body_that_arrives_byte_by_byte_has_the_same_time(server):
+    with server.send(request_head(1000) + b'{"mess') as connection:
+        while not select.select([connection], [], [], 0.1)[0]:
+            connection.sendall(b" ")
+        assert read_response(connection)[0] == 408
 
 
 def test_clients_that_send_slowly_take_no_place_from_others(server):

@@ -4,13 +4,17 @@ import asyncio
 import http.client
 import json
 import math
+import re
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from starlette.testclient import TestClient
 
+from mmllm.inference.counters import MIN_TOKENS
 from mmllm.inference.pipeline import load_pipeline
+from mmllm.kernels import cpu as kernels
 from mmllm.serving.events import MAX_UNSENT_CHARACTERS, EventQueue, EventStream
 from mmllm.serving.http import HttpError
 from official import write_model
@@ -31,8 +35,13 @@ from server_process import (
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return load_pipeline(write_model(tmp_path_factory.mktemp("served"), max_position_embeddings=32768), device="cpu")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("served"), max_position_embeddings=32768)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return load_pipeline(folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +247,62 @@ def test_a_client_that_leaves_a_stream_frees_its_slots(server):
         connection.close()
         wait_until(lambda: server.busy_and_waiting() == (0, 0))
     assert server.chat()[0] == 200
+
+
+def test_a_stream_beyond_the_deadline_ends_with_an_error_event(pipeline):
+    with serving(pipeline, deadline_s=1, max_new_tokens=FOREVER, max_context=32768) as server:
+        *pieces, last, done = events(stream(server, max_new_tokens=FOREVER))
+        assert pieces and last["error"]["code"] == "deadline_exceeded" and done == "[DONE]"
+        wait_until(lambda: server.busy_and_waiting() == (0, 0))
+
+
+def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(pipeline):
+    with serving(pipeline, drain_s=0.2, max_new_tokens=FOREVER, max_context=32768) as server:
+        connection = server.start_chat(stream=True)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+    with connection:
+        text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    assert '"code": "draining"' in text and "data: [DONE]" in text
+
+
+def test_a_client_that_does_not_read_loses_its_slots_and_the_others_are_answered(pipeline, monkeypatch):
+    create_server, body = socket.create_server, {"messages": [{"role": "user", "content": "Hello"}]}
+
+    def with_small_buffer(address: tuple[str, int]) -> socket.socket:
+        listener = create_server(address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # else the system takes megabytes
+        return listener
+
+    monkeypatch.setattr("server_process.socket.create_server", with_small_buffer)
+    monkeypatch.setattr("mmllm.serving.events.MAX_UNSENT_CHARACTERS", 20_000)
+    body = json.dumps(body | {"temperature": 1, "stream": True, "n": 7}).encode()
+    with serving(pipeline, max_new_tokens=FOREVER, max_context=32768) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(request_head(len(body), path="/v1/chat/completions") + body)
+        wait_until(lambda: server.busy_and_waiting() == (7, 0))
+        assert server.chat()[0] == 200
+        wait_until(lambda: server.busy_and_waiting() == (0, 0))
+        assert server.chat()[0] == 200
+
+
+@pytest.mark.skipif(not kernels.native(), reason="needs a compiler for the int8 kernels")
+def test_a_stream_goes_on_while_a_long_prompt_is_read_in_pieces(folder, monkeypatch):
+    monkeypatch.setattr("mmllm.serving.worker.STEP_S", 1e-9)  # each step has time for the fewest tokens
+    pipeline = load_pipeline(folder, device="cpu", dtype="int8")
+    with (
+        serving(pipeline, max_new_tokens=FOREVER, max_context=32768) as server,
+        server.start_chat(stream=True, temperature=1.0),
+    ):
+        wait_until(lambda: server.busy_and_waiting() == (1, 0))
+        before = generated_tokens(server)
+        usage = server.chat(message="word " * 400, max_new_tokens=1)[1]["usage"]
+        assert usage["prompt_tokens"] > 2000
+        assert generated_tokens(server) - before > 2000 / (2 * MIN_TOKENS)
+
+
+def generated_tokens(server: RealServer) -> float:
+    return float(re.search(r"^mmllm_generated_tokens_total (\S+)$", server.read("GET", "/metrics")[1], re.M)[1])
 
 
 # --- the stream itself ---
