@@ -299,8 +299,9 @@ def test_a_wrong_json_field_is_named(client, values, code, param):
 
 @pytest.mark.parametrize("values", [{"max_new_tokens": None, "seed": None}, {"temperature": 1e-9}, {"seed": 2**63 - 1}])
 def test_null_is_the_default_and_a_tiny_temperature_is_greedy(client, values):
-    response = post_chat(client, **{"max_new_tokens": 5} | values)
-    assert response.status_code == 200
+    wanted = post_chat(client, max_new_tokens=100, temperature=0).json()["response"]
+    response = post_chat(client, **{"max_new_tokens": 100} | values)
+    assert response.status_code == 200 and response.json()["response"] == wanted
 
 
 def test_the_error_for_a_misspelt_field_names_the_nearest_one(client):
@@ -371,6 +372,7 @@ FORM_PART = b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
 def test_a_body_that_is_not_a_complete_form_is_refused(client, kind, body, status, code):
     response = client.post("/caption", content=body, headers={"Content-Type": kind})
     assert error_of(response) == (status, code, None)
+    assert (status == 415) == ("or JSON to /chat" in response.json()["error"]["message"])
 
 
 def test_a_form_cut_off_in_the_image_is_not_an_empty_form(client):
@@ -659,7 +661,9 @@ def test_a_request_does_not_wait_longer_than_the_queue_timeout(pipeline):
         response = post_chat(client)
         assert error_of(response)[:2] == (503, "queue_timeout") and response.headers["retry-after"] == "1"
         client.app.state.service.worker.stop()
-        assert error_of(first.result())[:2] == (503, "draining")
+        assert error_of(first.result())[:2] == error_of(post_chat(client))[:2] == (503, "draining")
+        health = client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "draining")
 
 
 def test_a_conversation_takes_one_question_at_a_time(pipeline):
