@@ -37,7 +37,7 @@ demo: $(STAMP)  ## draw a small world, train both stages on it, measure and capt
 coco: $(STAMP)  ## the public recipe: weights, 90 GB of data, training, scores, report (hours on a GPU, see docs/evaluation.md)
 	$(PYTHON) -m examples.coco $(ARGS)
 
-test: $(STAMP)  ## run the tests (under 4 minutes on 2 cores; WORKERS=4 on more)
+test: $(STAMP)  ## run the tests (4 minutes on 2 cores; WORKERS=4 on more)
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
 
 check: $(STAMP)  ## run the quick tests, after each change (under 45 seconds on 2 cores)
@@ -54,7 +54,7 @@ fuzz: $(STAMP)  ## try 2,000 wrong requests and images of each kind on the serve
 serve: $(STAMP)  ## serve the newest trained model on http://127.0.0.1:8000
 	$(PYTHON) serve.py $(ARGS)
 
-load: $(STAMP)  ## measure a server under load: answers, refusals, times, memory (4 minutes; ARGS="--url ..." for one that runs)
+load: $(STAMP)  ## measure a server under load: answers, refusals, times, memory (90 seconds on 2 cores; ARGS="--url ..." for one that runs)
 	$(PYTHON) -m benchmarks load $(ARGS)
 
 bench: $(STAMP)  ## measure training, answers and memory beside other programs (more than half an hour on 2 cores)
