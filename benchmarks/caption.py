@@ -56,6 +56,7 @@ def measure(
 
 def caption(pipeline: MultimodalInferencePipeline, files: list, config: GenerationConfig, slots: int) -> None:
     if slots == 1:
+        pipeline.engine.store.clear()  # nothing of an earlier round is reused, as in a new `mmllm caption`
         for _, path in files:
             pipeline.caption_image(path, PROMPT, config)
     else:

@@ -17,7 +17,6 @@ from mmllm.data.processor_files import chat_template
 from mmllm.errors import CheckpointError, UserError
 from mmllm.layers.lora import adapters
 
-KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # of the language model's matrices; vectors are always float32
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
 MODELFILE = """\
 FROM ./model.gguf
@@ -34,7 +33,8 @@ PARAMETER temperature 0
 
 
 def write_gguf(model: nn.Module, folder: Path, kind: str) -> None:
-    """Writes model.gguf, mmproj.gguf and Modelfile for a float model without adapters; `kind` is one of KINDS.
+    """Writes model.gguf, mmproj.gguf and Modelfile for a float model without adapters; `kind` is the GGUF type of the language
+    model's matrices (F32, F16, BF16, Q8_0 or Q4_0); vectors are float32.
 
     CheckpointError for a model that llama.cpp has no graph for.
     """
