@@ -1,8 +1,8 @@
 // Products of a frozen int8, int4 or bfloat16 matrix with a few float32 rows, limited by memory bandwidth.
 //
-// The int8 products are exact integers. A row of activations becomes integers X of `bits` bits (24: as exact as float32;
-// 8: "int8-dynamic"), X is cut into signed bytes, and bytes are multiplied and summed without rounding. So the result of
-// a row depends neither on the other rows, nor on the number of threads, nor on the processor.
+// The int8 products are exact integers. A row of activations becomes integers X of `bits` bits (16, or 8: "int8-dynamic"),
+// X is cut into signed bytes, and bytes are multiplied and summed without rounding. So the result of a row depends neither
+// on the other rows, nor on the number of threads, nor on the processor.
 //
 // Layout: panels of 16 output rows, [rows/16][columns/4][16][4], so that a core reads one stream of memory and every
 // 64 bytes are multiplied by the same four activations. Weights are stored unsigned (q + 128), because the processors'
@@ -36,7 +36,8 @@ typedef int8_t Chars __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 16, GROUP = 32;
-constexpr int32_t MAX_ACTIVATION_24 = 0x7f7f00;  // what three signed bytes hold, with room to round
+constexpr int32_t MAX_ACTIVATION_24 = 0x7f7f00;  // of int4: what three signed bytes hold, with room to round
+constexpr int32_t MAX_ACTIVATION_16 = 0x7f7f;    // what two signed bytes hold
 constexpr int32_t MAX_ACTIVATION_8 = 127;
 #if defined(__AVX512F__)
 constexpr int MAX_ROWS = 8;  // rows that share one load of the weights; more do not fit the registers
@@ -249,11 +250,11 @@ static Tensor output_for(const Tensor& x, int64_t O) {
   return at::empty(shape, x.options());
 }
 
-// x (..., K) times the int8 matrices in `panels`, concatenated, scaled per output row: (..., sum of O). `bits`, 24 or 8, is
+// x (..., K) times the int8 matrices in `panels`, concatenated, scaled per output row: (..., sum of O). `bits`, 16 or 8, is
 // the precision of an activation. Matrices that read the same x share its digits and one parallel loop.
 static Tensor int8_linears(const Tensor& x_any, at::TensorList panels, at::TensorList scales,
                            const c10::List<optional<Tensor>>& biases, int64_t bits) {
-  TORCH_CHECK(bits == 24 || bits == 8, "bits is ", bits, "; it can be 24 or 8");
+  TORCH_CHECK(bits == 16 || bits == 8, "bits is ", bits, "; it can be 16 or 8");
   TORCH_CHECK(panels[0].size(1) <= 16384, "the sums of more than 65,536 products do not fit 32 bits");
   const Tensor x = padded_rows(x_any, panels[0].size(1) * 4);
   int64_t O = 0;
@@ -263,8 +264,8 @@ static Tensor int8_linears(const Tensor& x_any, at::TensorList panels, at::Tenso
     b.push_back(data_or_null(biases.get(i)));
   }
   Tensor y = output_for(x, O);
-  if (bits == 24)
-    int8_product<DIGIT == 8 ? 3 : 4>(x, panels, scales, b.data(), y, MAX_ACTIVATION_24);
+  if (bits == 16)
+    int8_product<DIGIT == 8 ? 2 : 3>(x, panels, scales, b.data(), y, MAX_ACTIVATION_16);
   else
     int8_product<DIGIT == 8 ? 1 : 2>(x, panels, scales, b.data(), y, MAX_ACTIVATION_8);
   return y;

@@ -1,8 +1,8 @@
 """Linear layers for inference only: int8, int4 or bfloat16 weights, in the order in which the kernels read them.
 
-int8: y = x (q s)^T, one scale per row. "int8-dynamic" rounds each row of x to int8, too. int4: one scale per 32 weights;
-the head stays int8. bfloat16: only the weights are rounded. Activations are float32 on a CPU. Formulas:
-kernels/reference.py; layers to train beside: quantized.py.
+int8: y = x (q s)^T, one scale per row; x is rounded to 16 bits, by "int8-dynamic" to 8. int4: one scale per 32 weights; the
+head stays int8. bfloat16: only the weights are rounded. Activations are float32 on a CPU. Formulas: kernels/reference.py;
+layers to train beside: quantized.py.
 
 An embedding and its tied head are one int8 matrix (27 % of what Qwen2.5-0.5B reads for a token): a row that is looked up
 is a row of q times its scale.
@@ -20,7 +20,7 @@ from mmllm.kernels import reference, triton_int8
 from mmllm.layers.lora import has_adapter, move_adapter_
 from mmllm.layers.quantized import FrozenLinear, linear_layers
 
-BITS = {"int8": 24, "int8-dynamic": 8}  # of an activation as an integer: 24 are as exact as float32
+BITS = {"int8": 16, "int8-dynamic": 8}  # of an activation as an integer
 
 
 class Packed(nn.Module):

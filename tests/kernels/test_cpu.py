@@ -40,7 +40,7 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @needs_compiler
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-@pytest.mark.parametrize("bits", [24, 8])
+@pytest.mark.parametrize("bits", [16, 8])
 def test_the_int8_kernel_gives_the_bits_of_torchs_integer_product(outputs, inputs, bits):
     x, weight, bias = a_case(9, outputs, inputs)
     q, scale = quantize_int8(weight)
@@ -73,7 +73,7 @@ def test_kernels_that_are_wrong_are_not_used_and_one_line_says_so(monkeypatch, c
     assert not kernels.native.__wrapped__()
     said = capsys.readouterr().err
     assert (
-        said == "kernels: torch's own products, about half as fast (the int8 kernel is wrong at 24 bits by 1.0e+00)\n"
+        said == "kernels: torch's own products, about half as fast (the int8 kernel is wrong at 16 bits by 1.0e+00)\n"
     )
     monkeypatch.undo()
     assert kernels.native.__wrapped__()
@@ -117,7 +117,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
         if kind == "attention":
             slots = starts = list(range(first, last))
             return ops.attend_token(rows, *turns[:, first:last], keys, values, slots, starts)
-        return ops.int8_linear(rows, *ops.int8_pack(weight), bias, 24 if kind == "int8" else 8)
+        return ops.int8_linear(rows, *ops.int8_pack(weight), bias, 16 if kind == "int8" else 8)
 
     together = product(0, 21)
     for size in (1, 2, 3, 8, 13):
@@ -132,7 +132,7 @@ def test_the_number_of_threads_changes_no_bit():
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(torch.ops.mmllm.int8_linear(x, *packed, bias, 24))
+        found.append(torch.ops.mmllm.int8_linear(x, *packed, bias, 16))
     assert torch.equal(*found)
 
 
@@ -141,10 +141,10 @@ def test_a_row_that_is_not_finite_makes_only_its_own_result_nan(value):
     x, weight, _ = a_case(4, 32, 64)
     x[1, 5] = value
     q, scale = quantize_int8(weight)
-    is_nan = reference.int8_linear(x, q, scale[:, 0], None, 24).isnan()
+    is_nan = reference.int8_linear(x, q, scale[:, 0], None, 16).isnan()
     assert is_nan[1].all() and not is_nan[[0, 2, 3]].any()
     if kernels.native():
-        assert torch.equal(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0], None, 24).isnan(), is_nan)
+        assert torch.equal(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0], None, 16).isnan(), is_nan)
 
 
 @needs_compiler
@@ -172,10 +172,10 @@ def test_several_matrices_in_one_call_give_what_each_gives():
     x, first, bias = a_case(9, 37, 64)
     packed = [torch.ops.mmllm.int8_pack(w) for w in (first, first[:20].neg())]
     wanted = torch.cat(
-        [torch.ops.mmllm.int8_linear(x, *p, b, 24) for p, b in zip(packed, (bias, None), strict=True)], -1
+        [torch.ops.mmllm.int8_linear(x, *p, b, 16) for p, b in zip(packed, (bias, None), strict=True)], -1
     )
     panels, scales = zip(*packed, strict=True)
-    assert torch.equal(torch.ops.mmllm.int8_linears(x, panels, scales, [bias, None], 24), wanted)
+    assert torch.equal(torch.ops.mmllm.int8_linears(x, panels, scales, [bias, None], 16), wanted)
 
 
 @needs_compiler
@@ -209,9 +209,9 @@ def test_norm_gate_and_attention_of_a_decoding_step_are_torchs():
 def test_shapes_that_do_not_fit_are_refused():
     panels, scale = torch.ops.mmllm.int8_pack(torch.randn(16, 32))
     with pytest.raises(RuntimeError, match="rows of 32 numbers are needed, these have 33"):
-        torch.ops.mmllm.int8_linear(torch.randn(1, 33), panels, scale, None, 24)
+        torch.ops.mmllm.int8_linear(torch.randn(1, 33), panels, scale, None, 16)
     with pytest.raises(RuntimeError, match="float32 rows are needed"):
-        torch.ops.mmllm.int8_linear(torch.randn(1, 32).double(), panels, scale, None, 24)
+        torch.ops.mmllm.int8_linear(torch.randn(1, 32).double(), panels, scale, None, 16)
 
 
 @needs_compiler
@@ -219,7 +219,7 @@ def test_the_operators_tell_torch_compile_their_shapes():
     panels, scale = torch.ops.mmllm.int8_pack(torch.randn(37, 64))
     x = torch.randn(2, 3, 64)
     torch.library.opcheck(
-        torch.ops.mmllm.int8_linear.default, (x, panels, scale, None, 24), test_utils="test_faketensor"
+        torch.ops.mmllm.int8_linear.default, (x, panels, scale, None, 16), test_utils="test_faketensor"
     )
     panels = torch.ops.mmllm.bf16_pack(torch.randn(37, 64))
     torch.library.opcheck(torch.ops.mmllm.bf16_linear.default, (x, panels, None, 37), test_utils="test_faketensor")
@@ -269,10 +269,10 @@ def test_a_weight_that_is_not_finite_makes_its_output_so_in_every_precision(valu
     weight, x = torch.randn(37, 64), torch.randn(3, 64)
     weight[5, 7] = value
     q, scale = reference.quantize_int8(weight)
-    results = [reference.int8_linear(x, q, scale[:, 0], None, 24)]
+    results = [reference.int8_linear(x, q, scale[:, 0], None, 16)]
     results.append(x @ reference.int4_matrix(*reference.quantize_int4(weight)).T)
     if kernels.native():
-        results.append(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0].contiguous(), None, 24))
+        results.append(torch.ops.mmllm.int8_linear(x, kernels.panels(q), scale[:, 0].contiguous(), None, 16))
         for matrix in (weight, reference.int4_matrix(*reference.quantize_int4(weight))):
             results.append(torch.ops.mmllm.int4_linear(x, *torch.ops.mmllm.int4_pack(matrix), None, 37))
     for y in results:
