@@ -6,18 +6,22 @@ what counts is its relative error, the same over 24 powers of two. An update cha
 rounding to the nearest would lose it for ever. So codes are rounded up or down at random, right on average, by a generator
 that depends on the update and the parameter alone: a resumed run, and every process, rounds the same way.
 
+A parameter is updated in pieces that stay in the processor's cache. All of its pieces are rounded by the same random
+numbers: to draw them takes longer than the rest, and no value's mean depends on those of others.
+
 Block-wise 8-bit optimizers: https://arxiv.org/abs/2110.02861 (whose codes are those of a table, rounded to the nearest).
-P values of a parameter, in K blocks of BLOCK.
+K blocks of L values.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 BLOCK = 256
 SMALLEST = 4096  # values; the moments of smaller parameters, such as biases, stay in float32
-PIECE = 2**22  # values that are float32 at a time
+PIECE = {"cpu": 2**17}  # values that are float32 at a time
+LARGEST_PIECE = 2**24  # on other devices, where the start of an operation takes longer than its work
 OCTAVES = 24  # the second moment's codes 1 to 255 reach from the largest value of the block to 2**-24 of it; 0 is 0
 
 
@@ -35,22 +39,21 @@ class AdamW8bit(torch.optim.Optimizer):
                 self._update_(p, group, number)
 
     def _update_(self, p: nn.Parameter, group: dict, number: int) -> None:
-        state = self.state[p]
+        state, (beta1, beta2) = self.state[p], group["betas"]
         if not state:
             state.update(step=torch.zeros(()), **empty_moments(p))
         state["step"] = state["step"].cpu() + 1
-        update = int(state["step"])
-        noise = torch.Generator(p.device).manual_seed(update * 1_000_003 + number)
-        grad_P, flat_P = p.grad.reshape(-1), p.data.view(-1)
-        for begin in range(0, p.numel(), PIECE):
-            piece = slice(begin, begin + PIECE)
-            first_P, second_P = read_moments(state, piece)
-            first_P.lerp_(grad_P[piece].float(), 1 - group["betas"][0])
-            second_P.lerp_(grad_P[piece].float().square(), 1 - group["betas"][1])
-            write_moments_(state, piece, first_P, second_P, noise)
-            bias1, bias2 = (1 - beta**update for beta in group["betas"])
-            flat_P[piece] *= 1 - group["lr"] * group["weight_decay"]
-            flat_P[piece] -= group["lr"] / bias1 * first_P / ((second_P / bias2).sqrt_() + group["eps"])
+        update, size = int(state["step"]), PIECE.get(p.device.type, LARGEST_PIECE)
+        noise = rounding_noise(min(size, p.numel()), update * 1_000_003 + number, p.device)
+        for piece in pieces(p.numel(), size):
+            grad_KL, p_KL = blocks(p.grad, piece), blocks(p.data, piece)
+            first_KL, second_KL = read_moments(state, piece)
+            first_KL.lerp_(grad_KL, 1 - beta1)
+            second_KL.mul_(beta2).addcmul_(grad_KL, grad_KL, value=1 - beta2)
+            write_moments_(state, piece, first_KL, second_KL, noise)
+            p_KL.mul_(1 - group["lr"] * group["weight_decay"])
+            second_KL.div_(1 - beta2**update).sqrt_().add_(group["eps"])
+            p_KL.addcdiv_(first_KL, second_KL, value=-group["lr"] / (1 - beta1**update))
 
 
 def empty_moments(p: Tensor) -> dict[str, Tensor]:
@@ -66,44 +69,57 @@ def empty_moments(p: Tensor) -> dict[str, Tensor]:
     }
 
 
+def pieces(numel: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` values in whole blocks, then one of the last block where that is shorter."""
+    whole = numel - numel % BLOCK
+    yield from (slice(begin, min(begin + size, whole)) for begin in range(0, whole, size))
+    if whole < numel:
+        yield slice(whole, numel)
+
+
+def blocks(x: Tensor, piece: slice) -> Tensor:
+    """The values of a piece, (K, L)."""
+    return x.view(-1)[piece].view(-1, min(BLOCK, piece.stop - piece.start))
+
+
+def scales(state: dict[str, Tensor], moment: str, piece: slice) -> Tensor:
+    """The scales of a piece's blocks, (K, 1)."""
+    return state[f"{moment}_scale"][piece.start // BLOCK : -(-piece.stop // BLOCK), None]
+
+
+def rounding_noise(size: int, seed: int, device: torch.device) -> Tensor:
+    """Two times `size` random numbers from 0 to 1; no sum of one with a code is rounded up to the code after the next."""
+    rng = torch.Generator(device).manual_seed(seed)
+    return torch.rand(2, size, generator=rng, device=device).mul_(1 - 2**-12)
+
+
 def read_moments(state: dict[str, Tensor], piece: slice) -> tuple[Tensor, Tensor]:
-    """Both moments of a piece in float32."""
-    first_P, second_P = (state[name].view(-1)[piece].float() for name in ("exp_avg", "exp_avg_sq"))
-    if "exp_avg_scale" not in state:
-        return first_P.clone(), second_P.clone()
-    root_P, code_P = first_P / 127, second_P
-    first_P = root_P * root_P.abs() * scales(state["exp_avg_scale"], piece, root_P)
-    second_P = torch.exp2((code_P - 255) * (OCTAVES / 254)) * scales(state["exp_avg_sq_scale"], piece, code_P)
-    return first_P, second_P * (code_P > 0)
-
-
-def write_moments_(
-    state: dict[str, Tensor], piece: slice, first_P: Tensor, second_P: Tensor, noise: torch.Generator
-) -> None:
-    """Store both moments of a piece."""
-    codes = {name: state[name].view(-1)[piece] for name in ("exp_avg", "exp_avg_sq")}
+    """Both moments of a piece in float32, (K, L)."""
+    first_KL, second_KL = (
+        blocks(state[name], piece).to(torch.float32, copy=True) for name in ("exp_avg", "exp_avg_sq")
+    )
     if "exp_avg_scale" in state:
-        share_P = shares(state["exp_avg_scale"], piece, first_P)
-        first_P = rounded(share_P.sign() * share_P.abs().sqrt() * 127, noise)
-        share_P = shares(state["exp_avg_sq_scale"], piece, second_P).clamp_min(2.0**-OCTAVES)
-        code_P = rounded(255 + (254 / OCTAVES) * share_P.log2(), noise)
-        second_P = code_P.clamp(1, 255) * (second_P > 0)
-    codes["exp_avg"].copy_(first_P)
-    codes["exp_avg_sq"].copy_(second_P)
+        first_KL.mul_(first_KL.abs()).mul_(scales(state, "exp_avg", piece) / 127**2)
+        is_there_KL = second_KL.clamp(max=1)
+        second_KL.sub_(255).mul_(OCTAVES / 254).exp2_().mul_(scales(state, "exp_avg_sq", piece)).mul_(is_there_KL)
+    return first_KL, second_KL
 
 
-def shares(scale_K: Tensor, piece: slice, value_P: Tensor) -> Tensor:
-    """Values as shares of the largest of their block, which becomes the block's scale."""
-    padded = nn.functional.pad(value_P.abs(), (0, -len(value_P) % BLOCK))
-    scale_K[piece.start // BLOCK : piece.stop // BLOCK] = padded.view(-1, BLOCK).amax(1)
-    return value_P / scales(scale_K, piece, value_P).clamp_min(torch.finfo(torch.float32).tiny)
+def write_moments_(state: dict[str, Tensor], piece: slice, first_KL: Tensor, second_KL: Tensor, noise: Tensor) -> None:
+    """Store both moments of a piece, rounded by `rounding_noise`."""
+    if "exp_avg_scale" in state:
+        noise1_KL, noise2_KL = noise[:, : first_KL.numel()].view(2, *first_KL.shape)
+        share_KL = shares(first_KL.abs(), scales(state, "exp_avg", piece))
+        first_KL = torch.add(noise1_KL, share_KL.sqrt_(), alpha=127).copysign_(first_KL)
+        share_KL = shares(second_KL.clone(), scales(state, "exp_avg_sq", piece))
+        is_there_KL = share_KL.sign()
+        code_KL = torch.add(noise2_KL, share_KL.log2_(), alpha=254 / OCTAVES)
+        second_KL = code_KL.add_(255).clamp_(min=1).mul_(is_there_KL)
+    blocks(state["exp_avg"], piece).copy_(first_KL)  # to an integer: towards zero
+    blocks(state["exp_avg_sq"], piece).copy_(second_KL)
 
 
-def scales(scale_K: Tensor, piece: slice, value_P: Tensor) -> Tensor:
-    """The scale of the block of each value."""
-    return scale_K[piece.start // BLOCK : piece.stop // BLOCK].repeat_interleave(BLOCK)[: len(value_P)]
-
-
-def rounded(x_P: Tensor, noise: torch.Generator) -> Tensor:
-    """Rounded up or down, at random so that the mean is `x_P`."""
-    return torch.floor(x_P + torch.rand(x_P.shape, generator=noise, device=x_P.device))
+def shares(value_KL: Tensor, scale_K1: Tensor) -> Tensor:
+    """Turn values into shares of the largest of their block, which becomes the block's scale."""
+    torch.amax(value_KL, 1, keepdim=True, out=scale_K1)
+    return value_KL.div_(scale_K1.clamp(min=torch.finfo(torch.float32).tiny))

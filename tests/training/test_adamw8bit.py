@@ -4,11 +4,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing import assert_close
 
 from mmllm.config.schema import ExperimentConfig
 from mmllm.errors import CheckpointError
 from mmllm.storage import checkpoint as disk
-from mmllm.training.adamw8bit import BLOCK, AdamW8bit, empty_moments, read_moments, write_moments_
+from mmllm.training import adamw8bit
+from mmllm.training.adamw8bit import (
+    BLOCK,
+    AdamW8bit,
+    blocks,
+    empty_moments,
+    pieces,
+    read_moments,
+    rounding_noise,
+    write_moments_,
+)
 from mmllm.training.experiment import train
 from mmllm.training.out_of_memory import changes
 from tiny_run import directory_of, weights, write_world
@@ -49,11 +60,11 @@ def test_the_loss_falls_as_with_torchs_adamw_at_a_quarter_of_the_memory():
 
 def test_codes_are_right_on_average_and_no_small_second_moment_becomes_zero():
     p = torch.zeros(20, BLOCK)
-    first, second = torch.randn(p.numel()), 10.0 ** torch.empty(p.numel()).uniform_(-7, 0)
-    piece, noise, means = slice(0, p.numel()), torch.Generator().manual_seed(0), torch.zeros(2, p.numel())
-    for _ in range(400):
+    first, second = torch.randn(20, BLOCK), 10.0 ** torch.empty(20, BLOCK).uniform_(-7, 0)
+    piece, means = slice(0, p.numel()), torch.zeros(2, 20, BLOCK)
+    for number in range(400):
         state = empty_moments(p)
-        write_moments_(state, piece, first, second, noise)
+        write_moments_(state, piece, first, second, rounding_noise(p.numel(), number, p.device))
         found = read_moments(state, piece)
         assert ((found[1] / second).log2().abs() < 24 / 254 + 1e-3).all(), "at most one code away"
         means += torch.stack(found) / 400
@@ -61,12 +72,37 @@ def test_codes_are_right_on_average_and_no_small_second_moment_becomes_zero():
     assert ((means[1] / second) - 1).abs().max() < 0.02
 
 
+def test_the_largest_value_of_a_block_keeps_its_sign_with_the_largest_noise():
+    p = torch.zeros(20, BLOCK)
+    first = torch.randn(20, BLOCK)
+    state, piece, noise = empty_moments(p), slice(0, p.numel()), torch.ones(2, p.numel()) * (1 - 2**-12)
+    write_moments_(state, piece, first, first.square(), noise)
+    assert (read_moments(state, piece)[0] * first >= 0).all()
+    assert state["exp_avg"].abs().amax(1).tolist() == [127] * 20
+    assert state["exp_avg_sq"].amax(1).tolist() == [255] * 20
+    assert max(rounding_noise(2**20, seed, p.device).max() for seed in range(8)) <= 1 - 2**-12
+
+
 def test_the_last_block_may_be_shorter_and_zeros_stay_zeros():
     p = torch.zeros(4096 + 100)
-    state, noise, piece = empty_moments(p), torch.Generator().manual_seed(0), slice(0, 2**22)
+    state, parts = empty_moments(p), list(pieces(p.numel(), 1024))
     assert state["exp_avg_scale"].shape == (17,)
-    write_moments_(state, piece, p, p, noise)
-    assert all((moment == 0).all() and len(moment) == 4196 for moment in read_moments(state, piece))
+    assert parts == [slice(0, 1024), slice(1024, 2048), slice(2048, 3072), slice(3072, 4096), slice(4096, 4196)]
+    for piece in parts:
+        zeros = blocks(p, piece)
+        write_moments_(state, piece, zeros, zeros, rounding_noise(1024, 0, p.device))
+        assert all((moment == 0).all() and moment.shape == zeros.shape for moment in read_moments(state, piece))
+
+
+def test_a_step_in_pieces_is_that_of_torch_until_a_moment_has_been_rounded(monkeypatch):
+    monkeypatch.setitem(adamw8bit.PIECE, "cpu", 1024)
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(4096 + 300)) for _ in range(2)]
+    parameters[1].data.copy_(parameters[0].data)
+    for kind, p in zip((torch.optim.AdamW, AdamW8bit), parameters, strict=True):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        kind([{"params": [p], "weight_decay": 0.1}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8).step()
+    assert_close(parameters[1], parameters[0], atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
