@@ -1,14 +1,12 @@
-"""The endpoints: POST /caption, /question and /chat, DELETE /chat/{conversation_id}, GET /health and the page at /.
-
-OpenAI's are beside them.
-"""
+"""The endpoints of this server's own API, and the application with these and those of OpenAI's."""
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from uuid import uuid4
 
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -29,8 +27,6 @@ from mmllm.serving.settings import Settings
 
 
 class Endpoints:
-    """The endpoints of this server's own API."""
-
     def __init__(self, service: Service):
         self.service, self.settings = service, service.settings
 
@@ -60,13 +56,15 @@ class Endpoints:
         fields = await self.service.read(request, inputs.ChatFields)
         name = fields.conversation_id or uuid4().hex
 
+        service, conversations = self.service, self.service.conversations
+
         async def work(put: Put | None) -> dict:
-            service, conversations = self.service, self.service.conversations
             async with conversations.lock(name):
                 conversation = Conversation() if fields.reset else conversations.get(name)
                 if fields.image_base64 is not None:
                     conversation = conversation.with_image(await service.crop(fields.image_base64, "image_base64"))
-                conversation, prompt = await self.fit(conversation, fields.message, fields.max_new_tokens)
+                fit = partial(self.fit, conversation, fields.message, fields.max_new_tokens)
+                conversation, prompt = await service.in_text_thread(fit)
                 answer = await service.generate(request, prompt, fields.config, deltas(put))
                 conversation = replace(conversation, turns=(*conversation.turns, (fields.message, answer.text)))
                 conversations.put(name, conversation)
@@ -74,21 +72,16 @@ class Endpoints:
             place = {"conversation_id": name, "turn": turn, "truncated_turns": conversation.dropped}
             return {"response": answer.text} | place | self.metadata(request, answer, fields)
 
-        return await self.service.respond(request, work, is_stream=fields.stream)
+        return await service.respond(request, work, is_stream=fields.stream)
 
-    async def fit(self, conversation: Conversation, question: str, new_tokens: int) -> tuple[Conversation, Prompt]:
+    def fit(self, conversation: Conversation, question: str, new_tokens: int) -> tuple[Conversation, Prompt]:
         """The conversation without its oldest turns if they leave no room for `new_tokens`, and its prompt."""
-        pipeline, context = self.service.worker.pipeline, self.service.context
-
-        def work() -> tuple[Conversation, Prompt]:
-            rest = conversation
-            while True:
-                prompt = pipeline.prompt(rest.messages(question), [rest.image] if rest.image else [])
-                if len(prompt.ids) + new_tokens <= context or not rest.turns:
-                    return rest, self.service.check_fits(prompt, new_tokens)
-                rest = rest.without_oldest_turn()
-
-        return await self.service.in_text_thread(work)
+        while True:
+            images = [conversation.image] if conversation.image else []
+            prompt = self.service.worker.pipeline.prompt(conversation.messages(question), images)
+            if len(prompt.ids) + new_tokens <= self.service.context or not conversation.turns:
+                return conversation, self.service.check_fits(prompt, new_tokens)
+            conversation = conversation.without_oldest_turn()
 
     def metadata(self, request: Request, answer: Generated, fields: inputs.GenerationFields) -> dict[str, object]:
         """What every answer has besides its text."""
@@ -124,14 +117,10 @@ class Endpoints:
         }
         return JSONResponse(body, 200 if body["status"] == "ok" else 503)
 
-    async def livez(self, request: Request) -> Response:
-        """200 as long as the event loop turns; a server that does not answer this must be started again."""
-        return JSONResponse({"status": "alive"})
-
     async def metrics(self, request: Request) -> Response:
         http.check_key(request, self.settings.api_key)
         self.service.metrics.engine = self.service.worker.engine
-        return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(generate_latest(self.service.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def deltas(put: Put | None) -> Callable[[str], None] | None:
@@ -144,12 +133,9 @@ def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settin
     service = Service(load, settings)
     middleware = [Middleware(http.RequestLog, service.metrics.count_request)]
     if settings.origins:
-        headers = {
-            "allow_headers": ["Authorization", "Content-Type"],
-            "expose_headers": ["X-Request-ID", "Retry-After"],
-        }
-        methods = ["GET", "POST", "DELETE"]
-        middleware.append(Middleware(CORSMiddleware, settings.origins, allow_methods=methods, **headers))
+        allowed = {"allow_methods": ["GET", "POST", "DELETE"], "allow_headers": ["Authorization", "Content-Type"]}
+        exposed = ["X-Request-ID", "Retry-After"]
+        middleware.append(Middleware(CORSMiddleware, settings.origins, expose_headers=exposed, **allowed))
     own, chat_completions = Endpoints(service), ChatCompletions(service)
     described = openapi.document(settings)
     app = Starlette(
@@ -163,7 +149,7 @@ def create_app(load: Callable[[], MultimodalInferencePipeline], settings: Settin
             Route("/health", own.health, methods=["GET"]),
             Route("/openapi.json", JSONResponse(described), methods=["GET"]),
             Route("/docs", openapi.page(described), methods=["GET"]),
-            Route("/livez", own.livez, methods=["GET"]),
+            Route("/livez", JSONResponse({"status": "alive"}), methods=["GET"]),  # as long as the event loop turns
             Route("/metrics", own.metrics, methods=["GET"]),
             Route("/", page(), methods=["GET"]),
         ],

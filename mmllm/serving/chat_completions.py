@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     JsonValue,
     ValidationInfo,
@@ -82,7 +83,9 @@ def as_parts(content: object) -> object:
 
 class ChatMessage(Parameters):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(as_parts, json_schema_input_type=str | list[Part] | None)] = []
+    content: Annotated[
+        list[Part], FailFast(), BeforeValidator(as_parts, json_schema_input_type=str | list[Part] | None)
+    ] = []
     name: Ignored = None
     refusal: Ignored = None
     annotations: Ignored = None
@@ -120,7 +123,7 @@ class ResponseFormat(Parameters):
 
 
 class ChatCompletionFields(inputs.SamplingFields):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     model: Text | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -212,10 +215,10 @@ class ChatCompletions:
 
             async def answer(index: int) -> Generated:
                 own = replace(config, seed=(config.seed + index) % 2**63)
-                on_text = put and (lambda text: put(reply.chunk(index, text)))
+                on_text = put and (lambda text: put(reply.piece(index, text)))
                 answer = await self.service.generate(request, prompt, own, on_text)
                 if put:
-                    put(reply.last_chunk(index, answer))
+                    put(reply.piece(index, answer=answer))
                 return answer
 
             tasks = [asyncio.create_task(answer(index)) for index in range(fields.n)]
@@ -224,7 +227,10 @@ class ChatCompletions:
             finally:
                 for task in tasks:
                     task.cancel()
-            return reply.usage_chunk(answers) if put else reply.whole(answers)
+            if not put:
+                return reply.whole(answers)
+            usage = reply.usage(answers)
+            return reply.chunk([], usage) if fields.stream_options.include_usage else None
 
         return await self.service.respond(request, work, is_stream=fields.stream, num_answers=fields.n)
 
@@ -259,25 +265,18 @@ class Reply:
         ]
         return self.head | {"object": "chat.completion", "choices": choices, "usage": self.usage(answers)}
 
-    def chunk(self, index: int, text: str | None, logprobs: dict | None = None, reason: str | None = None) -> dict:
-        """An event with a piece of choice `index`, of which the first names the role."""
+    def chunk(self, choices: list[dict], usage: dict | None) -> dict:
+        usage = {"usage": usage} if self.fields.stream_options.include_usage else {}
+        return self.head | {"object": "chat.completion.chunk", "choices": choices} | usage
+
+    def piece(self, index: int, text: str | None = None, answer: Generated | None = None) -> dict:
+        """An event of choice `index`, of which the first names the role; the last, with the whole `answer`, brings the
+        logprobs of all tokens."""
         delta = {"role": "assistant"} if index not in self.begun else {}
         delta |= {} if text is None else {"content": text}
         self.begun.add(index)
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return self.events_head() | {"choices": [choice]}
-
-    def last_chunk(self, index: int, answer: Generated) -> dict:
-        """The end of a choice; it brings the logprobs of all its tokens."""
-        return self.chunk(index, None, self.logprobs(answer), answer.finish_reason)
-
-    def usage_chunk(self, answers: list[Generated]) -> dict | None:
-        chunk = self.events_head() | {"choices": [], "usage": self.usage(answers)}
-        return chunk if self.fields.stream_options.include_usage else None
-
-    def events_head(self) -> dict:
-        usage = {"usage": None} if self.fields.stream_options.include_usage else {}
-        return self.head | {"object": "chat.completion.chunk"} | usage
+        end = {"logprobs": answer and self.logprobs(answer), "finish_reason": answer and answer.finish_reason}
+        return self.chunk([{"index": index, "delta": delta} | end], None)
 
     def usage(self, answers: list[Generated]) -> dict:
         prompt, completion = answers[0].prompt_tokens, sum(len(answer.ids) for answer in answers)

@@ -22,12 +22,8 @@ from PIL import Image
 
 from mmllm.data.chat import Message, assistant, user
 from mmllm.errors import UserError
+from mmllm.runtime.files import fcntl
 from mmllm.serving.http import HttpError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 SCHEMA = """
 PRAGMA journal_mode = WAL;
@@ -139,13 +135,19 @@ class Conversations:
         """The conversation so far; a new one if the id is unknown or expired."""
         query = "SELECT turns, image FROM conversations WHERE name = ? AND used > ?"
         row = self.database.execute(query, (name, time.time() - self.ttl_s)).fetchone()
-        return Conversation() if row is None else from_row(*row)
+        if row is None:
+            return Conversation()
+        turns, image_turn, dropped, size = json.loads(row[0])
+        image = None if row[1] is None else Image.frombytes("RGB", size, row[1])
+        return Conversation(tuple(map(tuple, turns)), image, image_turn, dropped)
 
     def put(self, name: str, conversation: Conversation) -> None:
-        now = time.time()
+        now, image = time.time(), conversation.image
+        size, pixels = (image.size, image.tobytes()) if image else (None, None)
+        text = json.dumps([conversation.turns, conversation.image_turn, conversation.dropped, size])
         oldest = "SELECT used FROM conversations ORDER BY used DESC LIMIT 1 OFFSET ?"
         with self.database:
-            row = (name, now, *to_row(conversation))
+            row = (name, now, text, pixels)
             self.database.execute("INSERT OR REPLACE INTO conversations VALUES (?, ?, ?, ?)", row)
             delete = f"DELETE FROM conversations WHERE used <= ? OR used < ({oldest})"
             self.database.execute(delete, (now - self.ttl_s, self.limit - 1))
@@ -153,19 +155,6 @@ class Conversations:
     def delete(self, name: str) -> None:
         with self.database:
             self.database.execute("DELETE FROM conversations WHERE name = ?", (name,))
-
-
-def to_row(conversation: Conversation) -> tuple[str, bytes | None]:
-    image = conversation.image
-    size = None if image is None else image.size
-    text = json.dumps([conversation.turns, conversation.image_turn, conversation.dropped, size])
-    return text, None if image is None else image.tobytes()
-
-
-def from_row(text: str, pixels: bytes | None) -> Conversation:
-    turns, image_turn, dropped, size = json.loads(text)
-    image = None if pixels is None else Image.frombytes("RGB", size, pixels)
-    return Conversation(tuple(map(tuple, turns)), image, image_turn, dropped)
 
 
 def shared_folder() -> Path:

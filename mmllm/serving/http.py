@@ -167,47 +167,39 @@ class BodyReader:
     """
 
     def __init__(self, settings: Settings):
-        self.limit_mb, self.total, self.timeout_s = (
-            settings.max_body_mb,
-            settings.max_reading_mb * MB,
-            settings.body_timeout_s,
-        )
-        self.held = 0
+        self.settings, self.held = settings, 0
 
     async def read(self, request: Request) -> bytes:
         """The complete body. A declared length above the limit is refused before a byte is read."""
-        declared = int(request.headers.get("content-length", "0"))  # h11 accepts nothing but a number
-        if declared > self.limit_mb * MB:
-            raise self.too_large(f"{declared / MB:.1f} MB")
-        body = bytearray()
+        settings, body = self.settings, bytearray()
+        self.check_size(int(request.headers.get("content-length", "0")))  # h11 accepts nothing but a number
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(settings.body_timeout_s):
                 async for piece in request.stream():
                     body += piece
                     self.held += len(piece)
-                    if len(body) > self.limit_mb * MB:
-                        raise self.too_large("larger")
-                    if self.held > self.total:
+                    self.check_size(len(body))
+                    if self.held > settings.max_reading_mb * MB:
                         message = "the server is reading too many other bodies; try again later"
                         raise HttpError(429, "overloaded", message, headers={"Retry-After": "1"})
         except TimeoutError:
-            message = f"the body was not complete after {self.timeout_s:g} s; send it faster, or a smaller image"
+            message = (
+                f"the body was not complete after {settings.body_timeout_s:g} s; send it faster, or a smaller image"
+            )
             raise HttpError(408, "request_timeout", message, headers={"Connection": "close"}) from None
         finally:
             self.held -= len(body)
         return bytes(body)
 
-    def too_large(self, size: str) -> HttpError:
-        message = f"the body is {size}; the limit is {self.limit_mb:g} MB (MMLLM_MAX_BODY_MB)"
-        return HttpError(413, "body_too_large", message)
+    def check_size(self, size: int) -> None:
+        limit = self.settings.max_body_mb
+        if size > limit * MB:
+            message = f"the body has {size / MB:.1f} MB; the limit is {limit:g} MB (MMLLM_MAX_BODY_MB)"
+            raise HttpError(413, "body_too_large", message)
 
 
 def parse_json(request: Request, body: bytes) -> dict[str, object]:
     """The JSON object in the body."""
-
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
     kind = media_type(request)
     if kind != "application/json":
         message = f'Content-Type is {kind!r}; send JSON with -H "Content-Type: application/json"'
@@ -215,7 +207,7 @@ def parse_json(request: Request, body: bytes) -> dict[str, object]:
     if body.count(b",") > MAX_JSON_COMMAS:  # parsing millions of values would hold the event loop for seconds
         raise HttpError(400, "invalid_json", "the body has more values than any request; see the API's fields")
     try:
-        values = json.loads(body.decode(), parse_constant=refuse_constant)
+        values = json.loads(body.decode(), parse_constant=int)  # a ValueError for NaN and Infinity
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):

@@ -7,7 +7,7 @@ Format: https://prometheus.io/docs/instrumenting/exposition_formats/
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import Scope
 
@@ -23,9 +23,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.engine: Engine | None = None
         self.requests = Counter("mmllm_requests", "Requests", ["route", "status"], registry=self.registry)
-        self.request_s = self.histogram(
-            "request_seconds", "From the header to the end of the response", SECONDS, ["route"]
-        )
+        whole = "From the header to the end of the response"
+        self.request_s = self.histogram("request_seconds", whole, SECONDS, ["route"])
         self.queue_s = self.histogram("queue_seconds", "Until a request got its slot", SECONDS)
         self.first_token_s = self.histogram("time_to_first_token_seconds", "With the time in the queue", SECONDS)
         self.rate = self.histogram("tokens_per_second", "Of one answer, after its first token", RATES)
@@ -69,6 +68,3 @@ class Metrics:
             ("store_misses", "Images and blocks of prompts that it had not", store.misses),
         ):
             yield CounterMetricFamily(f"mmllm_{name}", text, value)
-
-    def text(self) -> bytes:
-        return generate_latest(self.registry)

@@ -29,15 +29,24 @@ NEVER_RESTART = 3  # the exit code after which uvicorn and gunicorn end and star
 
 
 class DeadlineH11(H11Protocol):
-    """uvicorn's HTTP protocol; closes a connection that has no complete request header after `header_timeout_s`."""
+    """uvicorn's HTTP protocol; ends a connection whose request header is not complete after `header_s` seconds, and one
+    whose client has read too little of a response for `write_s` seconds."""
 
-    def __init__(self, *, header_timeout_s: float, **settings: object):
+    def __init__(self, *, header_s: float, write_s: float, **settings: object):
         super().__init__(**settings)
-        self.header_timeout_s = header_timeout_s
+        self.header_s, self.write_s = header_s, write_s
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.header_timer = self.loop.call_later(self.header_timeout_s, self.close_if_idle)
+        self.header_timer = self.loop.call_later(self.header_s, self.abort_if_idle)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.write_timer = self.loop.call_later(self.write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.write_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -62,7 +71,7 @@ class DeadlineH11(H11Protocol):
 
     def on_response_complete(self) -> None:
         self.header_timer.cancel()
-        self.header_timer = self.loop.call_later(self.header_timeout_s, self.close_if_idle)
+        self.header_timer = self.loop.call_later(self.header_s, self.abort_if_idle)
         super().on_response_complete()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -72,9 +81,9 @@ class DeadlineH11(H11Protocol):
     def is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
-    def close_if_idle(self) -> None:
+    def abort_if_idle(self) -> None:
         if self.is_idle():
-            self.transport.close()
+            self.transport.abort()  # `close` would wait for a client that does not read the last response
 
 
 class Server(uvicorn.Server):
@@ -91,7 +100,9 @@ class Server(uvicorn.Server):
     def limit_(self, app: Starlette, settings: Settings) -> None:
         """Gives a server that does not yet listen its limits, and the model's worker to watch."""
         self.worker, self.drain_s = app.state.service.worker, settings.drain_s
-        self.config.http_protocol_class = partial(DeadlineH11, header_timeout_s=settings.header_timeout_s)
+        self.config.http_protocol_class = partial(
+            DeadlineH11, header_s=settings.header_timeout_s, write_s=settings.body_timeout_s
+        )
         self.config.ws_protocol_class = None
         self.config.encoded_headers = []  # the name of the server
         self.config.timeout_graceful_shutdown = math.ceil(settings.drain_s) + 5

@@ -28,7 +28,7 @@ from mmllm.inference.request import Generated, GenerationConfig, Prompt
 from mmllm.runtime.threads import worker_pool
 from mmllm.serving import http, inputs
 from mmllm.serving.conversations import Conversations
-from mmllm.serving.events import EventQueue, EventStream
+from mmllm.serving.events import EventStream, event
 from mmllm.serving.http import HttpError
 from mmllm.serving.metrics import Metrics
 from mmllm.serving.settings import Settings
@@ -97,6 +97,11 @@ class Service:
             raise HttpError(429, "overloaded", message, headers={"Retry-After": str(max(1, wait_s))})
 
     @property
+    def queue(self) -> int:
+        """How many requests may wait for a slot."""
+        return self.settings.queue or 4 * self.worker.slots
+
+    @property
     def status(self) -> str:
         """That of the worker, or "stalled" when images or answers stand still."""
         engine, now = self.worker.engine, time.monotonic()
@@ -113,18 +118,17 @@ class Service:
         """
         if not is_stream:
             return JSONResponse(await http.cancel_on_disconnect(request, self.admit(work, None, num_answers)))
-        queue = EventQueue()
-        queue.start(self.admit(work, queue.put, num_answers))
-        response = None
+        queue: asyncio.Queue[str | None] = asyncio.Queue()  # a client that does not read loses its connection
+        task = asyncio.create_task(self.admit(work, lambda content: queue.put_nowait(event(content)), num_answers))
+        task.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             first = await http.cancel_on_disconnect(request, queue.get())
             if first is None:
-                queue.task.result()  # raises what failed
-            response = EventStream(request, first, queue, self.settings.ping_s)
-            return response
-        finally:
-            if response is None:
-                queue.task.cancel()
+                task.result()  # raises what failed
+        except BaseException:
+            task.cancel()
+            raise
+        return EventStream(request, task, queue, first, self.settings.ping_s)
 
     async def admit(self, work: Work, put: Put | None, num_answers: int) -> dict | None:
         """The result of `work`, within the deadline; its answers count as admitted until all are done."""
@@ -139,11 +143,6 @@ class Service:
             raise HttpError(504, "deadline_exceeded", message) from None
         finally:
             self.admitted -= num_answers
-
-    @property
-    def queue(self) -> int:
-        """How many requests may wait for a slot."""
-        return self.settings.queue or 4 * self.worker.slots
 
     async def crop(self, source: bytes | str, param: str) -> Image.Image:
         """The image (encoded bytes, or their base64) as the vision tower will see it."""
@@ -170,9 +169,8 @@ class Service:
 
     async def prompt(self, messages: list[Message], images: list[Image.Image], new_tokens: int) -> Prompt:
         """The prompt of a whole conversation, which must leave room for `new_tokens`."""
-        return await self.in_text_thread(
-            lambda: self.check_fits(self.worker.pipeline.prompt(messages, images), new_tokens)
-        )
+        prompt = await self.in_text_thread(lambda: self.worker.pipeline.prompt(messages, images))
+        return self.check_fits(prompt, new_tokens)
 
     @property
     def context(self) -> int:
@@ -198,8 +196,7 @@ class Service:
             raise HttpError(500, "generation_failed", str(error)) from error
         except RunError as error:
             if self.worker.is_stopping.is_set():
-                message = "the server shut down before the answer was done; ask another one"
-                raise HttpError(503, "draining", message) from error
+                raise HttpError(503, "draining", "the server shut down meanwhile; ask another one") from error
             raise HttpError(500, "engine_dead", "the model failed; the server's log has the reason") from error
         except torch.OutOfMemoryError as error:
             message = "the device ran out of memory; try again, or with a shorter conversation"

@@ -47,22 +47,18 @@ class Settings(BaseModel):
     conversation_ttl_s: Amount = 3600
     state: Path | None = None  # folder of the conversations; None: in memory, or where several workers find them
     header_timeout_s: Amount = 10
-    body_timeout_s: Amount = 30
+    body_timeout_s: Amount = 30  # for a request to arrive, and for a client that has stopped reading to go on
     queue_timeout_s: Amount = 30
     deadline_s: Amount = 120
     drain_s: Amount = 30
     ping_s: Amount = 15  # how often a stream without text gets a comment
 
     @model_validator(mode="after")
-    def check_key(self) -> "Settings":
+    def check(self) -> "Settings":
         if self.api_key is not None and self.api_key != (self.api_key.strip() or None):
             raise ValueError("MMLLM_API_KEY is empty or has spaces around it; unset it to serve without a key")
         if self.require_key and self.api_key is None:
             raise ValueError("a key is required here; set MMLLM_API_KEY, or MMLLM_REQUIRE_KEY=0 to let anyone in")
-        return self
-
-    @model_validator(mode="after")
-    def check_origins(self) -> "Settings":
         for origin in self.origins:
             if not ORIGIN.fullmatch(origin):
                 raise ValueError(f"MMLLM_CORS_ORIGINS has {origin!r}; it must be like https://example.org, or *")

@@ -44,8 +44,7 @@ class Job:
         self.first_token_at: float | None = None
 
     def on_token(self, token: int) -> None:
-        if self.first_token_at is None:
-            self.first_token_at = time.perf_counter()
+        self.first_token_at = self.first_token_at or time.perf_counter()
 
     def finish(self) -> None:
         if self.handle.error is not None:
@@ -92,13 +91,8 @@ class Worker:
         start = time.perf_counter()
         pipeline = self.load()
         # the cache has room for the longest context at once: growing copies it, and memory counts only where it is used
-        engine = Engine(
-            pipeline.model,
-            self.settings.slots,
-            max_length=self.settings.max_context,
-            step_s=STEP_S,
-            store_bytes=int(self.settings.store_mb * 2**20),
-        )
+        length, store_bytes = self.settings.max_context, int(self.settings.store_mb * 2**20)
+        engine = Engine(pipeline.model, self.settings.slots, max_length=length, step_s=STEP_S, store_bytes=store_bytes)
         prompt = pipeline.prompt([user("?", images=1)], [Image.new("RGB", (1, 1))])
         handle = engine.submit(Handle(prompt, GenerationConfig(max_new_tokens=2)))
         engine.run([handle])
@@ -127,7 +121,7 @@ class Worker:
         """Hands the collected events to the event loop in one wake-up."""
         if self.events and not self.loop.is_closed():
             events, self.events = self.events, []
-            self.loop.call_soon_threadsafe(call_all, events)
+            self.loop.call_soon_threadsafe(lambda: [event() for event in events])
 
     @property
     def is_loading(self) -> bool:
@@ -148,30 +142,24 @@ class Worker:
     def submit(self, prompt: Prompt, config: GenerationConfig, on_text: Callable[[str], None] | None = None) -> Job:
         """Adds a request to the engine's queue. Called in the event loop, as `on_text` is."""
         job = Job()
+
+        def on_start() -> None:
+            job.started_at = time.perf_counter()
+            self.events.append(partial(job.started.set_result, None))
+
+        def on_done(handle: Handle) -> None:
+            if isinstance(handle.error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            self.events.append(job.finish)
+
+        on_piece = on_text and (lambda piece: self.events.append(partial(on_text, piece)))
+        job.handle = Handle(prompt, config, on_start, job.on_token, on_piece, on_done)
         with self.lock:
             if self.error is not None or self.is_stopping.is_set():
                 raise RunError("the model failed or is shutting down")
-            job.handle = self.engine.submit(
-                Handle(
-                    prompt,
-                    config,
-                    on_start=lambda: self._on_start(job),
-                    on_token=job.on_token,
-                    on_text=on_text and (lambda piece: self.events.append(partial(on_text, piece))),
-                    on_done=lambda handle: self._on_done(job, handle),
-                )
-            )
+            self.engine.submit(job.handle)
         self.wake.set()
         return job
-
-    def _on_start(self, job: Job) -> None:
-        job.started_at = time.perf_counter()
-        self.events.append(partial(job.started.set_result, None))
-
-    def _on_done(self, job: Job, handle: Handle) -> None:
-        if isinstance(handle.error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        self.events.append(job.finish)
 
     def stop(self) -> None:
         """Drops waiting requests, and running ones within one step. Returns at once."""
@@ -179,8 +167,3 @@ class Worker:
         self.is_stopping.set()
         self.wake.set()
         self.thread.shutdown(wait=False, cancel_futures=True)
-
-
-def call_all(events: list[Callable[[], None]]) -> None:
-    for event in events:
-        event()

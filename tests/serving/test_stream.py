@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from mmllm.inference.counters import MIN_TOKENS
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.kernels import cpu as kernels
-from mmllm.serving.events import MAX_UNSENT_CHARACTERS, EventQueue, EventStream
+from mmllm.serving.events import EventStream
 from mmllm.serving.http import HttpError
 from official import write_model
 from server_process import (
@@ -265,8 +265,8 @@ def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(pipeline):
     assert '"code": "draining"' in text and "data: [DONE]" in text
 
 
-def test_a_client_that_does_not_read_loses_its_slots_and_the_others_are_answered(pipeline, monkeypatch):
-    create_server, body = socket.create_server, {"messages": [{"role": "user", "content": "Hello"}]}
+def test_a_client_that_does_not_read_loses_its_connection_and_its_slots(pipeline, monkeypatch):
+    create_server = socket.create_server
 
     def with_small_buffer(address: tuple[str, int]) -> socket.socket:
         listener = create_server(address)
@@ -274,11 +274,12 @@ def test_a_client_that_does_not_read_loses_its_slots_and_the_others_are_answered
         return listener
 
     monkeypatch.setattr("server_process.socket.create_server", with_small_buffer)
-    monkeypatch.setattr("mmllm.serving.events.MAX_UNSENT_CHARACTERS", 20_000)
-    body = json.dumps(body | {"temperature": 1, "stream": True, "n": 7}).encode()
-    with serving(pipeline, max_new_tokens=FOREVER, max_context=32768) as server, socket.socket() as client:
+    limits = {"max_new_tokens": FOREVER, "max_context": 32768, "body_timeout_s": 0.1}
+    with serving(pipeline, **limits) as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
+        messages = [{"role": "user", "content": "Hello"}]
+        body = json.dumps({"messages": messages, "temperature": 1, "stream": True, "n": 7}).encode()
         client.sendall(request_head(len(body), path="/v1/chat/completions") + body)
         wait_until(lambda: server.busy_and_waiting() == (7, 0))
         assert server.chat()[0] == 200
@@ -322,8 +323,8 @@ def sent_until(text: str, work, ping_s: float = 60) -> str:
     """What a stream sends, up to the message that contains `text`."""
 
     async def scene() -> str:
-        queue, bodies = EventQueue(), []
-        queue.start(work)
+        queue, bodies, task = asyncio.Queue(), [], asyncio.create_task(work)
+        task.add_done_callback(lambda _: queue.put_nowait(None))
 
         async def send(message: dict) -> None:
             bodies.append(message.get("body", b"").decode())
@@ -331,7 +332,7 @@ def sent_until(text: str, work, ping_s: float = 60) -> str:
                 raise EOFError
 
         with pytest.raises(EOFError):
-            await EventStream(ConnectedClient(), "", queue, ping_s)({"log": {}}, None, send)
+            await EventStream(ConnectedClient(), task, queue, "", ping_s)({"log": {}}, None, send)
         return "".join(bodies)
 
     return asyncio.run(scene())
@@ -350,15 +351,3 @@ def test_a_failure_in_a_stream_has_our_own_message(error, code):
 
     content = events(sent_until("[DONE]", work()))
     assert content[0]["error"]["code"] == code and "bug" not in content[0]["error"]["message"]
-
-
-def test_work_for_a_client_who_does_not_read_is_cancelled():
-    async def scene() -> tuple[int, int]:
-        queue = EventQueue()
-        queue.start(asyncio.sleep(100))
-        queue.put({"delta": "x" * (MAX_UNSENT_CHARACTERS - 50)})
-        before = queue.task.cancelling()
-        queue.put({"delta": "x" * 50})
-        return before, queue.task.cancelling()
-
-    assert asyncio.run(scene()) == (0, 1)
