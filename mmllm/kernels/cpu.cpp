@@ -36,7 +36,6 @@ typedef int8_t Chars __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 16, GROUP = 32;
-constexpr int32_t MAX_ACTIVATION_24 = 0x7f7f00;  // of int4: what three signed bytes hold, with room to round
 constexpr int32_t MAX_ACTIVATION_16 = 0x7f7f;    // what two signed bytes hold
 constexpr int32_t MAX_ACTIVATION_8 = 127;
 #if defined(__AVX512F__)
@@ -309,60 +308,81 @@ static Tensor bf16_linear(const Tensor& x_any, const Tensor& panels, const optio
   return y;
 }
 
+// Rows of x as signed bytes with a scale for each group of 32 columns, which costs int4 weights nothing (docs/weights.md).
+// The bytes are in the order of Digits<1>.
+struct Groups {
+  const int64_t M, K, most, count;
+  const std::unique_ptr<int8_t[]> bytes;
+  std::vector<float> scale;
+  std::vector<int32_t> offset;  // what the 8 in q + 8 adds to a sum, negated
+
+  Groups(const float* x, int64_t M, int64_t K, int64_t most)
+      : M(M), K(K), most(most), count(K / GROUP), bytes(std::make_unique_for_overwrite<int8_t[]>(M * K)),
+        scale(M * count), offset(M * count) {
+    at::parallel_for(0, M, 1 + 8192 / K, [&](int64_t from, int64_t to) {
+      for (int64_t m = from; m < to; m++) {
+        const Tile tile(m, M, most);
+        int8_t* out = bytes.get() + tile.first * K + (m - tile.first) * 4;
+        for (int64_t g = 0; g < count; g++) {
+          const float *in = x + m * K + g * GROUP, peak = peak_of(in, GROUP);
+          const bool is_finite = std::isfinite(peak);
+          const float inverse = peak == 0 || !is_finite ? 0 : std::min(127 / peak, 3e38f);
+          Ints sum = {};
+          for (int64_t k = 0; k < GROUP; k += LANES) {
+            const Ints X = is_finite ? rounded(load<Floats>(in + k) * inverse) : Ints{};
+            sum += X;
+            const Chars digits = __builtin_convertvector(X, Chars);
+            for (int64_t i = 0; i < 4; i++) memcpy(out + (g * GROUP + k + 4 * i) * tile.rows, (char*)&digits + 4 * i, 4);
+          }
+          scale[m * count + g] = is_finite ? peak / 127 : NAN;
+          for (int64_t r = 0; r < LANES; r++) offset[m * count + g] -= 8 * sum[r];
+        }
+      }
+    });
+  }
+};
+
 // The int4 matrix in `panels` [rows/16][K/32][4][64]: byte 4r+i of piece j holds the weights q + 8 of row r at columns
 // 8j+i (its low half) and 8j+4+i of the group. `scale` [rows/16][K/32][16], bfloat16: one a row and group of 32 columns.
-template <int M, int D>
-static void int4_tile(const uint8_t* w, const uint16_t* scale, const int8_t* x, const int32_t* x_sum, const double* unit,
+template <int M>
+static void int4_tile(const uint8_t* w, const uint16_t* scale, const int8_t* x, const float* x_scale, const int32_t* offset,
                       const float* bias, float* y, int64_t stride, int64_t width, int64_t K) {
   Floats totals[M] = {};
   for (int64_t g = 0; g < K / GROUP; g++) {
-    Ints sums[M][D];
-    for (int m = 0; m < M; m++)
-      for (int d = 0; d < D; d++) sums[m][d] = Ints{} - 8 * x_sum[(m * D + d) * (K / GROUP) + g];
+    Ints sums[M];
+    for (int m = 0; m < M; m++) sums[m] = Ints{} + offset[m * (K / GROUP) + g];
     for (int j = 0; j < 4; j++) {
       prefetch<M>(w + (g * 4 + j) * 64);
       const Bytes both = load<Bytes>(w + (g * 4 + j) * 64), low = both & 15, high = both >> 4;
-      for (int m = 0; m < M; m++)
-        for (int d = 0; d < D; d++) {
-          const int8_t* four = x + ((g * GROUP + 8 * j) * M + m * 4) * D + d * 4;
-          sums[m][d] = dot4(dot4(sums[m][d], low, load<int32_t>(four)), high, load<int32_t>(four + 4 * M * D));
-        }
+      for (int m = 0; m < M; m++) {
+        const int8_t* four = x + (g * GROUP + 8 * j) * M + m * 4;
+        sums[m] = dot4(dot4(sums[m], low, load<int32_t>(four)), high, load<int32_t>(four + 4 * M));
+      }
     }
     const Floats scales = widen(scale + g * LANES);
-    for (int m = 0; m < M; m++) {
-      Floats sum = __builtin_convertvector(sums[m][D - 1], Floats);
-      for (int d = D - 2; d >= 0; d--) sum = sum * float(1 << DIGIT) + __builtin_convertvector(sums[m][d], Floats);
-      totals[m] += sum * scales;
-    }
+    for (int m = 0; m < M; m++)
+      totals[m] += __builtin_convertvector(sums[m], Floats) * (scales * x_scale[m * (K / GROUP) + g]);
   }
   const Floats biases = lanes(bias, width);
-  for (int m = 0; m < M; m++) put(y + m * stride, totals[m] * float(unit[m]) + biases, width);
+  for (int m = 0; m < M; m++) put(y + m * stride, totals[m] + biases, width);
 }
 
 static Tensor int4_linear(const Tensor& x_any, const Tensor& panels, const Tensor& scale, const optional<Tensor>& bias,
-                   int64_t O) {
-  constexpr int D = DIGIT == 8 ? 3 : 4;
-  const int64_t groups = panels.size(1), K = groups * GROUP, M = x_any.numel() / x_any.size(-1);
+                          int64_t O) {
+  const int64_t count = panels.size(1), K = count * GROUP, M = x_any.numel() / x_any.size(-1);
   const Tensor x = padded_rows(x_any, K);
   Tensor y = output_for(x, O);
-  Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, MAX_ROWS / 2, MAX_ACTIVATION_24);
-  std::vector<int32_t> sums(M * D * groups);
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t d = 0; d < D; d++) {
-      const int8_t* in = digits.four(m, d, 0);
-      const int64_t apart = digits.four(m, d, 4) - in;
-      for (int64_t k = 0; k < K; k++) sums[(m * D + d) * groups + k / GROUP] += in[k / 4 * apart + k % 4];
-    }
+  const Groups groups(x.const_data_ptr<float>(), M, K, MAX_ROWS);
   const uint8_t* w = panels.const_data_ptr<uint8_t>();
   const uint16_t* s = (const uint16_t*)scale.const_data_ptr();
   const float* b = data_or_null(bias);
   float* out = y.mutable_data_ptr<float>();
   at::parallel_for(0, panels.size(0), 1, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; p++)
-      in_tiles<MAX_ROWS / 2>(M, 0, [&](auto rows, int64_t m) {
-        int4_tile<rows, D>(w + p * groups * 256, s + p * groups * LANES, digits.bytes.get() + m * D * K,
-                           sums.data() + m * D * groups, &digits.unit[m], b ? b + p * LANES : nullptr,
-                           out + m * O + p * LANES, O, std::min(LANES, O - p * LANES), K);
+      in_tiles<MAX_ROWS>(M, 0, [&](auto rows, int64_t m) {
+        int4_tile<rows>(w + p * count * 256, s + p * count * LANES, groups.bytes.get() + m * K, &groups.scale[m * count],
+                        &groups.offset[m * count], b ? b + p * LANES : nullptr, out + m * O + p * LANES, O,
+                        std::min(LANES, O - p * LANES), K);
       });
   });
   return y;

@@ -125,7 +125,7 @@ def self_test() -> None:
         return F.linear(x.double(), weight.double(), bias.double())
 
     for name, got, wanted in (
-        ("int4", ops.int4_linear(x2, *ops.int4_pack(matrix), bias, 37), linear(x2, matrix)),
+        ("int4", ops.int4_linear(x2, *ops.int4_pack(matrix), bias, 37), reference.int4_linear(x2, matrix, bias)),
         ("bfloat16", ops.bf16_linear(x, bf16_panels(half), bias, 37), linear(x, half)),
         ("SwiGLU", ops.swiglu(x2), F.silu(gates) * ups),
         ("norm", ops.rms_norm(x2, x2[0], 0.0), F.rms_norm(x2.double(), (64,), x2[0].double(), 0.0)),

@@ -14,6 +14,7 @@ M rows, O outputs, K inputs.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_INT8 = 127
@@ -44,6 +45,14 @@ def quantize_int4(weight_OK: Tensor) -> tuple[Tensor, Tensor]:
 def int4_matrix(q_OK: Tensor, scale: Tensor) -> Tensor:
     """The float32 (O, K) that the results of `quantize_int4` stand for."""
     return (q_OK.unflatten(1, (-1, GROUP)) * scale[..., None].float()).flatten(1)
+
+
+def int4_linear(x: Tensor, matrix_OK: Tensor, bias_O: Tensor | None) -> Tensor:
+    """The product of cpu.cpp with an `int4_matrix`: x (..., K), rounded to int8 with a scale per group of 32 -> (..., O)."""
+    groups = x.unflatten(-1, (-1, GROUP))
+    peak = groups.abs().amax(-1, keepdim=True)
+    integers = (groups * (MAX_INT8 / peak).clamp(max=3e38).masked_fill(peak == 0, 0)).round()
+    return F.linear((integers * (peak / MAX_INT8)).flatten(-2), matrix_OK, bias_O)
 
 
 def int8_linear(x: Tensor, q_OK: Tensor, scale_O: Tensor, bias_O: Tensor | None, bits: int) -> Tensor:

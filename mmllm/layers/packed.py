@@ -11,7 +11,6 @@ is a row of q times its scale.
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.errors import UserError
@@ -117,7 +116,7 @@ class Int4Packed(Packed):
     def forward(self, x: Tensor) -> Tensor:
         if is_native(x):
             return torch.ops.mmllm.int4_linear(x, self.panels, self.scale, self.bias, self.out_features)
-        return F.linear(x, reference.int4_matrix(self.panels, self.scale), self.bias)
+        return reference.int4_linear(x, reference.int4_matrix(self.panels, self.scale), self.bias)
 
 
 class Bf16Packed(Packed):

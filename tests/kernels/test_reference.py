@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmllm.kernels.reference import int4_matrix, int8_linear, quantize_int4, quantize_int8
+from mmllm.kernels.reference import int4_linear, int4_matrix, int8_linear, quantize_int4, quantize_int8
 
 
 def some_weight() -> torch.Tensor:
@@ -68,3 +68,13 @@ def test_int8_rounds_each_row_of_activations_by_itself_and_nothing_else(outputs,
     step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / largest
     wanted = ((x / step).round() * step).double() @ (q * scale[:, None]).double().T + bias.double()
     assert relative(int8_linear(x, q, scale, bias, bits), wanted) < 5e-6
+
+
+def test_int4_rounds_each_group_of_activations_by_itself():
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    x[0, :32] *= 1e4
+    x[1, 32:] = 0.0
+    x[2, 0] = float("inf")
+    y = int4_linear(x, torch.eye(64), None)
+    step = x.unflatten(1, (2, 32)).abs().amax(-1).repeat_interleave(32, 1) / 127
+    assert ((y - x).abs() <= step * 0.5001)[:2].all() and not y[2].isfinite().any()
