@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmllm.inference.optimize import is_fused
+from mmllm.inference.optimize import step_of
 from mmllm.inference.static_step import StaticStep, round_up
 from mmllm.layers.lora import has_adapter
 from mmllm.layers.packed import Packed
 from mmllm.layers.quantized import FrozenLinear
 from mmllm.models.kv_cache import KVCache, PerSlot
 from mmllm.models.multimodal import MultimodalLLM
+from mmllm.models.qwen import rope_tables
 
 ROW_EXACT_BLOCK = 16  # tokens of a block where a piece may end anywhere: the unit in which prefixes are kept
 BLOCKS = {"cpu": 64, "cuda": 256, "mps": 256}  # elsewhere also the piece in which prompts are read
@@ -47,16 +48,22 @@ class ModelRunner:
         self.model, device = model, model.device
         with torch.inference_mode():
             self.cache = KVCache(model.config.text, slots, round_up(max_length), device=device, dtype=model.dtype)
+        self.rope = torch.empty(2, 0)
         self.static_step = StaticStep(model.language_model, self.cache, slots, is_compiled) if is_static else None
         mixes_rows = has_batch_dependent_layer(model.language_model)
         self.is_row_by_row = is_exact and device.type == "cpu" and mixes_rows
-        self.is_row_exact = not mixes_rows and not is_static and is_fused(model.language_model)
+        self.step = None if is_static else step_of(model.language_model)
+        self.is_row_exact = self.step is not None
+        self.make_room(max_length)
         self.block = ROW_EXACT_BLOCK if self.is_row_exact else BLOCKS[device.type]
 
     def make_room(self, length: int) -> None:
         """Lets every slot hold at least `length` tokens."""
         if length > self.cache.length:
             self.cache.grow_(round_up(length))
+        if self.step is not None and len(self.rope[0]) < self.cache.length:
+            positions = torch.arange(self.cache.length)[None]
+            self.rope = [table[0, 0] for table in rope_tables(self.model.config.text, positions)]
 
     def encode_image(self, pixels_3SS: Tensor) -> Tensor:
         """The visual tokens of one image, (Q, D): alone, so that its bits do not depend on other images."""
@@ -104,6 +111,9 @@ class ModelRunner:
             positions += range(piece.start, piece.start + len(piece.x_TD))
             if piece.is_last:
                 keep.append((len(positions) - 1, 0))
+        if self.step is not None:
+            rows = [row for row, _ in keep]
+            return self.step.run(x_BD, slots, positions, rows, *self.rope, self.cache.keys, self.cache.values)
         positions_B1 = torch.tensor(positions, device=x_BD.device)[:, None]
         cache = PerSlot(self.cache, slots, positions)
         return self._logits(x_BD[:, None], positions_B1, cache, keep)

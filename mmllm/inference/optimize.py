@@ -1,7 +1,6 @@
-"""A model prepared for answering: loaded in a precision, its layers packed, its decoding step cut to fewer operations.
+"""A model prepared for answering: loaded in a precision, its layers packed, its forward pass one call of our kernels.
 
-The model's own files do not know of this: layers of the built model are replaced, or their `forward` on the instance. Of
-the 25 ms of an int8 token, three went into norms and small operations that torch takes longer to start than to do.
+The model's own files do not know of this: layers of the built model are replaced.
 
     float32        nothing is rounded
     bfloat16       on a CPU with our kernels only the weights are rounded; elsewhere everything
@@ -24,11 +23,9 @@ from mmllm.config.schema import PRECISIONS
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
 from mmllm.layers import packed
-from mmllm.layers.lora import merge_lora_
-from mmllm.models.kv_cache import PerSlot
+from mmllm.layers.lora import has_adapter, merge_lora_
 from mmllm.models.multimodal import MultimodalLLM
-from mmllm.models.qwen import Cache, Qwen2Attention, Qwen2MLP, RMSNorm
-from mmllm.models.qwen3 import Qwen3Attention
+from mmllm.models.qwen import Qwen2, RMSNorm
 
 PRECISIONS_ON = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8"), "mps": ("float32", "bfloat16")}
 
@@ -53,8 +50,9 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
     if not is_float:
         pack_towers_(model, precision)
         cast_rest_(model)
-        if device.type == "cpu" and kernels.native():
-            fuse_(model)
+        if device.type == "cpu":
+            convolution = model.vision_tower.vision_model.embeddings.patch_embedding
+            convolution.forward = partial(embed_patches, convolution)
     model.form = replace(model.form, precision=precision)
     return model
 
@@ -96,28 +94,6 @@ def cast_rest_(model: MultimodalLLM) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-# Forward passes of fewer operations, for our CPU kernels --------------------------------------------------------------
-
-
-def fuse_(model: MultimodalLLM) -> None:
-    """Replaces forward passes of the decoding step and of the patch embedding."""
-    for module in model.language_model.modules():
-        if isinstance(module, RMSNorm):
-            module.forward = partial(fused_norm, module)
-        elif isinstance(module, Qwen2MLP) and module.down_proj.in_features % 16 == 0:
-            module.forward = partial(fused_mlp, module)
-        elif isinstance(module, Qwen2Attention) and module.head_dim % 16 == 0 and module.head_dim <= 256:
-            module.forward = partial(fused_attention, module)
-    convolution = model.vision_tower.vision_model.embeddings.patch_embedding
-    convolution.forward = partial(embed_patches, convolution)
-
-
-def is_fused(language_model: nn.Module) -> bool:
-    """Whether `fuse_` has replaced the forward pass of every norm, MLP and attention."""
-    parts = (RMSNorm, Qwen2MLP, Qwen2Attention)
-    return all("forward" in vars(module) for module in language_model.modules() if isinstance(module, parts))
-
-
 def embed_patches(convolution: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
     """A convolution of windows that do not overlap as one matrix product, (B, D, S/P, S/P): a quarter of the time."""
     side = convolution.kernel_size[0]
@@ -125,30 +101,27 @@ def embed_patches(convolution: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
     return F.linear(windows, convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
 
 
-def fused_norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    return torch.ops.mmllm.rms_norm(x, norm.weight, norm.eps)
+def step_of(language_model: Qwen2) -> torch.ScriptObject | None:
+    """The model's forward pass as one call of our kernels (`Step` in cpu.cpp), in which no row changes another's bits.
 
-
-def fused_mlp(mlp: Qwen2MLP, x_BTD: Tensor) -> Tensor:
-    return mlp.down_proj(torch.ops.mmllm.swiglu(packed.side_by_side((mlp.gate_proj, mlp.up_proj), x_BTD)))
-
-
-def fused_attention(
-    attention: Qwen2Attention,
-    x_BTD: Tensor,
-    rope: tuple[Tensor, Tensor],
-    attend_B1TS: Tensor | None,
-    cache: Cache | None,
-) -> Tensor:
-    """With one token per row, as in decoding: one call for the projections, one for rotation, cache and attention."""
-    if x_BTD.shape[1] > 1 or not isinstance(cache, PerSlot):
-        return Qwen2Attention.forward(attention, x_BTD, rope, attend_B1TS, cache)
-    qkv_B1N = packed.side_by_side((attention.q_proj, attention.k_proj, attention.v_proj), x_BTD)
-    if isinstance(attention, Qwen3Attention):
-        heads = attention.q_proj.out_features // attention.head_dim, attention.k_proj.out_features // attention.head_dim
-        q_B1HK, k_B1GK, v_B1GK = qkv_B1N.unflatten(-1, (-1, attention.head_dim)).split([*heads, heads[1]], dim=-2)
-        qkv_B1N = torch.cat([*attention.normalised(q_B1HK, k_B1GK), v_B1GK], dim=-2).flatten(2)
-    slots, starts = zip(*cache.rows, strict=True)
-    keys_SGCK, values_SGCK = cache.cache.keys[attention.layer], cache.cache.values[attention.layer]
-    y_BD = torch.ops.mmllm.attend_token(qkv_B1N, *rope, keys_SGCK, values_SGCK, slots, starts)
-    return attention.o_proj(y_BD[:, None])
+    None where it is not one: without our kernels, with adapters, in float32, or with heads of an odd size.
+    """
+    layers, head_dim = language_model.model.layers, language_model.config.head_dim
+    linears = [module for layer in layers for part in (layer.self_attn, layer.mlp) for module in part.children()]
+    linears = [*(module for module in linears if not isinstance(module, RMSNorm)), language_model.lm_head]
+    is_ours = all(isinstance(each, packed.Packed) and not each.mixes_rows and not has_adapter(each) for each in linears)
+    if not (is_ours and packed.is_native(linears[0].panels) and head_dim % 16 == 0 and head_dim <= 256):
+        return None
+    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    norms.append(language_model.model.norm)
+    norms += [norm for layer in layers for norm in layer.self_attn.children() if isinstance(norm, RMSNorm)]
+    return torch.classes.mmllm.Step(
+        [linear.panels for linear in linears],
+        [getattr(linear, "scale", None) for linear in linears],
+        [linear.bias for linear in linears],
+        [linear.out_features for linear in linears],
+        [norm.weight.detach() for norm in norms],
+        head_dim,
+        getattr(linears[-1], "bits", 0),
+        norms[0].eps,
+    )

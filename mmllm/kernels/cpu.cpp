@@ -18,7 +18,11 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <omp.h>
+#include <span>
+#include <torch/custom_class.h>
 #include <torch/library.h>
+#include <variant>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -134,7 +138,9 @@ struct Tile {
 // Rows of x as integers X = x / unit, each cut into D signed digits of BITS bits, the lowest first. The rows of a tile are
 // one stream, [K/4][rows][D][4]: 24 parallel streams are slower.
 template <int D, int BITS> struct Digits {
-  const int64_t M, K, most;
+  int64_t M;
+  const int64_t K, most;
+  const int32_t largest;
   const std::unique_ptr<int8_t[]> bytes;
   std::vector<double> unit;
   std::vector<int64_t> sum;
@@ -145,41 +151,35 @@ template <int D, int BITS> struct Digits {
     return bytes.get() + (tile.first * K + k * tile.rows + (m - tile.first) * 4) * D + d * 4;
   }
 
-  Digits(const float* x, int64_t M, int64_t K, int64_t most, int32_t largest)
-      : M(M), K(K), most(most), bytes(std::make_unique_for_overwrite<int8_t[]>(M * D * K)), unit(M), sum(M) {
+  Digits(int64_t M, int64_t K, int64_t most, int32_t largest)
+      : M(M), K(K), most(most), largest(largest), bytes(std::make_unique_for_overwrite<int8_t[]>(M * D * K)), unit(M), sum(M) {}
+
+  void set(const float* row, int64_t m) {
     constexpr int32_t HALF = 1 << (BITS - 1), MASK = (1 << BITS) - 1;
     int32_t halves = 0;  // added, so that no digit is negative and each has its own bits
     for (int d = 0; d < D; d++) halves += HALF << (BITS * d);
-    at::parallel_for(0, M, 1 + 8192 / K, [&](int64_t from, int64_t to) {
-      for (int64_t m = from; m < to; m++) {
-        const float* row = x + m * K;
-        const float peak = peak_of(row, K);
-        if (!std::isfinite(peak)) {
-          unit[m] = NAN;
-          continue;
-        }
-        const double step = double(peak) / largest;
-        const float scale = step == 0 ? 0.f : float(std::min(1 / step, 3e38));
-        unit[m] = scale == 0 ? 0 : 1 / double(scale);
-        Longs total = {};
-        int8_t* out = four(m, 0, 0);
-        const int64_t apart = four(m, 0, 4) - out;
-        const auto cut = [&](int64_t k, int64_t n) {
-          Floats some = {};
-          memcpy(&some, row + k, n * sizeof(float));
-          const Ints X = rounded(some * scale);
-          total += __builtin_convertvector(X, Longs);
-          for (int d = 0; d < D; d++) {
-            const Chars digit = __builtin_convertvector(((X + halves) >> (BITS * d) & MASK) - HALF, Chars);
-            for (int64_t i = 0; i < n / 4; i++) memcpy(out + (k / 4 + i) * apart + d * 4, (char*)&digit + 4 * i, 4);
-          }
-        };
-        int64_t k = 0;
-        for (; k + LANES <= K; k += LANES) cut(k, LANES);
-        if (k < K) cut(k, K - k);
-        for (int64_t r = 0; r < LANES; r++) sum[m] += total[r];
+    const float peak = peak_of(row, K);
+    const double step = double(peak) / largest;
+    const float scale = step == 0 || !std::isfinite(peak) ? 0.f : float(std::min(1 / step, 3e38));
+    unit[m] = !std::isfinite(peak) ? NAN : scale == 0 ? 0 : 1 / double(scale);
+    Longs total = {};
+    int8_t* out = four(m, 0, 0);
+    const int64_t apart = four(m, 0, 4) - out;
+    const auto cut = [&](int64_t k, int64_t n) {
+      Floats some = {};
+      memcpy(&some, row + k, n * sizeof(float));
+      const Ints X = rounded(some * scale);
+      total += __builtin_convertvector(X, Longs);
+      for (int d = 0; d < D; d++) {
+        const Chars digit = __builtin_convertvector(((X + halves) >> (BITS * d) & MASK) - HALF, Chars);
+        for (int64_t i = 0; i < n / 4; i++) memcpy(out + (k / 4 + i) * apart + d * 4, (char*)&digit + 4 * i, 4);
       }
-    });
+    };
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES) cut(k, LANES);
+    if (k < K) cut(k, K - k);
+    sum[m] = 0;
+    for (int64_t r = 0; r < LANES; r++) sum[m] += total[r];
   }
 };
 
@@ -209,29 +209,6 @@ template <int R, typename F> static void in_tiles(int64_t M, int64_t from, const
   if constexpr (R > 1) in_tiles<R / 2>(M, from, tile);
 }
 
-template <int D>
-static void int8_product(const Tensor& x, at::TensorList panels, at::TensorList scales, const float* const* biases,
-                         Tensor& y, int32_t largest) {
-  const int64_t K = panels[0].size(1) * 4, O = y.size(-1), M = y.numel() / O;
-  const Digits<D, DIGIT> digits(x.const_data_ptr<float>(), M, K, MAX_ROWS, largest);
-  float* out = y.mutable_data_ptr<float>();
-  int64_t all = 0;
-  for (const Tensor& some : panels) all += some.size(0);
-  at::parallel_for(0, all, 1, [&](int64_t from, int64_t to) {
-    int64_t first = 0, column = 0;  // of matrix i: its first panel among all, its column of y
-    for (size_t i = 0; i < panels.size(); first += panels[i].size(0), column += scales[i].numel(), i++) {
-      const uint8_t* w = panels[i].const_data_ptr<uint8_t>();
-      const float *scale = scales[i].const_data_ptr<float>(), *bias = biases[i];
-      for (int64_t p = std::max(from - first, int64_t(0)); p < std::min(to - first, panels[i].size(0)); p++)
-        in_tiles<MAX_ROWS>(M, 0, [&](auto rows, int64_t m) {
-          int8_tile<rows, D>(w + p * K * LANES, digits.bytes.get() + m * D * K, &digits.unit[m], &digits.sum[m],
-                             scale + p * LANES, bias ? bias + p * LANES : nullptr, out + m * O + column + p * LANES, O,
-                             std::min(LANES, scales[i].numel() - p * LANES), K);
-        });
-    }
-  });
-}
-
 static const float* data_or_null(const optional<Tensor>& bias) {
   return bias ? bias->const_data_ptr<float>() : nullptr;
 }
@@ -247,32 +224,6 @@ static Tensor output_for(const Tensor& x, int64_t O) {
   auto shape = x.sizes().vec();
   shape.back() = O;
   return at::empty(shape, x.options());
-}
-
-// x (..., K) times the int8 matrices in `panels`, concatenated, scaled per output row: (..., sum of O). `bits`, 16 or 8, is
-// the precision of an activation. Matrices that read the same x share its digits and one parallel loop.
-static Tensor int8_linears(const Tensor& x_any, at::TensorList panels, at::TensorList scales,
-                           const c10::List<optional<Tensor>>& biases, int64_t bits) {
-  TORCH_CHECK(bits == 16 || bits == 8, "bits is ", bits, "; it can be 16 or 8");
-  TORCH_CHECK(panels[0].size(1) <= 16384, "the sums of more than 65,536 products do not fit 32 bits");
-  const Tensor x = padded_rows(x_any, panels[0].size(1) * 4);
-  int64_t O = 0;
-  std::vector<const float*> b;
-  for (size_t i = 0; i < panels.size(); i++) {
-    O += scales[i].numel();
-    b.push_back(data_or_null(biases.get(i)));
-  }
-  Tensor y = output_for(x, O);
-  if (bits == 16)
-    int8_product<DIGIT == 8 ? 2 : 3>(x, panels, scales, b.data(), y, MAX_ACTIVATION_16);
-  else
-    int8_product<DIGIT == 8 ? 1 : 2>(x, panels, scales, b.data(), y, MAX_ACTIVATION_8);
-  return y;
-}
-
-static Tensor int8_linear(const Tensor& x, const Tensor& panels, const Tensor& scale, const optional<Tensor>& bias,
-                          int64_t bits) {
-  return int8_linears(x, {panels}, {scale}, c10::List<optional<Tensor>>({bias}), bits);
 }
 
 // The bfloat16 matrix in `panels` [rows/16][K][16] times float32 rows; sums in float32, in the same order for every M.
@@ -291,54 +242,37 @@ static void bf16_tile(const uint16_t* w, const float* x, const float* bias, floa
   for (int m = 0; m < M; m++) put(y + m * stride, sums[m][0] + sums[m][1] + biases, width);
 }
 
-static Tensor bf16_linear(const Tensor& x_any, const Tensor& panels, const optional<Tensor>& bias, int64_t O) {
-  const int64_t K = panels.size(1), M = x_any.numel() / x_any.size(-1);
-  const Tensor x = padded_rows(x_any, K);
-  Tensor y = output_for(x, O);
-  const uint16_t* w = (const uint16_t*)panels.const_data_ptr();
-  const float *in = x.const_data_ptr<float>(), *b = data_or_null(bias);
-  float* out = y.mutable_data_ptr<float>();
-  at::parallel_for(0, panels.size(0), 1, [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; p++)
-      in_tiles<MAX_ROWS>(M, 0, [&](auto rows, int64_t m) {
-        bf16_tile<rows>(w + p * K * LANES, in + m * K, b ? b + p * LANES : nullptr, out + m * O + p * LANES, O,
-                        std::min(LANES, O - p * LANES), K);
-      });
-  });
-  return y;
-}
-
 // Rows of x as signed bytes with a scale for each group of 32 columns, which costs int4 weights nothing (docs/weights.md).
 // The bytes are in the order of Digits<1>.
 struct Groups {
-  const int64_t M, K, most, count;
+  int64_t M;
+  const int64_t K, most, count;
   const std::unique_ptr<int8_t[]> bytes;
   std::vector<float> scale;
   std::vector<int32_t> offset;  // what the 8 in q + 8 adds to a sum, negated
 
-  Groups(const float* x, int64_t M, int64_t K, int64_t most)
-      : M(M), K(K), most(most), count(K / GROUP), bytes(std::make_unique_for_overwrite<int8_t[]>(M * K)),
-        scale(M * count), offset(M * count) {
-    at::parallel_for(0, M, 1 + 8192 / K, [&](int64_t from, int64_t to) {
-      for (int64_t m = from; m < to; m++) {
-        const Tile tile(m, M, most);
-        int8_t* out = bytes.get() + tile.first * K + (m - tile.first) * 4;
-        for (int64_t g = 0; g < count; g++) {
-          const float *in = x + m * K + g * GROUP, peak = peak_of(in, GROUP);
-          const bool is_finite = std::isfinite(peak);
-          const float inverse = peak == 0 || !is_finite ? 0 : std::min(127 / peak, 3e38f);
-          Ints sum = {};
-          for (int64_t k = 0; k < GROUP; k += LANES) {
-            const Ints X = is_finite ? rounded(load<Floats>(in + k) * inverse) : Ints{};
-            sum += X;
-            const Chars digits = __builtin_convertvector(X, Chars);
-            for (int64_t i = 0; i < 4; i++) memcpy(out + (g * GROUP + k + 4 * i) * tile.rows, (char*)&digits + 4 * i, 4);
-          }
-          scale[m * count + g] = is_finite ? peak / 127 : NAN;
-          for (int64_t r = 0; r < LANES; r++) offset[m * count + g] -= 8 * sum[r];
-        }
+  Groups(int64_t M, int64_t K, int64_t most)
+      : M(M), K(K), most(most), count(K / GROUP), bytes(std::make_unique_for_overwrite<int8_t[]>(M * K)), scale(M * count),
+        offset(M * count) {}
+
+  void set(const float* row, int64_t m) {
+    const Tile tile(m, M, most);
+    int8_t* out = bytes.get() + tile.first * K + (m - tile.first) * 4;
+    for (int64_t g = 0; g < count; g++) {
+      const float *in = row + g * GROUP, peak = peak_of(in, GROUP);
+      const bool is_finite = std::isfinite(peak);
+      const float inverse = peak == 0 || !is_finite ? 0 : std::min(127 / peak, 3e38f);
+      Ints sum = {};
+      for (int64_t k = 0; k < GROUP; k += LANES) {
+        const Ints X = is_finite ? rounded(load<Floats>(in + k) * inverse) : Ints{};
+        sum += X;
+        const Chars digits = __builtin_convertvector(X, Chars);
+        for (int64_t i = 0; i < 4; i++) memcpy(out + (g * GROUP + k + 4 * i) * tile.rows, (char*)&digits + 4 * i, 4);
       }
-    });
+      scale[m * count + g] = is_finite ? peak / 127 : NAN;
+      offset[m * count + g] = 0;
+      for (int64_t r = 0; r < LANES; r++) offset[m * count + g] -= 8 * sum[r];
+    }
   }
 };
 
@@ -367,25 +301,101 @@ static void int4_tile(const uint8_t* w, const uint16_t* scale, const int8_t* x, 
   for (int m = 0; m < M; m++) put(y + m * stride, totals[m] + biases, width);
 }
 
-static Tensor int4_linear(const Tensor& x_any, const Tensor& panels, const Tensor& scale, const optional<Tensor>& bias,
-                          int64_t O) {
-  const int64_t count = panels.size(1), K = count * GROUP, M = x_any.numel() / x_any.size(-1);
-  const Tensor x = padded_rows(x_any, K);
-  Tensor y = output_for(x, O);
-  const Groups groups(x.const_data_ptr<float>(), M, K, MAX_ROWS);
-  const uint8_t* w = panels.const_data_ptr<uint8_t>();
-  const uint16_t* s = (const uint16_t*)scale.const_data_ptr();
-  const float* b = data_or_null(bias);
-  float* out = y.mutable_data_ptr<float>();
-  at::parallel_for(0, panels.size(0), 1, [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; p++)
-      in_tiles<MAX_ROWS>(M, 0, [&](auto rows, int64_t m) {
-        int4_tile<rows>(w + p * count * 256, s + p * count * LANES, groups.bytes.get() + m * K, &groups.scale[m * count],
-                        &groups.offset[m * count], b ? b + p * LANES : nullptr, out + m * O + p * LANES, O,
-                        std::min(LANES, O - p * LANES), K);
-      });
+// A packed matrix (O, K); its panels tell of which kind.
+struct Matrix {
+  Tensor panels;
+  const void* scale;  // float32 for int8, bfloat16 for int4
+  const float* bias;
+  int64_t O, K;
+
+  Matrix(const Tensor& panels, const optional<Tensor>& scale, const optional<Tensor>& bias, int64_t O)
+      : panels(panels), scale(scale ? scale->const_data_ptr() : nullptr), bias(data_or_null(bias)), O(O),
+        K(panels.size(1) * (!scale ? 1 : is_int4() ? GROUP : 4)) {
+    TORCH_CHECK(panels.size(1) <= 16384, "the sums of more than 65,536 products do not fit 32 bits");
+  }
+  bool is_int4() const { return panels.size(2) == 4; }
+  int64_t count() const { return panels.size(0); }
+  const uint8_t* panel(int64_t p) const { return (const uint8_t*)panels.const_data_ptr() + p * (panels.nbytes() / count()); }
+  const float* bias_at(int64_t p) const { return bias ? bias + p * LANES : nullptr; }
+  int64_t width(int64_t p) const { return std::min(LANES, O - p * LANES); }
+};
+
+// Activations in the form that a product reads: as they are for bfloat16, in bytes for the others.
+struct Plain {
+  int64_t M;
+  const int64_t K;
+  const std::unique_ptr<float[]> x;
+  Plain(int64_t M, int64_t K) : M(M), K(K), x(std::make_unique_for_overwrite<float[]>(M * K)) {}
+  void set(const float* row, int64_t m) { memcpy(&x[m * K], row, K * sizeof(float)); }
+};
+typedef Digits<DIGIT == 8 ? 1 : 2, DIGIT> Digits8;
+typedef Digits<DIGIT == 8 ? 2 : 3, DIGIT> Digits16;
+typedef std::variant<Plain, Groups, Digits8, Digits16> Rows;
+
+static Rows rows_for(const Matrix& matrix, int64_t M, int64_t bits) {
+  if (!matrix.scale) return Rows(std::in_place_type<Plain>, M, matrix.K);
+  if (matrix.is_int4()) return Rows(std::in_place_type<Groups>, M, matrix.K, MAX_ROWS);
+  if (bits == 8) return Rows(std::in_place_type<Digits8>, M, matrix.K, MAX_ROWS, MAX_ACTIVATION_8);
+  TORCH_CHECK(bits == 16, "bits is ", bits, "; it can be 16 or 8");
+  return Rows(std::in_place_type<Digits16>, M, matrix.K, MAX_ROWS, MAX_ACTIVATION_16);
+}
+
+template <int R> static void tile(const Matrix& a, int64_t p, const Plain& x, int64_t m, float* y, int64_t stride) {
+  bf16_tile<R>((const uint16_t*)a.panel(p), &x.x[m * x.K], a.bias_at(p), y, stride, a.width(p), a.K);
+}
+template <int R> static void tile(const Matrix& a, int64_t p, const Groups& x, int64_t m, float* y, int64_t stride) {
+  int4_tile<R>(a.panel(p), (const uint16_t*)a.scale + p * x.count * LANES, x.bytes.get() + m * x.K, &x.scale[m * x.count],
+               &x.offset[m * x.count], a.bias_at(p), y, stride, a.width(p), a.K);
+}
+template <int R, int D, int BITS>
+static void tile(const Matrix& a, int64_t p, const Digits<D, BITS>& x, int64_t m, float* y, int64_t stride) {
+  int8_tile<R, D>(a.panel(p), x.bytes.get() + m * D * x.K, &x.unit[m], &x.sum[m], (const float*)a.scale + p * LANES, a.bias_at(p),
+                  y, stride, a.width(p), a.K);
+}
+
+// The panels `from` to `to` of several matrices that read the same rows; y (M, sum of O).
+static void product(std::span<const Matrix> matrices, const Rows& rows, float* y, int64_t from, int64_t to) {
+  int64_t stride = 0, first = 0, column = 0;
+  for (const Matrix& a : matrices) stride += a.O;
+  for (const Matrix& a : matrices) {
+    std::visit([&](const auto& x) {
+      for (int64_t p = std::max(from - first, int64_t(0)); p < std::min(to - first, a.count()); p++)
+        in_tiles<MAX_ROWS>(x.M, 0, [&](auto size, int64_t m) {
+          tile<size>(a, p, x, m, y + m * stride + column + p * LANES, stride);
+        });
+    }, rows);
+    first += a.count(), column += a.O;
+  }
+}
+
+static Tensor apply(const Tensor& x_any, const Matrix& matrix, int64_t bits) {
+  const int64_t M = x_any.numel() / x_any.size(-1);
+  const Tensor x = padded_rows(x_any, matrix.K);
+  Tensor y = output_for(x, matrix.O);
+  Rows rows = rows_for(matrix, M, bits);
+  at::parallel_for(0, M, 1 + 8192 / matrix.K, [&](int64_t from, int64_t to) {
+    for (int64_t m = from; m < to; m++)
+      std::visit([&](auto& form) { form.set(x.const_data_ptr<float>() + m * matrix.K, m); }, rows);
+  });
+  at::parallel_for(0, matrix.count(), 1, [&](int64_t from, int64_t to) {
+    product({&matrix, 1}, rows, y.mutable_data_ptr<float>(), from, to);
   });
   return y;
+}
+
+// x (..., K) times an int8 matrix: (..., O). `bits`, 16 or 8, is the precision of an activation.
+static Tensor int8_linear(const Tensor& x, const Tensor& panels, const Tensor& scale, const optional<Tensor>& bias,
+                          int64_t bits) {
+  return apply(x, Matrix(panels, scale, bias, scale.numel()), bits);
+}
+
+static Tensor bf16_linear(const Tensor& x, const Tensor& panels, const optional<Tensor>& bias, int64_t O) {
+  return apply(x, Matrix(panels, {}, bias, O), 0);
+}
+
+static Tensor int4_linear(const Tensor& x, const Tensor& panels, const Tensor& scale, const optional<Tensor>& bias,
+                          int64_t O) {
+  return apply(x, Matrix(panels, scale, bias, O), 0);
 }
 
 // Packing: the layouts of cpu.py and the rounding of reference.py, in one pass over the weights. -----------------------
@@ -465,7 +475,7 @@ static Tensor bf16_pack(const Tensor& weight) {
   return panels;
 }
 
-// The other operations of a decoding step, where starting a torch operation costs more than computing it. --------------
+// One pass of rows through the language model. --------------------------------------------------------------------------
 
 // e^x, off by one or two units in the last place: 2^n times the Taylor series of the remainder.
 static inline Floats exp_of(Floats x) {
@@ -477,50 +487,32 @@ static inline Floats exp_of(Floats x) {
   return sum * (Floats)((n + 127) << 23);
 }
 
-// silu(gate) * up; a row of x holds its gates, then as many ups. (torch's silu takes 60 us for a row of 4864.)
-static Tensor swiglu(const Tensor& x_any) {
-  const Tensor x = x_any.contiguous();
-  const int64_t F = x.size(-1) / 2, M = x.numel() / (2 * F);
-  TORCH_CHECK(x.scalar_type() == at::kFloat && F % LANES == 0, "float32 rows of twice a multiple of 16 are needed");
-  Tensor y = output_for(x, F);
-  const float* in = x.const_data_ptr<float>();
-  float* out = y.mutable_data_ptr<float>();
-  at::parallel_for(0, M, 8, [&](int64_t from, int64_t to) {
-    for (int64_t m = from; m < to; m++)
-      for (int64_t k = 0; k < F; k += LANES) {
-        const Floats gate = load<Floats>(in + m * 2 * F + k), up = load<Floats>(in + m * 2 * F + F + k);
-        const Floats result = gate / (1.f + exp_of(-gate)) * up;
-        memcpy(out + m * F + k, &result, sizeof(result));
-      }
-  });
-  return y;
+// silu(gate) * up of F gates and as many ups.
+static void swiglu(const float* gate_up, float* out, int64_t F) {
+  for (int64_t k = 0; k < F; k += LANES) {
+    const int64_t width = std::min(LANES, F - k);
+    const Floats gate = lanes(gate_up + k, width), up = lanes(gate_up + F + k, width);
+    put(out + k, gate / (1.f + exp_of(-gate)) * up, width);
+  }
 }
 
-// x / sqrt(mean(x^2) + eps) * weight over the last dimension.
-static Tensor rms_norm(const Tensor& x_any, const Tensor& weight, double eps) {
-  const Tensor x = x_any.contiguous();
-  const int64_t D = weight.numel();
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.size(-1) == D, "float32 rows of ", D, " numbers are needed");
-  Tensor y = at::empty_like(x);
-  const float *in = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
-  float* out = y.mutable_data_ptr<float>();
-  at::parallel_for(0, x.numel() / D, 16, [&](int64_t from, int64_t to) {
-    for (int64_t m = from; m < to; m++) {
-      double sums[8] = {};
-      for (int64_t k = 0; k < D; k++) sums[k % 8] += double(in[m * D + k]) * in[m * D + k];
-      double sum = 0;
-      for (double part : sums) sum += part;
-      const float by = float(1 / std::sqrt(sum / D + eps));
-      for (int64_t k = 0; k < D; k++) out[m * D + k] = w[k] * (in[m * D + k] * by);
-    }
-  });
-  return y;
+// x / sqrt(mean(x^2) + eps) * weight. `out` may be x.
+static void rms_norm(const float* x, const float* weight, float* out, int64_t D, double eps) {
+  double sums[8] = {};
+  for (int64_t k = 0; k < D; k++) sums[k % 8] += double(x[k]) * x[k];
+  double sum = 0;
+  for (double part : sums) sum += part;
+  const float by = float(1 / std::sqrt(sum / D + eps));
+  for (int64_t k = 0; k < D; k++) out[k] = weight[k] * (x[k] * by);
 }
 
-// x[k] cos[k] + x[k + K/2 mod K] sin[k]: RoPE, with the signs in `sin` (rotate in qwen.py).
-static void rotate(const float* x, const float* cos, const float* sin, float* out, int64_t K) {
-  for (int64_t k = 0; k < K / 2; k++) out[k] = x[k] * cos[k] + x[k + K / 2] * sin[k];
-  for (int64_t k = K / 2; k < K; k++) out[k] = x[k] * cos[k] + x[k - K / 2] * sin[k];
+// x[k] cos[k] + x[k + K/2 mod K] sin[k], in place: RoPE, with the signs in `sin` (rotate in qwen.py).
+static void rotate(float* x, const float* cos, const float* sin, int64_t K) {
+  for (int64_t k = 0; k < K / 2; k++) {
+    const float low = x[k], high = x[k + K / 2];
+    x[k] = low * cos[k] + high * sin[k];
+    x[k + K / 2] = high * cos[k + K / 2] + low * sin[k + K / 2];
+  }
 }
 
 static inline float sum_of(Floats x) {
@@ -555,69 +547,142 @@ static inline __attribute__((always_inline)) void attend(const float* query, con
   for (int64_t k = 0; k < K; k += LANES) put(out + k, sums[k / LANES] / total, LANES);
 }
 
-// Attention for one new token per row, (B, H K): qkv (B, (H + 2 G) K) are its projected queries, keys and values; cos and sin
-// (B, K). Row b is written to position starts[b] of slot slots[b] in keys and values (S, G, C, K), and attends to that slot
-// up to there. No row depends on another.
-static Tensor attend_token(const Tensor& qkv_any, const Tensor& cos_any, const Tensor& sin_any, const Tensor& keys,
-                           const Tensor& values, at::IntArrayRef slots, at::IntArrayRef starts) {
-  const Tensor qkv = qkv_any.contiguous(), cos = cos_any.contiguous(), sin = sin_any.contiguous();
-  const int64_t B = slots.size(), G = keys.size(1), K = keys.size(3), H = qkv.numel() / B / K - 2 * G, share = H / G;
-  TORCH_CHECK(qkv.scalar_type() == at::kFloat && cos.scalar_type() == at::kFloat && keys.scalar_type() == at::kFloat &&
-                  values.scalar_type() == at::kFloat && K % LANES == 0 && K <= 256 && cos.numel() == B * K &&
-                  keys.stride(3) == 1 && values.strides() == keys.strides() && H > 0,
-              "float32 heads of a multiple of 16 numbers are needed, at most 256");
-  Tensor y = at::empty({B, H * K}, qkv.options());
-  std::vector<float> queries(B * H * K);
-  float *all_keys = keys.mutable_data_ptr<float>(), *all_values = values.mutable_data_ptr<float>();
-  const int64_t slot_step = keys.stride(0), head_step = keys.stride(1), step = keys.stride(2);
-  for (int64_t b = 0; b < B; b++) {
-    TORCH_CHECK(starts[b] < keys.size(2) && slots[b] < keys.size(0), "row ", b, " has no such position");
-    const float *row = qkv.const_data_ptr<float>() + b * (H + 2 * G) * K, *c = cos.const_data_ptr<float>() + b * K,
-                *s = sin.const_data_ptr<float>() + b * K;
-    const int64_t place = slots[b] * slot_step + starts[b] * step;
-    for (int64_t h = 0; h < H; h++) rotate(row + h * K, c, s, &queries[(b * H + h) * K], K);
-    for (int64_t g = 0; g < G; g++) {
-      rotate(row + (H + g) * K, c, s, all_keys + place + g * head_step, K);
-      memcpy(all_values + place + g * head_step, row + (H + G + g) * K, K * sizeof(float));
+// The language model of qwen.py on packed matrices, for `PerSlot` caches: tokens of answers and of prompts alike are rows. One
+// parallel region, in which all threads do the same phases and wait for each other after each. No row depends on another but
+// through the cache.
+struct Step : torch::CustomClassHolder {
+  std::vector<Tensor> held;       // what the pointers point into
+  std::vector<Matrix> matrices;   // q, k, v, o, gate, up, down of each layer, then the head
+  std::vector<const float*> norms;  // two a layer, the last one, then those of the queries and keys of each layer, if any
+  const int64_t head_dim, bits, layers;
+  const double eps;
+
+  Step(std::vector<Tensor> panels, std::vector<optional<Tensor>> scales, std::vector<optional<Tensor>> biases,
+       std::vector<int64_t> widths, std::vector<Tensor> norms_, int64_t head_dim, int64_t bits, double eps)
+      : held(norms_), head_dim(head_dim), bits(bits), layers(panels.size() / 7), eps(eps) {
+    for (size_t i = 0; i < panels.size(); i++) {
+      matrices.emplace_back(panels[i], scales[i], biases[i], widths[i]);
+      for (const auto& tensor : {scales[i], biases[i]})
+        if (tensor) held.push_back(*tensor);
     }
+    for (const Tensor& norm : norms_) norms.push_back(norm.const_data_ptr<float>());
   }
-  float* out = y.mutable_data_ptr<float>();
-  at::parallel_for(0, B * H, 1, [&](int64_t from, int64_t to) {
-    std::vector<float> scores;
-    for (int64_t i = from; i < to; i++) {
-      const int64_t b = i / H, first = slots[b] * slot_step + i % H / share * head_step;
-      const auto head = [&](int64_t size) __attribute__((always_inline)) {
-        attend(&queries[i * K], all_keys + first, all_values + first, out + i * K, starts[b] + 1, step, size, scores);
+
+  // x (M, D) goes to positions `starts` of `slots` in keys and values (L, S, G, C, K); cos and sin (C, K). Returns the logits
+  // of the rows `keep`.
+  Tensor run(const Tensor& x_MD, std::vector<int64_t> slots, std::vector<int64_t> starts, std::vector<int64_t> keep,
+             const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values) {
+    const int64_t M = slots.size(), N = keep.size(), D = x_MD.size(1), K = head_dim, H = matrices[0].O / K, G = matrices[1].O / K,
+                  F = matrices[4].O, qkv_width = (H + 2 * G) * K;
+    TORCH_CHECK(x_MD.scalar_type() == at::kFloat && keys.scalar_type() == at::kFloat && values.strides() == keys.strides() &&
+                    keys.size(4) == K && keys.size(2) == G && keys.stride(4) == 1 && cos.size(0) >= keys.size(3) &&
+                    cos.is_contiguous() && sin.is_contiguous(), "float32 caches of this model are needed");
+    for (int64_t m = 0; m < M; m++)
+      TORCH_CHECK(starts[m] < keys.size(3) && slots[m] < keys.size(1), "row ", m, " has no such position");
+    Tensor logits = at::empty({N, matrices.back().O}, x_MD.options()), hidden = x_MD.clone(), kept = at::empty({N, D}, x_MD.options());
+    const Tensor y = at::empty({M, std::max({D, qkv_width, 2 * F})}, x_MD.options());
+    float *x = hidden.mutable_data_ptr<float>(), *out = y.mutable_data_ptr<float>(), *last = kept.mutable_data_ptr<float>();
+    Rows in = rows_for(matrices[0], M, bits), heads = rows_for(matrices[3], M, bits), gated = rows_for(matrices[6], M, bits),
+         final = rows_for(matrices.back(), N, bits);
+    const auto K_of = [](const Rows& rows) { return std::visit([](auto& form) { return form.K; }, rows); };
+    const int64_t most = std::max({K_of(in), K_of(heads), K_of(gated), K_of(final)});
+    const Tensor attended = at::zeros({M, K_of(heads)}, x_MD.options());
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+      const int64_t t = omp_get_thread_num(), T = omp_get_num_threads();
+      std::vector<float> row(most), scores;
+      const auto each = [&](int64_t count, const auto& body) {
+        for (int64_t i = count * t / T; i < count * (t + 1) / T; i++) body(i);
+#pragma omp barrier
       };
-      K == 64 ? head(64) : head(K);  // a constant size is twice as fast
+      const auto set = [](Rows& rows, const float* from, int64_t m) { std::visit([&](auto& form) { form.set(from, m); }, rows); };
+      const auto multiply = [&](int64_t first, int64_t count, const Rows& rows, float* to) {
+        int64_t panels = 0;
+        for (int64_t i = first; i < first + count; i++) panels += matrices[i].count();
+        product({&matrices[first], size_t(count)}, rows, to, panels * t / T, panels * (t + 1) / T);
+#pragma omp barrier
+      };
+      // Adds `more` to rows of x, and their norms are what the next product reads.
+      const auto norm = [&](int64_t rows, float* x, const float* more, const float* weight, Rows& to) {
+        each(rows, [&](int64_t m) {
+          for (int64_t k = 0; more && k < D; k++) x[m * D + k] += more[m * D + k];
+          std::fill(row.begin(), row.end(), 0.f);
+          rms_norm(x + m * D, weight, row.data(), D, eps);
+          set(to, row.data(), m);
+        });
+      };
+      for (int64_t layer = 0; layer < layers; layer++) {
+        const int64_t first = 7 * layer, step = keys.stride(3);
+        float* all_keys = keys.mutable_data_ptr<float>() + layer * keys.stride(0);
+        float* all_values = values.mutable_data_ptr<float>() + layer * keys.stride(0);
+        norm(M, x, layer ? out : nullptr, norms[2 * layer], in);
+        multiply(first, 3, in, out);
+        each(M, [&](int64_t m) {
+          float* qkv = out + m * qkv_width;
+          const int64_t place = slots[m] * keys.stride(1) + starts[m] * step;
+          for (int64_t h = 0; h < H + G; h++) {
+            if (int64_t(norms.size()) > 2 * layers + 1)
+              rms_norm(qkv + h * K, norms[2 * layers + 1 + 2 * layer + (h >= H)], qkv + h * K, K, eps);
+            rotate(qkv + h * K, cos.const_data_ptr<float>() + starts[m] * K, sin.const_data_ptr<float>() + starts[m] * K, K);
+          }
+          for (int64_t g = 0; g < G; g++) {
+            memcpy(all_keys + place + g * keys.stride(2), qkv + (H + g) * K, K * sizeof(float));
+            memcpy(all_values + place + g * keys.stride(2), qkv + (H + G + g) * K, K * sizeof(float));
+          }
+        });
+        each(M * H, [&](int64_t i) {
+          const int64_t m = i / H, h = i % H, place = slots[m] * keys.stride(1) + h / (H / G) * keys.stride(2);
+          const auto head = [&](int64_t size) __attribute__((always_inline)) {
+            attend(out + m * qkv_width + h * K, all_keys + place, all_values + place,
+                   attended.mutable_data_ptr<float>() + m * attended.size(1) + h * K, starts[m] + 1, step, size, scores);
+          };
+          K == 64 ? head(64) : head(K);  // a constant size is twice as fast
+        });
+        each(M, [&](int64_t m) { set(heads, attended.const_data_ptr<float>() + m * attended.size(1), m); });
+        multiply(first + 3, 1, heads, out);
+        const bool is_last = layer == layers - 1;
+        if (is_last) {
+          each(N, [&](int64_t n) {
+            for (int64_t k = 0; k < D; k++) last[n * D + k] = x[keep[n] * D + k] + out[keep[n] * D + k];
+          });
+#pragma omp single
+          for (Rows* rows : {&in, &gated}) std::visit([&](auto& form) { form.M = N; }, *rows);
+        }
+        const int64_t rows = is_last ? N : M;
+        norm(rows, is_last ? last : x, is_last ? nullptr : out, norms[2 * layer + 1], in);
+        multiply(first + 4, 2, in, out);
+        each(rows, [&](int64_t m) {
+          std::fill(row.begin(), row.end(), 0.f);
+          swiglu(out + m * 2 * F, row.data(), F);
+          set(gated, row.data(), m);
+        });
+        multiply(first + 6, 1, gated, out);
+      }
+      norm(N, last, out, norms[2 * layers], final);
+      multiply(7 * layers, 1, final, logits.mutable_data_ptr<float>());
     }
-  });
-  return y;
-}
+    return logits;
+  }
+};
 
 TORCH_LIBRARY(mmllm, m) {
   m.def("int8_linear(Tensor x, Tensor panels, Tensor scale, Tensor? bias, int bits) -> Tensor");
-  m.def("int8_linears(Tensor x, Tensor[] panels, Tensor[] scales, Tensor?[] biases, int bits) -> Tensor");
   m.def("bf16_linear(Tensor x, Tensor panels, Tensor? bias, int out_features) -> Tensor");
   m.def("int4_linear(Tensor x, Tensor panels, Tensor scale, Tensor? bias, int out_features) -> Tensor");
   m.def("int8_pack(Tensor weight) -> (Tensor, Tensor)");
   m.def("int4_pack(Tensor weight) -> (Tensor, Tensor)");
   m.def("bf16_pack(Tensor weight) -> Tensor");
-  m.def("swiglu(Tensor x) -> Tensor");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("attend_token(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int[] slots, int[] starts)"
-        " -> Tensor");
+  m.class_<Step>("Step")
+      .def(torch::init<std::vector<Tensor>, std::vector<optional<Tensor>>, std::vector<optional<Tensor>>, std::vector<int64_t>,
+                       std::vector<Tensor>, int64_t, int64_t, double>())
+      .def("run", &Step::run);
 }
 
 TORCH_LIBRARY_IMPL(mmllm, CPU, m) {
   m.impl("int8_linear", int8_linear);
-  m.impl("int8_linears", int8_linears);
   m.impl("bf16_linear", bf16_linear);
   m.impl("int4_linear", int4_linear);
   m.impl("int8_pack", int8_pack);
   m.impl("int4_pack", int4_pack);
   m.impl("bf16_pack", bf16_pack);
-  m.impl("swiglu", swiglu);
-  m.impl("rms_norm", rms_norm);
-  m.impl("attend_token", attend_token);
 }

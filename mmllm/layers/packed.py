@@ -8,7 +8,7 @@ An embedding and its tied head are one int8 matrix (27 % of what Qwen2.5-0.5B re
 is a row of q times its scale.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +84,6 @@ class Int8Packed(Packed):
         if x.is_cuda:
             return triton_int8.int8_linear(x, self.q, self.scale, self.bias)
         return reference.int8_linear(x, self.q, self.scale, self.bias, self.bits)
-
-
-def side_by_side(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """The outputs of several layers for the same x, concatenated in the last dimension; int8 panels in one call."""
-    if all(isinstance(layer, Int8Packed) and layer.q is None and not has_adapter(layer) for layer in layers):
-        panels, scales, biases = ([getattr(layer, name) for layer in layers] for name in ("panels", "scale", "bias"))
-        return torch.ops.mmllm.int8_linears(x, panels, scales, biases, layers[0].bits)
-    return torch.cat([layer(x) for layer in layers], dim=-1)
 
 
 class Int4Packed(Packed):

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from mmllm.commands import convert
 from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
 from mmllm.errors import CheckpointError, ConfigError, UserError
+from mmllm.inference.model_runner import ModelRunner, Piece
 from mmllm.inference.optimize import load_model
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.kernels import cpu as kernels
@@ -141,6 +143,43 @@ def test_decoding_token_by_token_gives_what_the_whole_text_gives(request, towers
             positions = torch.full((2, 1), t)
             got = language_model(x_BTD[:, t : t + 1], positions, cache=PerSlot(cache, slots, [t, t]))
             assert (got[:, 0] - wanted[:, t]).abs().max() < 3e-3, "float32, and digits that fall to either side"
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Sizes with remainders everywhere, seven query heads on one key head, and a head of its own."""
+    sizes = {"hidden_size": 70, "intermediate_size": 150, "num_attention_heads": 7, "num_key_value_heads": 1}
+    more = {"head_dim": 16, "tie_word_embeddings": False}
+    return write_model(tmp_path_factory.mktemp("odd") / "model", text=partial(write_qwen3, **sizes, **more))
+
+
+@pytest.mark.parametrize(
+    ("towers", "precision"),
+    [(t, p) for t in ("folder", "siglip_qwen3", "odd") for p in PRECISIONS[1:] if (t, p) != ("odd", "int4")],
+)
+def test_the_one_call_gives_what_the_layers_give_and_its_rows_the_same_bits_in_any_pass(request, towers, precision):
+    if not kernels.native():
+        pytest.skip("no C++ compiler here")
+    model = load_model(request.getfixturevalue(towers), precision=precision)
+    ids = torch.randint(0, 280, (2, 40), generator=torch.Generator().manual_seed(1))
+
+    def logits(threads: int, *cuts: int) -> torch.Tensor:
+        """Of the last tokens of two texts, in slots 2 and 0, read in pieces; then one token of each decoded."""
+        torch.set_num_threads(threads)
+        runner = ModelRunner(model, 3, 64, is_exact=True, is_compiled=False, is_static=False)
+        assert runner.is_row_exact
+        for start, end in pairwise((0, *cuts, 39)):
+            both = zip((2, 0), ids, strict=True)
+            pieces = [Piece(slot, start, runner.embed(text[start:end].tolist()), end == 39) for slot, text in both]
+            read = runner.run([], [], [], pieces)
+        return torch.cat([read, runner.run([2, 0], ids[:, 39].tolist(), [39, 39], [])])
+
+    with torch.inference_mode():
+        language_model = model.language_model
+        wanted = language_model.logits(language_model(language_model.embed(ids)))[:, 38:].transpose(0, 1).flatten(0, 1)
+        got = logits(1)
+        assert distance(got, wanted) <= max(DISTANCE[precision], 1e-3)
+        assert torch.equal(logits(2, 1, 9, 10, 27), got)
 
 
 @pytest.mark.parametrize("towers", ["folder", "siglip_qwen3"])

@@ -11,7 +11,6 @@ from mmllm.errors import RunError
 from mmllm.kernels import cpu as kernels
 from mmllm.kernels import reference
 from mmllm.kernels.reference import int4_linear, int4_matrix, quantize_int4, quantize_int8
-from mmllm.models.qwen import rotate
 from mmllm.runtime.machine import processor
 
 SHAPES = [(16, 32), (37, 64), (200, 896), (1152, 160)]
@@ -99,12 +98,10 @@ def test_the_int4_kernel_gives_what_its_formula_gives(outputs, inputs):
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["int8", "int8-dynamic", "bfloat16", "int4", "norm", "attention"])
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic", "bfloat16", "int4"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
     x, weight, bias = a_case(21, 200, 896)
     ops = torch.ops.mmllm
-    keys, values = torch.randn(2, 21, 1, 30, 64)  # a slot a row
-    turns = torch.randn(2, 21, 64)
 
     def product(first: int, last: int) -> torch.Tensor:
         rows = x[first:last]
@@ -112,11 +109,6 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
             return ops.bf16_linear(rows, ops.bf16_pack(weight), bias, 200)
         if kind == "int4":
             return ops.int4_linear(rows, *ops.int4_pack(weight), bias, 200)
-        if kind == "norm":
-            return ops.rms_norm(rows, torch.ones(896), 1e-6)
-        if kind == "attention":
-            slots = starts = list(range(first, last))
-            return ops.attend_token(rows, *turns[:, first:last], keys, values, slots, starts)
         return ops.int8_linear(rows, *ops.int8_pack(weight), bias, 16 if kind == "int8" else 8)
 
     together = product(0, 21)
@@ -168,61 +160,12 @@ def test_packing_in_cpp_gives_the_numbers_of_the_formulas(dtype):
 
 
 @needs_compiler
-def test_several_matrices_in_one_call_give_what_each_gives():
-    x, first, bias = a_case(9, 37, 64)
-    packed = [torch.ops.mmllm.int8_pack(w) for w in (first, first[:20].neg())]
-    wanted = torch.cat(
-        [torch.ops.mmllm.int8_linear(x, *p, b, 16) for p, b in zip(packed, (bias, None), strict=True)], -1
-    )
-    panels, scales = zip(*packed, strict=True)
-    assert torch.equal(torch.ops.mmllm.int8_linears(x, panels, scales, [bias, None], 16), wanted)
-
-
-@needs_compiler
-def test_norm_gate_and_attention_of_a_decoding_step_are_torchs():
-    x = torch.cat([torch.randn(5, 64) * 5, torch.linspace(-120, 120, 320).view(5, 64)], -1)
-    wanted = torch.nn.functional.silu(x[:, :64].double()) * x[:, 64:].double()
-    assert (torch.ops.mmllm.swiglu(x) / wanted - 1).abs().max() < 1e-6
-    wanted = torch.nn.functional.silu(x[:, 64:].double()) * x[:, :64].double()
-    assert (torch.ops.mmllm.swiglu(x.roll(64, -1)) - wanted).abs().max() < 1e-4
-    x, weight = torch.randn(5, 896), torch.randn(896)
-    wanted = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
-    assert (torch.ops.mmllm.rms_norm(x, weight, 1e-6) - wanted).abs().max() < 1e-5
-    keys, values = torch.randn(2, 3, 2, 40, 64)
-    before = keys.clone(), values.clone()
-    qkv, angles = torch.randn(2, 18, 64), torch.rand(2, 1, 1, 32)
-    cos, sin = (
-        torch.cat([angles.cos(), angles.cos()], -1),
-        torch.cat([-angles.sin(), angles.sin()], -1),
-    )
-    turned = rotate(qkv[:, :16, None], cos, sin)[:, :, 0]
-    got = torch.ops.mmllm.attend_token(qkv.flatten(1), cos, sin, keys, values, [2, 0], [16, 39])
-    for row, slot, start in ((0, 2, 16), (1, 0, 39)):
-        before[0][slot, :, start], before[1][slot, :, start] = turned[row, 14:], qkv[row, 16:]
-        k, v = (t[slot, :, : start + 1].repeat_interleave(7, dim=0) for t in before)
-        wanted = torch.nn.functional.scaled_dot_product_attention(turned[row, :14, None], k, v)[:, 0]
-        assert (got[row].view(14, 64) - wanted).abs().max() < 1e-5
-    assert (keys - before[0]).abs().max() < 1e-6 and torch.equal(values, before[1]), "nothing else was written"
-
-
-@needs_compiler
 def test_shapes_that_do_not_fit_are_refused():
     panels, scale = torch.ops.mmllm.int8_pack(torch.randn(16, 32))
     with pytest.raises(RuntimeError, match="rows of 32 numbers are needed, these have 33"):
         torch.ops.mmllm.int8_linear(torch.randn(1, 33), panels, scale, None, 16)
     with pytest.raises(RuntimeError, match="float32 rows are needed"):
         torch.ops.mmllm.int8_linear(torch.randn(1, 32).double(), panels, scale, None, 16)
-
-
-@needs_compiler
-def test_the_operators_tell_torch_compile_their_shapes():
-    panels, scale = torch.ops.mmllm.int8_pack(torch.randn(37, 64))
-    x = torch.randn(2, 3, 64)
-    torch.library.opcheck(
-        torch.ops.mmllm.int8_linear.default, (x, panels, scale, None, 16), test_utils="test_faketensor"
-    )
-    panels = torch.ops.mmllm.bf16_pack(torch.randn(37, 64))
-    torch.library.opcheck(torch.ops.mmllm.bf16_linear.default, (x, panels, None, 37), test_utils="test_faketensor")
 
 
 def test_without_a_compiler_or_a_folder_to_write_to_the_reason_is_one_line(monkeypatch, tmp_path):
