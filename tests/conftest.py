@@ -26,6 +26,21 @@ def pytest_runtest_setup():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The directory of a small model with long answers."""
+    from official import write_model
+
+    return write_model(tmp_path_factory.mktemp("served"), max_position_embeddings=32768)
+
+
+@pytest.fixture(scope="session")
+def pipeline(folder):
+    from mmllm.inference.pipeline import load_pipeline
+
+    return load_pipeline(folder, device="cpu")
+
+
 @pytest.fixture
 def shared():
     """A function: name of a file of real inputs -> its path; the test is skipped, by that name, where it is absent."""

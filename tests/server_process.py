@@ -5,10 +5,12 @@ import http.client
 import io
 import json
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from contextlib import contextmanager
 
 from PIL import Image
@@ -30,6 +32,10 @@ def encode(kind: str = "PNG", image: Image.Image | None = None, **options) -> by
 
 IMAGE = encode()
 BASE64 = base64.b64encode(IMAGE).decode()
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def wait_until(condition, seconds: float = 60) -> None:

@@ -12,13 +12,7 @@ import argparse
 import mimetypes
 from pathlib import Path
 
-from mmllm.commands import (
-    add_generation_options,
-    add_model_options,
-    at_least_one,
-    generation_config,
-    make_parser,
-)
+from mmllm.commands import add_generation_options, add_model_options, at_least_one, generation_config, make_parser
 from mmllm.errors import UserError
 from mmllm.runtime.console import progress, stderr, stderr_rank0
 

@@ -75,9 +75,5 @@ def main(arguments: list[str] | None = None) -> int:
     from mmllm.training.experiment import train
 
     return train(
-        config,
-        origins,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        allow_data_change=options.allow_data_change,
+        config, origins, resume=options.resume, overwrite=options.overwrite, allow_data_change=options.allow_data_change
     )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmllm.errors import GenerationError, UserError
+from mmllm.errors import UserError
 from mmllm.inference.engine import generate
 from mmllm.inference.request import Generated, GenerationConfig, Prompt
 from mmllm.models.multimodal import MultimodalLLM
@@ -37,13 +37,6 @@ def test_greedy_is_the_argmax_of_the_whole_sequence_at_every_step(model):
             ids.append(token)
 
 
-def test_an_answer_does_not_depend_on_its_neighbours(model):
-    prompts = [text_prompt(*range(3, 3 + n)) for n in (2, 9, 30, 1)]
-    for config in (GenerationConfig(max_new_tokens=8), GenerationConfig(max_new_tokens=8, temperature=1.0, seed=3)):
-        alone = [next(generate(model, [prompt], config)).ids for prompt in prompts]
-        assert [one.ids for one in generate(model, prompts, config)] == alone
-
-
 def test_a_seed_repeats_an_answer_and_another_seed_changes_it(model):
     first, again, other = (
         answer(model, text_prompt(5, 6), max_new_tokens=10, temperature=1.5, seed=seed).ids for seed in (7, 7, 8)
@@ -64,17 +57,6 @@ def test_cancelled_answers_end_within_one_step(model):
     prompts, config = [text_prompt(5, 6), text_prompt(9)], GenerationConfig(max_new_tokens=50, min_new_tokens=50)
     answers = list(generate(model, prompts, config, is_cancelled=lambda: next(asked, True)))
     assert [(one.finish_reason, len(one.ids)) for one in answers] == [("cancelled", 3)] * 2  # three steps
-
-
-def test_non_finite_logits_are_an_error_and_not_exclamation_marks(model):
-    weight = model.language_model.model.norm.weight
-    before = weight.detach().clone()
-    weight.data[0] = math.nan
-    try:
-        with pytest.raises(GenerationError, match="not finite at token 0"):
-            answer(model, text_prompt(5))
-    finally:
-        weight.data.copy_(before)
 
 
 def test_a_prompt_without_room_for_the_answer_is_refused_with_both_counts(model):
@@ -117,10 +99,7 @@ HYPOTHESES = [  # options, then the hypotheses and their scores, as worked out b
     ({"length_penalty": -1.0}, {"b": -2.67501, "ab": -7.22384}),
     ({"length_penalty": 1.0, "min_new_tokens": 3}, {"aab": -0.90298, "aaab": -0.96318}),
     ({"num_beams": 3, "length_penalty": 2.0}, {"aaab": -0.19264, "aab": -0.22574, "aaaaa": -0.22929}),
-    (
-        {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
-        {"aab": -0.22574, "ab": -0.26755, "b": -0.33438},
-    ),
+    ({"num_beams": 3, "length_penalty": 2.0, "early_stopping": True}, {"aab": -0.22574, "ab": -0.26755, "b": -0.33438}),
 ]
 
 

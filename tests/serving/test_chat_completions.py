@@ -11,20 +11,13 @@ from PIL import Image
 from pydantic import BaseModel
 
 from mmllm.data.chat import Message, assistant, user
-from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import GenerationConfig
-from official import write_model
 from server_process import BASE64, IMAGE, encode, serving
 
 MODEL = "tiny/best_model"
 URI = f"data:image/png;base64,{BASE64}"
 LONG = {"max_tokens": 60, "temperature": 1, "seed": 3}
 HELLO = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return load_pipeline(write_model(tmp_path_factory.mktemp("served")), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +87,6 @@ def test_a_whole_conversation_with_several_images_is_the_chat_template_of_it(cli
     assert ask(client, developer).choices[0].message.content == wanted.text
 
 
-def test_one_image_and_its_question_are_answered_as_by_the_question_endpoint(client, pipeline):
-    answer = ask(client, [{"role": "user", "content": [text_part("What is it?"), image_part()]}])
-    config = GenerationConfig(max_new_tokens=12)
-    assert answer.choices[0].message.content == pipeline.answer_question(IMAGE, "What is it?", config)
-
-
 def test_a_stream_has_the_same_text_and_its_usage_at_the_end(client):
     whole = ask(client, temperature=1, seed=3)
     first, *middle, last, usage = ask(
@@ -149,13 +136,6 @@ def test_logprobs_are_those_of_the_tokens_and_of_the_likeliest_ones(client, pipe
         assert len(best) == 4 and best == sorted(best, reverse=True) and sum(map(math.exp, best)) < 1 + 1e-5
     greedy = ask(client, logprobs=True, top_logprobs=1).choices[0].logprobs.content
     assert all(entry.token == entry.top_logprobs[0].token for entry in greedy)
-
-
-def test_an_answer_ends_before_its_stop_string(client):
-    text = ask(client, **LONG).choices[0].message.content
-    stop = text[len(text) // 2 :][:2]
-    answer = ask(client, stop=["\x01\x01", stop], **LONG).choices[0]
-    assert answer.message.content == text[: text.index(stop)] and answer.finish_reason == "stop"
 
 
 class Car(BaseModel):

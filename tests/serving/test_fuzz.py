@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
-from mmllm.inference.pipeline import load_pipeline
-from official import write_model
 from server_process import IMAGE, app, encode, error_of, read_response, serving, wait_until_loaded
 
 EXAMPLES = int(os.environ.get("MMLLM_FUZZ", "0"))
@@ -32,11 +30,6 @@ def tries(count: int):
         suppress_health_check=checks,
         print_blob=bool(EXAMPLES),
     )
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return load_pipeline(write_model(tmp_path_factory.mktemp("fuzz")), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,8 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 
-from mmllm.inference.pipeline import load_pipeline
 from mmllm.serving import openapi
 from mmllm.serving.settings import Settings
-from official import write_model
 from server_process import app, serving
 
 LIMITS = {"max_new_tokens": 4}
@@ -17,11 +15,6 @@ CONFIG = schemathesis.Config.from_dict({"generation": {"mode": "all"}})
 API = schemathesis.openapi.from_dict(openapi.document(Settings(model="x", **LIMITS)), config=CONFIG)
 # A schema cannot say all that makes a request right (the bytes of an image), and null means the default everywhere.
 NOT_CHECKED = [schemathesis.checks.positive_data_acceptance, schemathesis.checks.negative_data_rejection]
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return load_pipeline(write_model(tmp_path_factory.mktemp("served")), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,9 @@ import subprocess
 import pytest
 
 from mmllm.kernels import cpu as kernels
-from official import write_model
 from server_process import FOREVER, RealServer, encode, read_response, request_head, start_server, wait_until
 
 pytestmark = pytest.mark.slow  # 12 s in all: a server is started four times, and silence is waited for
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("served"), max_position_embeddings=32768)
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +171,8 @@ def test_beyond_the_queue_a_request_is_refused_before_its_body_with_retry_after(
 def test_sigterm_lets_running_requests_and_streams_finish_and_exits_with_0(folder, tmp_path):
     process, port = start_server(folder, tmp_path / "log", max_new_tokens=FOREVER, max_context=32768)
     real = RealServer(port, tmp_path / "log").wait_until_loaded()
-    running = real.start_chat(max_new_tokens=1000)
-    stream = real.start_chat(max_new_tokens=1000, stream=True)
+    running = real.start_chat(max_new_tokens=300)
+    stream = real.start_chat(max_new_tokens=300, stream=True)
     wait_until(lambda: real.busy_and_waiting()[0] == 2)
     process.send_signal(signal.SIGTERM)
     with running, stream:

@@ -11,15 +11,8 @@ from starlette.testclient import TestClient
 
 from mmllm.data.image import decode
 from mmllm.errors import UserError
-from mmllm.inference.pipeline import load_pipeline
 from mmllm.serving.settings import Settings
-from official import write_model
 from server_process import BASE64, app, error_of, post_chat, post_image, serving, wait_until, wait_until_loaded
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return load_pipeline(write_model(tmp_path_factory.mktemp("served")), device="cpu")
 
 
 @pytest.fixture(scope="module")

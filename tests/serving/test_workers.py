@@ -19,16 +19,10 @@ from mmllm.errors import RunError
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import GenerationConfig
 from mmllm.kernels import cpu as kernels
-from official import write_model
 from server_process import BASE64, IMAGE, RealServer, wait_until
 
 slow = pytest.mark.slow
 WORDS = ["cat", "dog", "sun", "car", "sea", "red"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("served"))
 
 
 @contextmanager
@@ -72,7 +66,7 @@ def talk(server: RealServer, name: str, words: list[str], first: int, tries: int
 @pytest.mark.parametrize(
     "line, workers",
     [
-        ("uvicorn serve:app --port 0 --workers 4", 4),
+        ("uvicorn serve:app --port 0 --workers 2", 2),
         ("gunicorn serve:app -w 2 -k uvicorn.workers.UvicornWorker -b 127.0.0.1:0", 2),
     ],
 )
