@@ -119,16 +119,18 @@ def answer(options: argparse.Namespace, model: str, tasks: list, out: Path, abou
 
 def report(options: argparse.Namespace, tasks: list, predictions: dict, out: Path, about: dict, evaluator) -> None:
     """Writes scores.json, samples.html and the result files, and prints the table."""
-    from mmllm.evaluation.predictions import UNFINISHED, write_results
-    from mmllm.evaluation.results import score_runs, table
+    from mmllm.evaluation.predictions import UNFINISHED, write_predictions, write_results
+    from mmllm.evaluation.results import constant_predictions, measure, score_runs, table
     from mmllm.evaluation.sheet import write_sheet
 
-    scores = score_runs(
-        tasks, predictions, out, evaluator=evaluator, has_constant=options.constant, clip=options.clip_score
-    )
+    for name, texts in predictions.items():
+        write_predictions(out, tasks, texts, suffix="" if name == "true images" else f"_{name.split()[0]}")
+    constant = {"best constant": constant_predictions(tasks)} if options.constant else {}
+    runs = {name: measure(tasks, texts) for name, texts in (predictions | constant).items()}
+    scores = score_runs(runs, evaluator, options.clip_score)
     unreadable = {task.id for task, text in zip(tasks, predictions["true images"], strict=True) if text is None}
     write_results(out / "scores.json", about | {"unreadable": sorted(unreadable), "scores": scores})
-    write_sheet(out / "samples.html", tasks, predictions["true images"], options.seed)
+    write_sheet(out / "samples.html", runs["true images"], options.seed)
     (out / UNFINISHED).unlink(missing_ok=True)
     print("\n".join(table(scores)))
     print(f"{len(tasks)} asked; predictions, scores.json and samples.html in {out}")

@@ -1,8 +1,7 @@
 """Scores of captions (BLEU, ROUGE-L, CIDEr, METEOR), equal to the official ones.
 
-How a caption is split into words changes CIDEr by a sixth, so `ptb.words` comes first. CIDEr weighs words by how few of
-the evaluated images they belong to: scores of different sets cannot be compared, and that of a single image is 0.
-pycocoevalcap counts for BLEU and ROUGE-L, cider.py computes CIDEr.
+CIDEr weighs words by how few of the evaluated images they belong to: scores of different sets cannot be compared, and
+that of a single image is 0. pycocoevalcap counts for BLEU and ROUGE-L, cider.py computes CIDEr.
 """
 
 import math
@@ -12,14 +11,14 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+from pycocoevalcap.rouge.rouge import Rouge
 
 from mmllm.errors import RunError, UserError
 from mmllm.evaluation.cider import CiderD
 from mmllm.evaluation.ptb import words
-
-if TYPE_CHECKING:
-    import numpy as np
 
 JAVA_TIMEOUT_S = 60  # to start and, beside a second per caption, for METEOR's work
 
@@ -29,14 +28,9 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
     return scores_of_sums(caption_rows(predictions, references).sum(axis=0))
 
 
-def caption_rows(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> "np.ndarray":
+def caption_rows(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """For each caption the numbers whose sums make the scores: matched and predicted n-grams (4 + 4), its length and that
     of its reference, ROUGE-L, CIDEr, and 1."""
-    # imported here because VQA accuracy needs neither numpy nor pycocoevalcap
-    import numpy as np
-    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-    from pycocoevalcap.rouge.rouge import Rouge
-
     candidates, truth = list(map(words, predictions)), [list(map(words, texts)) for texts in references]
     if not any(text for texts in truth for text in texts):
         raise UserError("no reference holds a word")
@@ -52,7 +46,7 @@ def caption_rows(predictions: Sequence[str], references: Sequence[Sequence[str]]
     return np.column_stack([np.array(counts, float), overlap, cider, np.ones(len(truth))])
 
 
-def scores_of_sums(sums: "np.ndarray") -> dict[str, float]:
+def scores_of_sums(sums: np.ndarray) -> dict[str, float]:
     """The scores of a set of captions by the sum of its `caption_rows`."""
     correct, guess, (length, reference_length, rouge, cider, count) = sums[:4], sums[4:8], sums[8:]
     ratio = (length + 1e-15) / (reference_length + 1e-9)  # the small numbers are those of the official code

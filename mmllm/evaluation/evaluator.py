@@ -1,4 +1,4 @@
-"""The public evaluator of captions and answers. It needs no torch, and numpy only for captions."""
+"""The public evaluator of captions and answers. It needs no torch."""
 
 import shutil
 from collections.abc import Sequence
@@ -33,7 +33,11 @@ class MultimodalEvaluator:
     def evaluate_captioning(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         """bleu_1 ... bleu_4, rouge_l, cider and perhaps meteor and spice of one prediction per image."""
         check_pairs(predictions, references, "references")
-        scores = caption_scores(predictions, references)
+        return caption_scores(predictions, references) | self.java_scores(predictions, references)
+
+    def java_scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        """meteor and spice, as far as they are wanted and their programs work."""
+        scores = {}
         for is_wanted, name, measure in ((self.meteor, "meteor", meteor), (self.spice, "spice", spice)):
             if is_wanted:
                 try:

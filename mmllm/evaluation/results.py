@@ -2,113 +2,92 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from statistics import fmean
 
+import numpy as np
+
+from mmllm.evaluation.bootstrap import intervals
 from mmllm.evaluation.captions import best_constant_caption, caption_rows, scores_of_sums
 from mmllm.evaluation.clip_score import clip_scores
 from mmllm.evaluation.evaluator import MultimodalEvaluator
-from mmllm.evaluation.predictions import Predictions, write_predictions
+from mmllm.evaluation.predictions import Predictions
 from mmllm.evaluation.tasks import Task
 from mmllm.evaluation.vqa import PEOPLE, is_answer, vqa_accuracy, vqa_accuracy_normalised
 
-Rules = dict[str, Callable[[str, tuple[str, ...]], float]]  # name of a score: the score of an answer and its references
-BY_PEOPLE: Rules = {"vqa_accuracy": vqa_accuracy, "vqa_accuracy_normalised": vqa_accuracy_normalised}
-BY_REFERENCE: Rules = {"accuracy": is_answer, "exact_match": lambda text, references: text in references}
+RULES = {  # by part: name of a score, and the score of an answer by its references
+    "vqa": {"vqa_accuracy": vqa_accuracy, "vqa_accuracy_normalised": vqa_accuracy_normalised},
+    "answers": {"accuracy": is_answer, "exact_match": lambda text, references: text in references},
+}
 
 
-def score_runs(
-    tasks: list[Task],
-    runs: dict[str, Predictions],
-    out: Path,
-    *,
-    evaluator: MultimodalEvaluator,
-    has_constant: bool,
-    clip: str | None = None,
-) -> dict[str, dict]:
-    """The scores of each run, of which the first has the true images; writes its predictions to `out`.
+@dataclass(frozen=True)
+class Part:
+    """Answers that are scored alike: the captions, the questions that several people answered ("vqa"), or the others
+    ("answers"). `scores_of` takes the sum of `rows` (answers, numbers); `values` score each answer alone."""
 
-    METEOR, SPICE and intervals are for the true images alone. `clip` names a CLIP for CLIPScore, always of a caption and
-    the true image.
-    """
-    plain = MultimodalEvaluator(meteor=False)
-    scores = {}
-    for name, predictions in runs.items():
-        is_first = not scores
-        write_predictions(out, tasks, predictions, suffix="" if is_first else f"_{name.split()[0]}")
-        scores[name] = score(tasks, predictions, evaluator if is_first else plain)
-        if is_first:
-            for part, found in score_intervals(tasks, predictions).items():
-                scores[name][part]["interval"] = found
-    if has_constant:
-        runs = runs | {"best constant": constant_predictions(tasks)}
-        scores["best constant"] = score(tasks, runs["best constant"], plain)
-    for name, predictions in runs.items() if clip else ():
-        captioned = [(task, text) for task, text in parts(tasks, predictions).get("captions", []) if task.images]
-        found = list(clip_scores(clip, [task.images[0] for task, _ in captioned], [text for _, text in captioned]))
-        if found:
-            scores[name]["captions"]["clip_score"] = sum(found) / len(found)
-    return scores
+    tasks: list[Task]
+    texts: list[str]
+    rows: np.ndarray
+    values: np.ndarray
+    scores_of: Callable[[np.ndarray], dict[str, float]]
+
+    def scores(self, kind: str = "") -> dict:
+        """The scores, with their `count`, of all answers or of those to one kind of question."""
+        chosen = [not kind or task.kind == kind for task in self.tasks]
+        return {"count": sum(chosen)} | self.scores_of(self.rows[chosen].sum(axis=0))
 
 
-def parts(tasks: list[Task], predictions: Predictions) -> dict[str, list[tuple[Task, str]]]:
-    """The captions, the questions that several people answered ("vqa"), and the others ("answers"), as far as there are
-    any. A task without prediction or references is in none."""
-    found = defaultdict(list)
+def measure(tasks: list[Task], predictions: Predictions) -> dict[str, Part]:
+    """The parts by name, as far as there are any. A task without prediction or references is in none."""
+    found = {name: ([], []) for name in ("captions", "vqa", "answers")}
     for task, text in zip(tasks, predictions, strict=True):
         if task.references and text is not None:
             is_vqa = len(task.references) >= PEOPLE
-            found["captions" if task.is_caption else "vqa" if is_vqa else "answers"].append((task, text))
-    return {part: found[part] for part in ("captions", "vqa", "answers") if part in found}
+            part = found["captions" if task.is_caption else "vqa" if is_vqa else "answers"]
+            part[0].append(task)
+            part[1].append(text)
+    return {name: measure_part(name, *part) for name, part in found.items() if part[0]}
 
 
-def rules_of(part: str) -> Rules:
-    return BY_PEOPLE if part == "vqa" else BY_REFERENCE
+def measure_part(name: str, tasks: list[Task], texts: list[str]) -> Part:
+    references = [task.references for task in tasks]
+    if name == "captions":
+        rows = caption_rows(texts, references)
+        return Part(tasks, texts, rows, rows[:, -2], scores_of_sums)  # the value of each is its CIDEr
+    rules = RULES[name]
+    rows = np.array([[*(rule(*pair) for rule in rules.values()), 1.0] for pair in zip(texts, references, strict=True)])
+
+    def means(sums: np.ndarray) -> dict[str, float]:
+        return dict(zip(rules, (sums[:-1] / sums[-1]).tolist(), strict=True))
+
+    return Part(tasks, texts, rows, rows[:, 0], means)
 
 
-def score(tasks: list[Task], predictions: Predictions, evaluator: MultimodalEvaluator) -> dict[str, dict]:
-    """The scores of each of `parts`, with its `count`, of questions also `by_kind`."""
-    scores = {}
-    for part, pairs in parts(tasks, predictions).items():
-        if part == "captions":
-            measured = evaluator.evaluate_captioning([text for _, text in pairs], [t.references for t, _ in pairs])
-            scores[part] = {"count": len(pairs)} | measured
-        else:
-            scores[part] = mean_by_kind(pairs, rules_of(part))
+def score_runs(
+    runs: dict[str, dict[str, Part]], evaluator: MultimodalEvaluator, clip: str | None = None
+) -> dict[str, dict]:
+    """The scores of each part of each run, of questions also `by_kind`. The first run has the true images: METEOR, SPICE
+    and intervals are for it alone. `clip` names a CLIP for CLIPScore, always of a caption and the true image."""
+    scores: dict[str, dict] = {}
+    for run, parts in runs.items():
+        is_first, scores[run] = not scores, {}
+        for name, part in parts.items():
+            found = scores[run][name] = part.scores()
+            kinds = sorted({task.kind for task in part.tasks} - {""})
+            if kinds and name != "captions":
+                found["by_kind"] = {kind: part.scores(kind) for kind in kinds}
+            if is_first and name == "captions":
+                found |= evaluator.java_scores(part.texts, [task.references for task in part.tasks])
+            if is_first:
+                groups = [task.images or task.id for task in part.tasks]
+                found["interval"] = intervals(part.rows, groups, part.scores_of)
+            captioned = [
+                (task.images[0], text) for task, text in zip(part.tasks, part.texts, strict=True) if task.images
+            ]
+            if clip and captioned and name == "captions":
+                found["clip_score"] = fmean(clip_scores(clip, *map(list, zip(*captioned, strict=True))))
     return scores
-
-
-def score_intervals(tasks: list[Task], predictions: Predictions) -> dict[str, dict[str, list[float]]]:
-    """The 95 % intervals of the scores of each of `parts`."""
-    import numpy as np
-
-    from mmllm.evaluation.bootstrap import intervals
-
-    found = {}
-    for part, pairs in parts(tasks, predictions).items():
-        if part == "captions":
-            rows, measure = caption_rows([text for _, text in pairs], [t.references for t, _ in pairs]), scores_of_sums
-        else:
-            rules = rules_of(part)
-            rows = np.array([[*(rule(text, task.references) for rule in rules.values()), 1] for task, text in pairs])
-
-            def measure(sums: np.ndarray, names: Rules = rules) -> dict[str, float]:
-                return dict(zip(names, sums[:-1] / sums[-1], strict=True))
-
-        found[part] = intervals(rows, [task.images or task.id for task, _ in pairs], measure)
-    return found
-
-
-def mean_by_kind(pairs: list[tuple[Task, str]], rules: Rules) -> dict:
-    """The mean of each rule over all pairs, and over those of each kind of question where kinds are given."""
-    kinds = sorted({task.kind for task, _ in pairs} - {""})
-    by_kind = {kind: means([pair for pair in pairs if pair[0].kind == kind], rules) for kind in kinds}
-    return means(pairs, rules) | ({"by_kind": by_kind} if kinds else {})
-
-
-def means(pairs: list[tuple[Task, str]], rules: Rules) -> dict:
-    return {"count": len(pairs)} | {
-        name: sum(rule(text, task.references) for task, text in pairs) / len(pairs) for name, rule in rules.items()
-    }
 
 
 def constant_predictions(tasks: list[Task]) -> list[str]:
@@ -126,7 +105,7 @@ def table(rows: dict[str, dict]) -> list[str]:
     """The lines of the scores: a block for the captions, and one for each kind of scoring of answers."""
     lines = []
     for part in ("captions", "vqa", "answers"):
-        found = {name: with_kinds(scores[part]) for name, scores in rows.items() if part in scores}
+        found = {name: with_kinds(part, scores[part]) for name, scores in rows.items() if part in scores}
         if not found:
             continue
         first = next(iter(found.values()))
@@ -135,27 +114,18 @@ def table(rows: dict[str, dict]) -> list[str]:
         for name, values in found.items():
             cells.append([name, *(f"{values[column]:.4f}" if column in values else "-" for column in columns)])
             if bounds := rows[name][part].get("interval"):
-                cells.append(["  95 % of resampled sets", *(between(bounds.get(column)) for column in columns)])
-        lines += ["", *aligned(cells)]
+                within = ("{:.3f}-{:.3f}".format(*bounds[column]) if column in bounds else "" for column in columns)
+                cells.append(["  95 % of resampled sets", *within])
+        widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+        lines.append("")
+        for name, *numbers in cells:
+            lines.append(name.ljust(widths[0]) + "".join(map(str.rjust, numbers, widths[1:])))
         if part == "captions" and first["count"] == 1:
             lines.append("CIDEr of a single image is 0 by its definition")
     return [*lines, ""] if lines else ["no sample has a reference: nothing to score", ""]
 
 
-def between(bounds: list[float] | None) -> str:
-    return f"{bounds[0]:.3f}-{bounds[1]:.3f}" if bounds else ""
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    return [
-        row[0].ljust(widths[0]) + "".join(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)) for row in rows
-    ]
-
-
-def with_kinds(scores: dict) -> dict[str, float]:
+def with_kinds(part: str, scores: dict) -> dict[str, float]:
     """The scores of a part, with a column for each kind of question."""
-    accuracy = "accuracy" if "accuracy" in scores else "vqa_accuracy"
-    kinds = {kind: values[accuracy] for kind, values in scores.get("by_kind", {}).items()}
+    kinds = {kind: values[next(iter(RULES[part]))] for kind, values in scores.get("by_kind", {}).items()}
     return {name: value for name, value in scores.items() if name not in ("by_kind", "interval")} | kinds

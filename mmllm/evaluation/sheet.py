@@ -8,10 +8,8 @@ from pathlib import Path
 
 from mmllm.data.image import decode
 from mmllm.errors import ImageError
-from mmllm.evaluation.cider import CiderD
-from mmllm.evaluation.predictions import Predictions, writing
-from mmllm.evaluation.ptb import words
-from mmllm.evaluation.results import parts, rules_of
+from mmllm.evaluation.predictions import writing
+from mmllm.evaluation.results import Part
 from mmllm.evaluation.tasks import Task
 
 SHOWN, SIDE = 8, 224  # samples of each kind; pixels of the longer side of an image
@@ -21,27 +19,17 @@ figure{width:224px;margin:0}figcaption b{display:block}i{color:#666}</style>
 """
 
 
-def write_sheet(path: Path, tasks: list[Task], predictions: Predictions, seed: int) -> None:
+def write_sheet(path: Path, parts: dict[str, Part], seed: int) -> None:
     page = [PAGE]
-    for part, pairs in parts(tasks, predictions).items():
-        values = part_values(part, pairs)
-        order = sorted(range(len(pairs)), key=values.__getitem__)
+    for name, part in parts.items():
+        order = part.values.argsort(kind="stable").tolist()
         drawn = random.Random(seed).sample(order, min(SHOWN, len(order)))
         for title, chosen in (("best", order[: -SHOWN - 1 : -1]), ("worst", order[:SHOWN]), ("random", drawn)):
-            page.append(f"<h2>{part}: {title}</h2><section>")
-            page += [figure(*pairs[i], values[i]) for i in chosen]
+            page.append(f"<h2>{name}: {title}</h2><section>")
+            page += [figure(part.tasks[i], part.texts[i], part.values[i]) for i in chosen]
             page.append("</section>")
     with writing(path):
         path.write_text("\n".join(page), encoding="utf-8", errors="backslashreplace")
-
-
-def part_values(part: str, pairs: list[tuple[Task, str]]) -> list[float]:
-    """The score of each answer: CIDEr, or the accuracy."""
-    if part == "captions":
-        truth = [list(map(words, task.references)) for task, _ in pairs]
-        return CiderD(truth).scores([words(text) for _, text in pairs], truth)
-    rule = next(iter(rules_of(part).values()))
-    return [float(rule(text, task.references)) for task, text in pairs]
 
 
 def figure(task: Task, text: str, value: float) -> str:

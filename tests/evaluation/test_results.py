@@ -6,7 +6,7 @@ import pytest
 
 from mmllm.data.chat import user
 from mmllm.evaluation.evaluator import MultimodalEvaluator
-from mmllm.evaluation.results import constant_predictions, score, table
+from mmllm.evaluation.results import constant_predictions, measure, score_runs, table
 from mmllm.evaluation.tasks import Task
 
 
@@ -23,7 +23,8 @@ def test_answers_are_scored_exactly_and_by_kind_or_by_the_rule_of_vqa():
         make_task("5", references=()),
         make_task("6", references=("red",)),
     ]
-    scores = score(tasks, ["Red.", "green", "2", "Yes", "anything", None], MultimodalEvaluator(meteor=False))
+    parts = measure(tasks, ["Red.", "green", "2", "Yes", "anything", None])
+    scores = score_runs({"first": {}, "second": parts}, MultimodalEvaluator(meteor=False))["second"]
     assert scores["answers"] == {
         "count": 3,
         "accuracy": pytest.approx(2 / 3),
