@@ -17,12 +17,13 @@ from mmllm.data.records import CAPTION_PROMPT
 from mmllm.errors import DataError, UserError
 from mmllm.evaluation.captions import best_constant_caption
 from mmllm.evaluation.evaluator import MultimodalEvaluator
-from mmllm.evaluation.predictions import make_directory, write_results
+from mmllm.evaluation.predictions import MEND
 from mmllm.evaluation.results import table
 from mmllm.inference.engine import generate
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import GenerationConfig, Prompt
 from mmllm.runtime.console import duration, print_rank0
+from mmllm.runtime.files import write_json, writing
 
 VALIDATION_SHARE = 0.1  # of a fold's training images
 BATCH_SIZE = 32  # prompts
@@ -31,7 +32,8 @@ BATCH_SIZE = 32  # prompts
 def cross_validate(options: argparse.Namespace) -> None:
     config, _ = resolve(options.config, os.environ, options.settings)
     out = Path(options.out)
-    make_directory(out)
+    with writing(out, MEND, UserError):
+        out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     features, captions = read_features(options.features), read_captions(options.captions)
     names = [name for name in features if name in captions]
@@ -99,7 +101,7 @@ def report(
         measured = evaluator.evaluate_captioning([texts[name] for name in names], references)
         scores[row] = {"captions": {"count": len(names)} | measured}
     about = {"options": vars(options), "config": config.to_dict(), "seconds": round(seconds, 1)}
-    write_results(out / "scores.json", about | {"scores": scores})
-    write_results(out / "captions.json", said)
+    write_json(out / "scores.json", about | {"scores": scores})
+    write_json(out / "captions.json", said)
     print_rank0("\n".join(table(scores)))
     print_rank0(f"{duration(seconds)}; captions.json and scores.json in {out}")

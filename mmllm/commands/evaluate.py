@@ -20,9 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mmllm.commands import add_data_options, add_model_options, at_least_one, make_parser
-from mmllm.errors import RunError
+from mmllm.errors import RunError, UserError
 from mmllm.reporting.report import write_report
 from mmllm.runtime.console import is_rank0, print_rank0
+from mmllm.runtime.files import write_json, writing
 
 TASK_HELP = "auto: a sample is a caption if it has the default prompt or the kind `caption`, else a question"
 
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes two seconds to import: only now that the command line is known to be right
     from mmllm.data.samples import load_samples
     from mmllm.evaluation.evaluator import MultimodalEvaluator
-    from mmllm.evaluation.predictions import make_directory, read_predictions
+    from mmllm.evaluation.predictions import MEND, read_predictions
     from mmllm.evaluation.tasks import check_images, tasks_of
     from mmllm.inference.pipeline import default_model
 
@@ -72,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
         of_run = Path(model).parent if (Path(model).parent / "run.json").is_file() else None
         about = {"model": str(model), "checkpoint": Path(model).resolve().name}
     out = Path(options.out or (of_run or Path("outputs")) / "evaluation" / Path(options.data).stem)
-    make_directory(out)
+    with writing(out, MEND, UserError):
+        out.mkdir(parents=True, exist_ok=True)
     about |= {"data": str(options.data), "split": options.split, "seed": options.seed}
     if options.predictions:
         predictions = {"true images": read_predictions(options.predictions, tasks)}
@@ -119,18 +121,19 @@ def answer(options: argparse.Namespace, model: str, tasks: list, out: Path, abou
 
 def report(options: argparse.Namespace, tasks: list, predictions: dict, out: Path, about: dict, evaluator) -> None:
     """Writes scores.json, samples.html and the result files, and prints the table."""
-    from mmllm.evaluation.predictions import UNFINISHED, write_predictions, write_results
+    from mmllm.evaluation.predictions import MEND, UNFINISHED, write_predictions
     from mmllm.evaluation.results import constant_predictions, measure, score_runs, table
     from mmllm.evaluation.sheet import write_sheet
 
-    for name, texts in predictions.items():
-        write_predictions(out, tasks, texts, suffix="" if name == "true images" else f"_{name.split()[0]}")
-    constant = {"best constant": constant_predictions(tasks)} if options.constant else {}
-    runs = {name: measure(tasks, texts) for name, texts in (predictions | constant).items()}
-    scores = score_runs(runs, evaluator, options.clip_score)
-    unreadable = {task.id for task, text in zip(tasks, predictions["true images"], strict=True) if text is None}
-    write_results(out / "scores.json", about | {"unreadable": sorted(unreadable), "scores": scores})
-    write_sheet(out / "samples.html", runs["true images"], options.seed)
-    (out / UNFINISHED).unlink(missing_ok=True)
+    with writing(out, MEND, UserError):
+        for name, texts in predictions.items():
+            write_predictions(out, tasks, texts, suffix="" if name == "true images" else f"_{name.split()[0]}")
+        constant = {"best constant": constant_predictions(tasks)} if options.constant else {}
+        runs = {name: measure(tasks, texts) for name, texts in (predictions | constant).items()}
+        scores = score_runs(runs, evaluator, options.clip_score)
+        unreadable = {task.id for task, text in zip(tasks, predictions["true images"], strict=True) if text is None}
+        write_json(out / "scores.json", about | {"unreadable": sorted(unreadable), "scores": scores})
+        write_sheet(out / "samples.html", runs["true images"], options.seed)
+        (out / UNFINISHED).unlink(missing_ok=True)
     print("\n".join(table(scores)))
     print(f"{len(tasks)} asked; predictions, scores.json and samples.html in {out}")

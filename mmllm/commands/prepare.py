@@ -20,6 +20,7 @@ from pathlib import Path
 from mmllm.commands import at_least_one, make_parser
 from mmllm.errors import DataError, UserError
 from mmllm.runtime.console import print_rank0, progress
+from mmllm.runtime.files import writing
 
 SPLITS = ("test", "val", "train")  # in the order in which they are written
 SHEET = 24  # samples on the contact sheet
@@ -101,7 +102,7 @@ def prepare_public(options) -> int:
     """Download a public dataset, unpack it and write its splits; the folder is marked until it is complete."""
     from mmllm.data.chat import NO_ANSWER
     from mmllm.data.checks import check_samples, image_fault, keep_good
-    from mmllm.data.download import writing
+    from mmllm.data.download import MEND
     from mmllm.data.prepared import write_records
     from mmllm.data.public import TABLE, build, fetch, read_table
     from mmllm.data.samples import UNFINISHED
@@ -110,7 +111,7 @@ def prepare_public(options) -> int:
     dataset, marker = read_table(options.table or TABLE)[options.data], out / UNFINISHED
     if out.exists() and any(out.iterdir()) and not (marker.exists() and marker.read_text() == options.data):
         raise UserError(f"{out}: holds other files; name an empty folder with --out")
-    with writing(out):
+    with writing(out, MEND):
         out.mkdir(parents=True, exist_ok=True)
         marker.write_text(options.data)
     print_rank0(f"{options.data}: {dataset['about']}; {dataset['licence']}; {dataset['page']}")

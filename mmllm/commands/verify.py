@@ -8,13 +8,13 @@ is left out. The exit code is 1 if any figure differs.
 """
 
 import argparse
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmllm.commands import make_parser
 from mmllm.errors import UserError
+from mmllm.runtime.files import sha256_of
 
 PUBLISHED = {  # sha256, or its first 16 digits where no more is published
     "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f": "openai/clip-vit-base-patch32",
@@ -88,8 +88,7 @@ def all_checks(options: argparse.Namespace) -> Iterator[Check]:
 def checksums(path: Path) -> Iterator[Check]:
     """One check for each file that has a published checksum."""
     for file in [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sha256_of(file)
         name = PUBLISHED.get(found) or PUBLISHED.get(found[:16])
         yield Check(f"sha256 of {file}", "that of a published file", f"{name or 'unknown'}: {found}", name is not None)
 

@@ -4,7 +4,6 @@ An interrupted transfer continues with an HTTP range; a server without ranges se
 when it is complete and its checksum is right: that of the table, or the one that the Hugging Face hub sends with it.
 """
 
-import hashlib
 import http.client
 import os
 import re
@@ -14,18 +13,18 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from mmllm.data.archives import safe
 from mmllm.errors import RunError
 from mmllm.runtime.console import progress, stderr_rank0
+from mmllm.runtime.files import sha256_of, writing
 
 BLOCK = 1 << 20
 ATTEMPTS = 5  # without a byte of progress
 WAIT_S = 2.0  # before the second attempt, twice as long before each further one
 TIMEOUT_S = 60
+MEND = "make room, then run the same command again to continue"
 
 
 class RememberDigest(urllib.request.HTTPRedirectHandler):
@@ -50,7 +49,7 @@ def download(url: str, path: Path, sha256: str = "", size: int = 0) -> None:
     if path.exists():
         return
     handler = RememberDigest()
-    with writing(path):
+    with writing(path, MEND):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
     while True:
@@ -98,20 +97,10 @@ def transfer(url: str, part: Path, handler: RememberDigest, size: int) -> None:
         end = file.tell() + left
         for block in progress(iter(lambda: answer.read(BLOCK), b""), -(-left // BLOCK), f"{part.stem} (MB)"):
             while block:
-                with writing(part):
+                with writing(part, MEND):
                     block = block[file.write(block) :]
         if file.tell() < end:
             raise http.client.IncompleteRead(b"", end - file.tell())
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written ({error.strerror}); make room, then run the same command again to continue"
-        ) from error
 
 
 def check(url: str, part: Path, sha256: str) -> None:
@@ -119,8 +108,7 @@ def check(url: str, part: Path, sha256: str) -> None:
     if not sha256:
         stderr_rank0(f"{url}: no published checksum to compare with")
         return
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(part)
     if found != sha256:
         part.unlink()
         raise RunError(
@@ -139,7 +127,7 @@ def unpack_zip(path: Path, folder: Path) -> None:
                 target = folder / safe(PurePosixPath(member.filename))
                 if target.exists() and target.stat().st_size == member.file_size:
                     continue
-                with writing(target):
+                with writing(target, MEND):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(member) as source, target.open("wb") as file:
                         shutil.copyfileobj(source, file, BLOCK)

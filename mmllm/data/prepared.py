@@ -3,7 +3,6 @@
 What `mmllm prepare` writes is what `train.py` would have read: the same samples, after the same checks.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from mmllm.data.image import ImageProcessor, decode
 from mmllm.data.samples import Sample
+from mmllm.runtime.files import sha256_of
 
 ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 
@@ -63,12 +63,7 @@ def place_image(source: Path, target: Path, how: str, processor: ImageProcessor)
 
 def drop_images_of(train: list[Sample], val: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """The training samples without those whose image is in `val` too, by its bytes; and those that were dropped."""
-    held_out = {digest(path) for path in {path for sample in val for path in sample.images}}
-    known = {path: digest(path) in held_out for path in {path for sample in train for path in sample.images}}
+    held_out = {sha256_of(path) for path in {path for sample in val for path in sample.images}}
+    known = {path: sha256_of(path) in held_out for path in {path for sample in train for path in sample.images}}
     kept = [sample for sample in train if not any(known[path] for path in sample.images)]
     return kept, [sample for sample in train if any(known[path] for path in sample.images)]
-
-
-def digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmllm.data.chat import Message
-from mmllm.data.download import download, unpack_zip, writing
+from mmllm.data.download import MEND, download, unpack_zip
 from mmllm.data.formats import read_records
 from mmllm.data.order import split_by_image
 from mmllm.data.records import record_id
 from mmllm.data.samples import Sample, read_samples, record_samples
 from mmllm.errors import DataError
 from mmllm.runtime.console import print_rank0
+from mmllm.runtime.files import writing
 
 TABLE = Path(__file__).with_name("public.json")
 SHORT = "\nAnswer the question using a single word or phrase."  # as LLaVA 1.5 asks for short answers
@@ -51,7 +52,7 @@ def fetch(files: dict[str, dict], out: Path, image_dir: Path) -> None:
             continue
         path = out / "downloads" / name / file["url"].rpartition("/")[2]  # several are called images.zip
         download(file["url"], path, file.get("sha256", ""), file.get("size", 0))
-        with writing(folder):
+        with writing(folder, MEND):
             folder.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".zip":
             unpack_zip(path, folder)

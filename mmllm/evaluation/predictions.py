@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from mmllm.errors import DataError, UserError
@@ -12,10 +10,11 @@ from mmllm.inference.pipeline import MultimodalInferencePipeline
 from mmllm.inference.request import GenerationConfig
 from mmllm.runtime.console import progress, stderr_rank0
 from mmllm.runtime.distributed import World
-from mmllm.runtime.files import read_json_lines, write_atomically, write_json
+from mmllm.runtime.files import read_json_lines, write_atomically, write_json, writing
 
 Predictions = list[str | None]  # one for each task; None where its image cannot be decoded
 UNFINISHED = "unfinished.jsonl"
+MEND = "name another folder with --out"
 RESULT_KEYS = (("image_id", "caption"), ("question_id", "answer"), ("questionId", "prediction"))  # COCO, VQA, GQA
 
 
@@ -44,12 +43,12 @@ def collect(
     if done:
         stderr_rank0(f"{out / UNFINISHED}: {len(done)} answers of an interrupted evaluation are kept")
     path = out / f"{UNFINISHED}.part{world.rank}"
-    with writing(path), path.open("w", encoding="utf-8", buffering=1) as file:
+    with writing(path, MEND, UserError), path.open("w", encoding="utf-8", buffering=1) as file:
         file.write(json.dumps(key) + "\n")
         for name, tasks in runs.items():
             todo = [i for i in range(len(tasks)) if (name, i) not in done][world.rank :: world.size]
             answers = predict(pipeline, [tasks[i] for i in todo], config, slots)
-            for i, (_, text) in zip(todo, progress(answers, len(todo), name), strict=True):
+            for i, text in zip(todo, progress(answers, len(todo), name), strict=True):
                 file.write(json.dumps([name, i, text]) + "\n")
     world.sum([0])  # waits for the other processes
     done = world.on_rank0(lambda: merge(out, key))
@@ -113,26 +112,8 @@ def write_predictions(out: Path, tasks: list[Task], predictions: Predictions, su
         path = out / f"{name}{suffix}.json"
         path.unlink(missing_ok=True)  # of an earlier evaluation
         if results:
-            write_results(path, results)
+            write_json(path, results)
 
 
 def number_or_name(name: str) -> int | str:
     return int(name) if name.isdecimal() else name
-
-
-def make_directory(path: Path) -> None:
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
-def write_results(path: Path, content: object) -> None:
-    with writing(path):
-        write_json(path, content)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written, {error.strerror}; name another folder with --out") from error

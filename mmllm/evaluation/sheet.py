@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mmllm.data.image import decode
 from mmllm.errors import ImageError
-from mmllm.evaluation.predictions import writing
 from mmllm.evaluation.results import Part
 from mmllm.evaluation.tasks import Task
 
@@ -28,8 +27,7 @@ def write_sheet(path: Path, parts: dict[str, Part], seed: int) -> None:
             page.append(f"<h2>{name}: {title}</h2><section>")
             page += [figure(part.tasks[i], part.texts[i], part.values[i]) for i in chosen]
             page.append("</section>")
-    with writing(path):
-        path.write_text("\n".join(page), encoding="utf-8", errors="backslashreplace")
+    path.write_text("\n".join(page), encoding="utf-8", errors="backslashreplace")
 
 
 def figure(task: Task, text: str, value: float) -> str:

@@ -1,7 +1,6 @@
 """What a model is asked about which images, and its answers."""
 
 import random
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,12 +91,13 @@ def with_blank_images(tasks: list[Task], path: Path) -> list[Task]:
 
 def predict(
     pipeline: MultimodalInferencePipeline, tasks: list[Task], config: GenerationConfig, slots: int
-) -> Iterator[tuple[Task, str | None]]:
+) -> Iterator[str | None]:
     """The model's answer to each task, in order, `slots` of them at a time; images are read a few tasks ahead.
 
     None where an image cannot be decoded, which a line on stderr says: the other answers are not lost. An answer does not
     depend on the tasks beside it.
     """
+    asked: list[int] = []
 
     def read(number: int) -> Prompt | ImageError:
         try:
@@ -105,19 +105,17 @@ def predict(
         except ImageError as error:
             return error
 
-    pending: deque[tuple[Task, ImageError | None]] = deque()  # in the order of the answers, errors between them
-
     def prompts() -> Iterator[Prompt]:
-        for task, prompt in zip(tasks, prefetch(read, range(len(tasks)), num_workers=2), strict=True):
+        for number, prompt in enumerate(prefetch(read, range(len(tasks)), num_workers=2)):
             if isinstance(prompt, ImageError):
-                stderr(f"warning: {task.id} is left out: {prompt}")
-                pending.append((task, prompt))
+                stderr(f"warning: {tasks[number].id} is left out: {prompt}")
             else:
-                pending.append((task, None))
+                asked.append(number)
                 yield prompt
 
-    for answer in generate(pipeline.model, prompts(), config, slots=slots):
-        while pending[0][1]:
-            yield pending.popleft()[0], None
-        yield pending.popleft()[0], answer.text.strip()
-    yield from ((task, None) for task, _ in pending)
+    given = 0
+    for number, answer in enumerate(generate(pipeline.model, prompts(), config, slots=slots)):
+        yield from [None] * (asked[number] - given)
+        yield answer.text.strip()
+        given = asked[number] + 1
+    yield from [None] * (len(tasks) - given)

@@ -11,8 +11,8 @@ from mmllm.inference.optimize import cast_rest_, make_int8_
 from mmllm.models.loading import read_info
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import stderr
+from mmllm.runtime.files import writing
 from mmllm.runtime.machine import cache_folder
-from mmllm.storage.atomic import reported
 from mmllm.storage.hub import locate
 
 
@@ -28,7 +28,7 @@ def int8_copy(source: str | Path) -> Path:
     of_folder, of_files = (hashlib.sha256(repr(value).encode()).hexdigest()[:16] for value in (str(folder), files))
     copies = cache_folder() / "int8"
     copy = copies / f"{of_folder}-{of_files}"
-    with reported(copies), locked_file(copies / f"{of_folder}.lock"):
+    with writing(copies), locked_file(copies / f"{of_folder}.lock"):
         if not copy.exists():
             stderr(f"writing {folder.name} in int8 once, to {copy}, for all workers")
             for old in copies.glob(f"{of_folder}-*"):

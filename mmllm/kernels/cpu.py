@@ -22,6 +22,7 @@ from torch import Tensor
 from mmllm.errors import RunError
 from mmllm.kernels import reference
 from mmllm.runtime.console import stderr_rank0
+from mmllm.runtime.files import sha256_of
 from mmllm.runtime.machine import cache_folder, processor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -83,10 +84,6 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
     except OSError as error:
         raise RunError(f"{library}: cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder") from error
     return library
-
-
-def sha256_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def self_test() -> None:

@@ -1,5 +1,6 @@
 """Small JSON files, one way to read them and one to write them, and the lock on a folder."""
 
+import hashlib
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from mmllm.config.validation import describe, shown
-from mmllm.errors import CheckpointError, UserError
+from mmllm.errors import CheckpointError, RunError, UserError
 from mmllm.runtime.console import stderr
 
 try:
@@ -78,6 +79,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+@contextmanager
+def writing(path: Path, mend: str = "nothing was left behind", kind: type[Exception] = RunError) -> Iterator[None]:
+    """Turns an error of the disk into one line, an exception of `kind`, that names `path` and ends in `mend`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{path}: cannot be written ({error.strerror}); {mend}") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmllm.errors import CheckpointError, RunError
+from mmllm.errors import CheckpointError
+from mmllm.runtime.files import writing
 
 # how network drives, and Windows, refuse to synchronise a folder: they do it by themselves, or cannot
 NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
@@ -21,7 +22,7 @@ def atomic_directory(folder: str | Path, *, replace: bool = False) -> Iterator[P
         folder.rmdir()
     if folder.exists() and not replace:
         raise CheckpointError(f"{folder}: exists already; choose another name, or replace it with --force")
-    with reported(folder), removed_on_error(new_directory(folder)) as temporary:
+    with writing(folder), removed_on_error(new_directory(folder)) as temporary:
         yield temporary
         publish(temporary, folder)
 
@@ -55,15 +56,6 @@ def removed_on_error(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-@contextmanager
-def reported(folder: Path) -> Iterator[None]:
-    """Turns an error of the disk into a RunError that names what could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); nothing was left behind") from error
 
 
 def fsync(path: Path) -> None:

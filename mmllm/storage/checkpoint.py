@@ -12,7 +12,6 @@ No format notices a flipped byte, safetensors neither, so "the newest checkpoint
 No random states are kept: the order of samples and the seed of each step are functions of the step.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 from mmllm.errors import CheckpointError, RunError
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.distributed import World, local, rows_for
-from mmllm.runtime.files import read_json, typed, write_json
-from mmllm.storage.atomic import new_directory, publish, removed_on_error, reported
+from mmllm.runtime.files import read_json, sha256_of, typed, write_json, writing
+from mmllm.storage.atomic import new_directory, publish, removed_on_error
 from mmllm.storage.sharded_file import Layout, create
 from mmllm.storage.weights import read_safetensors
 
@@ -68,7 +67,7 @@ def begin_checkpoint(folder: Path, model: nn.Module, layouts: dict[str, Layout],
     `state` is JSON; its "config" becomes experiment.json as well.
     """
     refuse_full_disk(folder.parent, sum(plan.size for plan in layouts.values()))
-    with reported(folder), removed_on_error(new_directory(folder)) as temporary:
+    with writing(folder), removed_on_error(new_directory(folder)) as temporary:
         (temporary / "training").mkdir()
         model.write_small_files(temporary)
         write_json(temporary / "training" / "state.json", state | {"format": FORMAT})
@@ -80,7 +79,7 @@ def begin_checkpoint(folder: Path, model: nn.Module, layouts: dict[str, Layout],
 
 def end_checkpoint(temporary: Path, folder: Path) -> None:
     """Write the manifest last, wait until everything is on disk, then rename: until then it is no checkpoint."""
-    with reported(folder), removed_on_error(temporary):
+    with writing(folder), removed_on_error(temporary):
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
         files = {str(path.relative_to(temporary)): asdict(_fingerprint(path)) for path in paths}
         write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
@@ -109,8 +108,7 @@ class _Manifest:
 
 
 def _fingerprint(path: Path) -> _Fingerprint:
-    with path.open("rb") as file:
-        return _Fingerprint(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return _Fingerprint(path.stat().st_size, sha256_of(path))
 
 
 # Rename and remove

@@ -18,10 +18,10 @@ from torch import nn
 
 from mmllm.errors import RunError
 from mmllm.runtime.distributed import World
+from mmllm.runtime.files import writing
 from mmllm.runtime.memory import free_memory
 from mmllm.runtime.threads import worker_pool
 from mmllm.storage import checkpoint as disk
-from mmllm.storage.atomic import reported
 from mmllm.storage.sharded_file import Piece, layout, own_pieces, write_pieces
 
 IDLE, BUSY, FAILED = 0, 1, 2
@@ -125,7 +125,7 @@ class CheckpointWriter:
         return not self.world.all_reduce_max([MARGIN * needed * self.world.neighbours > free_memory()])[0]
 
     def _write(self, save: Save, pieces: dict[Path, list[Piece]]) -> None:
-        with reported(save.folder):
+        with writing(save.folder):
             for path, own in pieces.items():
                 write_pieces(path, own)
         if self.world.size == 1:
@@ -133,7 +133,7 @@ class CheckpointWriter:
 
     def _finish(self, save: Save) -> None:
         disk.end_checkpoint(save.temporary, save.folder)
-        with reported(save.folder):
+        with writing(save.folder):
             save.on_complete()
 
     def _give_up(self, save: Save) -> None:

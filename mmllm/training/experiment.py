@@ -33,10 +33,10 @@ from mmllm.reporting.report import record_start, write_report
 from mmllm.runtime.console import duration, print_rank0, warned_of_disk
 from mmllm.runtime.device import autocast, half_type
 from mmllm.runtime.distributed import World
+from mmllm.runtime.files import writing
 from mmllm.runtime.memory import keep_freed_memory
 from mmllm.runtime.signals import StopSignal
 from mmllm.storage import checkpoint as disk
-from mmllm.storage.atomic import reported
 from mmllm.storage.checkpoint_writer import CheckpointWriter
 from mmllm.training.data_plan import largest
 from mmllm.training.fsdp import is_wanted, shard_
@@ -289,7 +289,7 @@ def begin(
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     wandb_run = start_wandb("mmllm", config.experiment_name, config.to_dict()) if config.use_wandb else None
-    with reported(directory):
+    with writing(directory):
         resumed_from = checkpoint and str(checkpoint)
         record_start(directory, device=name, origins=origins, resumed_from=resumed_from, data=notes)
         config.save(directory / "experiment.json")

@@ -15,7 +15,7 @@ from mmllm.data.formats import content_files
 from mmllm.errors import CheckpointError, ConfigError, DataError, UserError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import print_rank0
-from mmllm.runtime.files import locked
+from mmllm.runtime.files import locked, sha256_of
 from mmllm.storage import checkpoint as disk
 from mmllm.training.prepare import trained_parts
 from mmllm.training.reward import has_reference
@@ -43,11 +43,6 @@ def data_sha256(config: ExperimentConfig) -> dict[str, str]:
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror}); it is {DATA_FILES[split]}") from error
     return sums
-
-
-def sha256_of(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_directory(config: ExperimentConfig, at_end: ExitStack) -> Path:
