@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         return prepare_public(options)
     from mmllm.data.image import ImageProcessor
     from mmllm.data.order import split_by_image
-    from mmllm.data.prepared import drop_images_of, image_names, place_image, write_records
+    from mmllm.data.prepared import drop_images_of, image_names, place_image
 
     options.out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.out / UNPACKED, ignore_errors=True)  # of a run that was interrupted
@@ -82,9 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         place_image(path, options.out / "images" / name, options.images, square)
     for split, samples in (("train", train), ("val", val)):
         if samples:
-            write_records(options.out / f"{split}.jsonl", samples, names)
-            count = len({path for sample in samples for path in sample.images})
-            print_rank0(f"{options.out / f'{split}.jsonl'}: {len(samples)} samples, {count} images")
+            write_split(options.out / f"{split}.jsonl", samples, names)
     draw_sheet(options.out / "contact_sheet.png", train, options.seed)
     if options.images != "link":
         shutil.rmtree(options.out / UNPACKED, ignore_errors=True)
@@ -103,7 +101,6 @@ def prepare_public(options) -> int:
     from mmllm.data.chat import NO_ANSWER
     from mmllm.data.checks import check_samples, image_fault, keep_good
     from mmllm.data.download import MEND
-    from mmllm.data.prepared import write_records
     from mmllm.data.public import TABLE, build, fetch, read_table
     from mmllm.data.samples import UNFINISHED
 
@@ -125,14 +122,19 @@ def prepare_public(options) -> int:
         if not samples:
             raise DataError(f"{options.data}: no sample is left for {split}; {report} says why")
         names = {path: str(path.relative_to(image_dir)) for sample in samples for path in sample.images}
-        write_records(out / f"{split}.jsonl", samples, names)
-        print_rank0(
-            f"{out / f'{split}.jsonl'}: {len(samples)} samples, {len(names)} images; {len(bad)} bad ones left out"
-        )
+        write_split(out / f"{split}.jsonl", samples, names, f"; {len(bad)} bad ones left out")
     draw_sheet(out / "contact_sheet.png", splits.get("train", []), options.seed)
     shutil.rmtree(out / "downloads", ignore_errors=True)
     marker.unlink()
     return 0
+
+
+def write_split(path: Path, samples: list, names: dict[Path, str], note: str = "") -> None:
+    from mmllm.data.prepared import write_records
+
+    write_records(path, samples, names)
+    count = len({image for sample in samples for image in sample.images})
+    print_rank0(f"{path}: {len(samples)} samples, {count} images{note}")
 
 
 def load_processor_of(model: str):

@@ -106,8 +106,8 @@ def make_app(settings, *, is_shared: bool = False):
         pipeline = load_pipeline(source, device=settings.device, dtype=dtype)
         return_freed_memory()
         if dtype != settings.dtype:
-            log = logging.getLogger("mmllm.serving")
-            log.info("weights in int8, the server's default on a CPU (--dtype float32 for full precision)")
+            message = "weights in int8, the server's default on a CPU (--dtype float32 for full precision)"
+            logging.getLogger("mmllm.serving").info(message)
         return pipeline
 
     return create_app(load, settings)
@@ -138,8 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     host, port = listener.getsockname()[:2]
-    print(
-        f"{settings.model} on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", file=sys.stderr
-    )
-    warn_if_open(host, settings)
+    host = f"[{host}]" if ":" in host else host
+    print(f"{settings.model} on http://{host}:{port} (Ctrl-C stops it)", file=sys.stderr)
+    warn_if_open(listener.getsockname()[0], settings)
     return Server(make_app(settings), settings).serve_until_signal(listener)

@@ -34,9 +34,8 @@ class BeamSearch:
     ):
         self.config, self.tokenizer, self.vocab_size, self.device = config, tokenizer, vocab_size, device
         self.beams: list[tuple[int, ...]] = [()] * config.num_beams
-        self.logprobs_B = torch.tensor(
-            [0.0, *[-math.inf] * (config.num_beams - 1)], device=device
-        )  # all equal: one lives
+        dead = [-math.inf] * (config.num_beams - 1)  # all begin equal, so one lives
+        self.logprobs_B = torch.tensor([0.0, *dead], device=device)
         self.finished: list[Hypothesis] = []
         self.seen_BV: Tensor | None = None
         if config.repetition_penalty != 1:

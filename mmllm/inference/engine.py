@@ -54,10 +54,6 @@ class ActiveRequest:
     tokens: list[int] = field(default_factory=list)  # chosen, not yet in the cache, one per slot; none while reading
 
 
-def has_beams(request: ActiveRequest) -> bool:
-    return request.search is not None
-
-
 class Engine:
     """Answers requests in `slots` slots (None: SLOTS). The cache begins with room for `max_length` tokens and grows.
 
@@ -237,7 +233,7 @@ class Engine:
         else:
             request.search = BeamSearch(config, prompt.ids, self.tokenizer, vocab_size, device)
         self.active.append(request)
-        self.active.sort(key=has_beams)  # the order that _choose expects
+        self.active.sort(key=lambda request: request.search is not None)  # the order that _choose expects
         if handle.on_start:
             handle.on_start()
         try:

@@ -79,10 +79,7 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
-METRICS = {
-    "cider": "CIDEr",
-    "vqa": "VQA accuracy",
-}  # what a validation may measure besides losses, see training.best_metric
+METRICS = {"cider": "CIDEr", "vqa": "VQA accuracy"}  # what training.best_metric may be besides losses
 
 
 def training_rows(rows: list[dict]) -> list[dict]:

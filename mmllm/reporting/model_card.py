@@ -37,9 +37,8 @@ def write_card(folder: Path, run: Path, name: str, licence: str) -> None:
     """Writes `folder`/README.md for the model of the run directory `run`, from the files that are there."""
     is_llava = read_json(folder / "config.json").get("model_type") == "llava"
     settings = read_settings(run) if (run / "experiment.json").exists() else {}
-    bases = (
-        [settings.get(f"model.{tower}") for tower in ("clip", "qwen")] if not settings.get("model.pretrained") else []
-    )
+    towers = [] if settings.get("model.pretrained") else ["clip", "qwen"]
+    bases = [settings.get(f"model.{tower}") for tower in towers]
     bases = "".join(f"- {base}\n" for base in bases if base and not Path(base).exists())
     head = HEAD.format(
         license=licence,

@@ -14,11 +14,9 @@ from mmllm.errors import RunError, UserError
 def program() -> list[str]:
     """The words before the arguments of this process: `mmllm`, `python -m mmllm` or `python train.py`."""
     name = Path(sys.argv[0]).name
-    if name == "mmllm":
-        return ["mmllm"]
-    return (
-        ["python", "-m", sys.modules["__main__"].__spec__.parent] if name == "__main__.py" else ["python", sys.argv[0]]
-    )
+    if name == "__main__.py":
+        return ["python", "-m", sys.modules["__main__"].__spec__.parent]
+    return ["mmllm"] if name == "mmllm" else ["python", sys.argv[0]]
 
 
 def commit() -> str | None:

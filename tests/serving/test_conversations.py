@@ -1,4 +1,4 @@
-"""The store of conversations where several processes share it. Alone in one process: test_server.py."""
+"""The store of conversations where several processes share it. Alone in one process: test_answers.py."""
 
 import asyncio
 import subprocess
