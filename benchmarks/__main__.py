@@ -48,7 +48,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     generate.add_argument(
         "--compiled-peer", action="store_true", help="transformers with its compiled step too: slow start"
     )
-    generate.add_argument("--compiled", action="store_true", help="our compiled step too (on a GPU always)")
     memory = commands.add_parser("memory", parents=[common], help="predicted and measured peak memory of a step")
     memory.add_argument("--case", action="append", metavar="NAME", help="only this one; may be given several times")
     memory.add_argument("--rows", type=int, default=4, metavar="N", help="of a step (default: %(default)s)")
@@ -138,7 +137,7 @@ def generate(options: argparse.Namespace) -> int:
         "layers": options.layers,
         "new_tokens": options.new_tokens,
         "compiled_peer": options.compiled_peer or device.type == "cuda",
-        "compiled_own": options.compiled or device.type == "cuda",
+        "compiled_own": device.type == "cuda",
     }
     precisions = options.precision or list(bench_generate.PRECISIONS_OF[device.type])
     batches = sorted(options.batch or bench_generate.BATCHES[device.type])
