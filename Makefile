@@ -59,7 +59,7 @@ load: $(STAMP)  ## measure a server under load: answers, refusals, times, memory
 
 bench: $(STAMP)  ## measure training, answers and memory beside other programs (more than half an hour on 2 cores)
 	$(PYTHON) -m benchmarks train --rounds 2 $(ARGS)
-	$(PYTHON) -m benchmarks generate --rounds 2 --compiled $(ARGS)
+	$(PYTHON) -m benchmarks generate --rounds 2 $(ARGS)
 	$(PYTHON) -m benchmarks memory --bf16-only $(ARGS)
 	$(PYTHON) -m benchmarks table
 
