@@ -21,21 +21,16 @@ BESIDE = "beside"
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("caption", __doc__)
-    parser.add_argument(
-        "images", type=Path, metavar="FOLDER|LIST", help="a folder, or a text file with one image a line"
-    )
-    parser.add_argument(
-        "--out", type=output, required=True, metavar="FILE", help=f"a .jsonl or .csv file, or {BESIDE!r}"
-    )
+    add = parser.add_argument
+    add("images", type=Path, metavar="FOLDER|LIST", help="a folder, or a text file with one image a line")
+    add("--out", type=output, required=True, metavar="FILE", help=f"a .jsonl or .csv file, or {BESIDE!r}")
     add_model_options(parser)
-    parser.add_argument("--prompt", default="Describe this image.", help="what to ask (default: %(default)s)")
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="ask each line of FILE about each image instead")
-    parser.add_argument(
-        "--image-dir", type=Path, metavar="DIR", help="of the names in LIST (default: the folder of LIST)"
-    )
-    parser.add_argument("--slots", type=at_least_one, metavar="N", help="images side by side (default: 8, on a GPU 64)")
-    parser.add_argument("--num-workers", type=at_least_one, default=2, metavar="N", help="threads that decode images")
-    parser.add_argument("--logprobs", action="store_true", help="add each answer's confidence, from 0 to 1")
+    add("--prompt", default="Describe this image.", help="what to ask (default: %(default)s)")
+    add("--questions", type=Path, metavar="FILE", help="ask each line of FILE about each image instead")
+    add("--image-dir", type=Path, metavar="DIR", help="of the names in LIST (default: the folder of LIST)")
+    add("--slots", type=at_least_one, metavar="N", help="images side by side (default: 8, on a GPU 64)")
+    add("--num-workers", type=at_least_one, default=2, metavar="N", help="threads that decode images")
+    add("--logprobs", action="store_true", help="add each answer's confidence, from 0 to 1")
     add_generation_options(parser)
     options = parser.parse_args(arguments)
     if options.out == BESIDE and options.questions:

@@ -30,27 +30,24 @@ TASK_HELP = "auto: a sample is a caption if it has the default prompt or the kin
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("evaluate", __doc__)
+    add = parser.add_argument
     add_model_options(parser)
     add_data_options(parser)
-    parser.add_argument("--split", default="val", help="part of Karpathy's files (default: %(default)s)")
-    parser.add_argument("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
-    parser.add_argument("--out", metavar="DIR", help="(default: evaluation/NAME OF THE DATA FILE of the model's run)")
-    parser.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N images or questions")
-    parser.add_argument(
-        "--slots", type=at_least_one, default=16, metavar="N", help="side by side (default: %(default)s)"
-    )
-    parser.add_argument("--max-new-tokens", type=at_least_one, default=60, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the exchange of images (default: %(default)s)")
-    parser.add_argument("--no-shuffled", action="store_true", help="do not ask again with exchanged images")
-    parser.add_argument("--constant", action="store_true", help="score the best constant caption and answers too")
-    parser.add_argument("--blank", action="store_true", help="ask again with blank images")
-    parser.add_argument("--meteor", action="store_true", help="METEOR too, for the true images; needs Java")
-    parser.add_argument("--spice", action="store_true", help="SPICE too; needs Java, downloads 400 MB once")
-    parser.add_argument("--clip-score", metavar="SOURCE", help="CLIPScore by this CLIP; needs transformers")
-    parser.add_argument(
-        "--predictions", nargs="+", type=Path, metavar="FILE", help="score these result files; no model is loaded"
-    )
+    add("--split", default="val", help="part of Karpathy's files (default: %(default)s)")
+    add("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
+    add("--out", metavar="DIR", help="(default: evaluation/NAME OF THE DATA FILE of the model's run)")
+    add("--limit", type=at_least_one, metavar="N", help="only the first N images or questions")
+    add("--slots", type=at_least_one, default=16, metavar="N", help="side by side (default: %(default)s)")
+    add("--max-new-tokens", type=at_least_one, default=60, metavar="N", help="(default: %(default)s)")
+    add("--num-beams", type=at_least_one, default=1, metavar="N", help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the exchange of images (default: %(default)s)")
+    add("--no-shuffled", action="store_true", help="do not ask again with exchanged images")
+    add("--constant", action="store_true", help="score the best constant caption and answers too")
+    add("--blank", action="store_true", help="ask again with blank images")
+    add("--meteor", action="store_true", help="METEOR too, for the true images; needs Java")
+    add("--spice", action="store_true", help="SPICE too; needs Java, downloads 400 MB once")
+    add("--clip-score", metavar="SOURCE", help="CLIPScore by this CLIP; needs transformers")
+    add("--predictions", nargs="+", type=Path, metavar="FILE", help="score these result files; no model is loaded")
     return parser.parse_args(arguments)
 
 

@@ -18,7 +18,7 @@ class PrefixStore:
     def __init__(self, limit_bytes: int):
         self.limit_bytes, self.bytes = limit_bytes, 0
         self.tensors: OrderedDict[bytes, Tensor] = OrderedDict()  # least recently used first
-        self.hits = self.misses = self.evicted = 0  # images, and blocks of tokens
+        self.hits = self.misses = 0  # images, and blocks of tokens
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.tensors
@@ -39,7 +39,6 @@ class PrefixStore:
         while self.bytes + tensor.nbytes > self.limit_bytes:
             _, dropped = self.tensors.popitem(last=False)
             self.bytes -= dropped.nbytes
-            self.evicted += 1
         self.tensors[key] = tensor
         self.bytes += tensor.nbytes
 

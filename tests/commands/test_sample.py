@@ -63,20 +63,8 @@ def test_an_image_that_cannot_be_read_is_one_line_and_exit_code_2(call, folder, 
 
 
 def test_sampling_repeats_by_seed(call, folder, image):
-    arguments = (
-        "--model",
-        folder,
-        "--image",
-        image,
-        "--temperature",
-        1.2,
-        "--top-k",
-        50,
-        "--top-p",
-        0.9,
-        "--device",
-        "cpu",
-    )
+    options = ["--temperature", "1.2", "--top-k", "50", "--top-p", "0.9", "--device", "cpu"]
+    arguments = ("--model", folder, "--image", image, *options)
     answers = [call(*arguments, "--max-new-tokens", 8, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 

@@ -105,6 +105,8 @@ def test_chat_takes_json_only_and_says_how_to_send_it(client, kind):
         *[({"temperature": value}, "invalid_value", "temperature") for value in (-1, 3, "1", "inf", True, 10**400)],
         *[({"top_p": value}, "invalid_value", "top_p") for value in (0, 2, -0.1)],
         *[({"top_k": value}, "invalid_value", "top_k") for value in (-5, 1.5)],
+        *[({"repetition_penalty": value}, "invalid_value", "repetition_penalty") for value in (0, 3)],
+        ({"min_p": 1.5}, "invalid_value", "min_p"),
         *[({"seed": value}, "invalid_value", "seed") for value in (-(2**70), 2**64, 2**63, 1.5, True)],
     ],
 )
