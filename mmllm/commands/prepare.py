@@ -147,7 +147,7 @@ def load_processor_of(model: str):
 
 def good_samples(source: str, image_dir: str | None, split: str, options, processor) -> list:
     """The samples of `source` that can be trained on; the others are listed in a file."""
-    from mmllm.data.checks import check_samples, decode_fault, keep_good
+    from mmllm.data.checks import check_samples, decode_fault, describe_left_out, keep_good
     from mmllm.data.samples import read_samples
 
     samples = read_samples(source, image_dir, split, options.out / UNPACKED / split)
@@ -158,7 +158,7 @@ def good_samples(source: str, image_dir: str | None, split: str, options, proces
         print_rank0(
             f"{source}: {len(bad)} of {len(samples)} samples are bad, listed in {report}; the first: {bad[0].reason}"
         )
-    if note := left_out.describe(source, options.max_length):
+    if note := describe_left_out(left_out, source, options.max_length):
         print_rank0(note)
     return good
 

@@ -31,27 +31,15 @@ class BadSample:
     reason: str
 
 
-@dataclass
-class LeftOut:
-    """The exchanges that data.max_length leaves out of samples that are trained on, the oldest of each."""
-
-    samples: int = 0
-    exchanges: int = 0
-    tokens: int = 0
-
-    def add(self, encoded: Encoded) -> None:
-        self.samples += encoded.left_out_exchanges > 0
-        self.exchanges += encoded.left_out_exchanges
-        self.tokens += encoded.left_out_tokens
-
-    def describe(self, source: str, max_length: int) -> str:
-        """One line; "" when nothing is left out."""
-        if not self.samples:
-            return ""
-        return (
-            f"{source}: {self.exchanges} exchanges ({self.tokens} tokens) of {self.samples} samples are left out, "
-            f"because these are longer than data.max_length={max_length}"
-        )
+def describe_left_out(rows: list[Encoded], source: str, max_length: int) -> str:
+    """One line about the exchanges that data.max_length leaves out of `rows`; "" when there are none."""
+    if not rows:
+        return ""
+    exchanges, tokens = sum(row.left_out_exchanges for row in rows), sum(row.left_out_tokens for row in rows)
+    return (
+        f"{source}: {exchanges} exchanges ({tokens} tokens) of {len(rows)} samples are left out, because these are longer "
+        f"than data.max_length={max_length}"
+    )
 
 
 def checked_samples(
@@ -75,7 +63,9 @@ def checked_samples(
     workers = settings.num_workers
     bad, left_out = check_samples(samples, processor, settings.max_length, num_workers=workers, fault=fault)
     good = keep_good(samples, bad, settings.bad_samples, settings.max_bad_fraction, report=report, source=str(path))
-    return share_images(good) if settings.share_images else good, left_out.describe(str(path), settings.max_length)
+    return share_images(good) if settings.share_images else good, describe_left_out(
+        left_out, str(path), settings.max_length
+    )
 
 
 def check_samples(
@@ -85,9 +75,9 @@ def check_samples(
     *,
     num_workers: int = 2,
     fault: Callable[[Path], str] | None = None,
-) -> tuple[list[BadSample], LeftOut]:
-    """Every sample that cannot be trained on, in order, and why; and what is left out of the others. Reads 64 kB of
-    each image.
+) -> tuple[list[BadSample], list[Encoded]]:
+    """Every sample that cannot be trained on, in order, and why; and the rows of those that lose their oldest exchanges
+    to `max_length`. Reads 64 kB of each image.
 
     Without a `processor` the lengths in tokens are not checked.
     """
@@ -95,7 +85,7 @@ def check_samples(
         files = sorted({path for sample in samples for path in sample.images})
         faults = progress(pool.map(fault or image_fault, files), len(files), "checking images")
         reason_of = {path: reason for path, reason in zip(files, faults, strict=True) if reason}
-    bad, left_out = [], LeftOut()
+    bad, left_out = [], []
     for index, sample in enumerate(progress(samples, len(samples), "checking samples")):
         broken = next((path for path in sample.images if path in reason_of), None)
         reason = reason_of[broken] if broken else sample.fault or text_fault(sample, processor, max_length, left_out)
@@ -131,7 +121,7 @@ def looks_complete(path: Path) -> bool:
     return kind in END_OF and tail.endswith(END_OF[kind])
 
 
-def text_fault(sample: Sample, processor: ChatProcessor | None, max_length: int, left_out: LeftOut) -> str:
+def text_fault(sample: Sample, processor: ChatProcessor | None, max_length: int, left_out: list[Encoded]) -> str:
     """What is wrong with the texts of a sample; "" when nothing is. Adds to `left_out` what does not fit."""
     try:
         if processor is None:
@@ -139,7 +129,8 @@ def text_fault(sample: Sample, processor: ChatProcessor | None, max_length: int,
                 message.text.encode()
             return "" if has_target(sample.messages) else NO_ANSWER
         if not fits_by_bytes(sample, processor, max_length):
-            left_out.add(processor.encode(list(sample.messages), max_length))
+            row = processor.encode(list(sample.messages), max_length)
+            left_out += [row] if row.left_out_exchanges else []
     except UnicodeEncodeError:
         return "a text holds half of a character (a lone surrogate); write the whole character"
     except DataError as error:
@@ -172,16 +163,12 @@ def keep_good(
         report.write_text("".join(json.dumps(asdict(row)) + "\n" for row in bad), encoding="utf-8")
     first = f"sample {bad[0].index} ({bad[0].file}): {bad[0].reason}"
     count = f"{source}: {len(bad)} of {len(samples)} samples are bad"
+    fraction = f"data.max_bad_fraction={max_fraction}"
     if policy == "error":
-        raise DataError(
-            f"{count}; fix those listed in {report}, or set data.bad_samples=skip, which leaves out up to "
-            f"data.max_bad_fraction={max_fraction} of all. The first is {first}"
-        )
+        mend = f"; fix those listed in {report}, or set data.bad_samples=skip, which leaves out up to {fraction} of all"
+        raise DataError(f"{count}{mend}. The first is {first}")
     if len(bad) > max_fraction * len(samples):
-        raise DataError(
-            f"{count}, more than data.max_bad_fraction={max_fraction} allows; they are listed in {report}. "
-            f"The first is {first}"
-        )
+        raise DataError(f"{count}, more than {fraction} allows; they are listed in {report}. The first is {first}")
     dropped = {row.index for row in bad}
     return [sample for index, sample in enumerate(samples) if index not in dropped]
 

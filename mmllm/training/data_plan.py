@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mmllm.config.schema import ExperimentConfig
 from mmllm.data.chat import IGNORED, ChatProcessor, Encoded
-from mmllm.data.checks import check_samples
+from mmllm.data.checks import check_samples, describe_left_out
 from mmllm.data.image import ImageProcessor
 from mmllm.data.order import split_by_image
 from mmllm.data.packing import encode_shared, rough_length
@@ -67,7 +67,7 @@ def plan_data(config: ExperimentConfig, shape: MultimodalConfig) -> DataPlan:
         lines.append(
             f"{len(bad)} of {len(samples)} samples are bad and not counted; the first is {bad[0].file}: {bad[0].reason}"
         )
-    if note := left_out.describe(data.train_data_path, data.max_length):
+    if note := describe_left_out(left_out, data.train_data_path, data.max_length):
         lines.append(note)
     dropped = {row.index for row in bad}
     samples = [sample for index, sample in enumerate(samples) if index not in dropped]
