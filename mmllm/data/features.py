@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmllm.data.image import ImageProcessor, read_bytes
-from mmllm.errors import DataError, ImageError, RunError
+from mmllm.errors import DataError, ImageError
 from mmllm.runtime.console import progress
+from mmllm.runtime.files import writing
 from mmllm.runtime.threads import worker_pool
 
 BATCH_SIZE = 32  # images in one pass of the tower
@@ -140,15 +141,13 @@ class FeatureCache:
 def write_features(file: Path, features_QF: Tensor) -> None:
     """Writes the file atomically; threads and processes may write the same one. RunError where the disk is full."""
     temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
+    with writing(file, "free some space, or set data.cache_features=false"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save({"features": features_QF.contiguous()}))
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"{file}: cannot be written ({error.strerror}); free some space, or set data.cache_features=false"
-        ) from error
+        try:
+            temporary.write_bytes(save({"features": features_QF.contiguous()}))
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def fingerprint(settings: dict, weights: Mapping[str, Tensor]) -> str:
