@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mmllm.models.qwen import at_least_float32
 
+WORDS = 2**15  # of the vocabulary, whose gradient is in autocast's dtype at a time
+
 
 def cross_entropy_sum(
     x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int, factors_M: Tensor | None = None
@@ -46,11 +48,13 @@ class HeadCrossEntropy(torch.autograd.Function):
             p = log_p.exp_()
             p.scatter_add_(1, targets, p.new_full(targets.shape, -1.0))
             p = (p if factors is None else p.mul_(factors)).to(x.dtype)
+            del log_p
             if needs_x:
                 torch.mm(p, rounded_VD, out=of_x_MD[start : start + rows])
             if needs_weight:
-                piece = (p.T @ x).to(weight_VD.dtype)
-                of_weight_VD = piece if of_weight_VD is None else of_weight_VD.add_(piece)
+                of_weight_VD = torch.zeros_like(weight_VD) if of_weight_VD is None else of_weight_VD
+                for of_words, p_of_words in zip(of_weight_VD.split(WORDS), p.split(WORDS, 1), strict=True):
+                    of_words += p_of_words.T @ x
         if needs_weight and of_weight_VD is None:
             of_weight_VD = torch.zeros_like(weight_VD)
         ctx.gradients = of_x_MD, of_weight_VD

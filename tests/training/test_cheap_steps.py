@@ -126,6 +126,24 @@ def test_a_frozen_model_keeps_nothing_of_weights_and_passes_the_gradient_to_the_
     assert {name.partition(".")[0] for name in found} == {"multi_modal_projector"}
 
 
+def test_nothing_is_kept_or_made_below_the_first_adapter_and_no_frozen_part_has_a_gradient(world, model):
+    add_lora_(model.language_model, LoraConfig(lora_dropout=0.0, target_modules=("o_proj",)))
+    train_only_(model, ["language_model"])
+    batch, first = batches_of(world, model)[0], model.language_model.model.layers[0].self_attn
+    kept: list[torch.Tensor] = []
+    before_first: list[int] = []
+    first.o_proj.register_forward_pre_hook(lambda *_: before_first.append(len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss, _ = model(batch.ids_BT, batch.labels_BT, batch.pixels_N3SS)
+    assert before_first == [0] and kept
+    loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        f"language_model.model.layers.{i}.self_attn.o_proj.lora_{matrix}"
+        for i in range(len(model.language_model.model.layers))
+        for matrix in "AB"
+    }
+
+
 def test_nothing_below_a_frozen_projector_is_differentiated(world, model):
     train_only_(model, ["language_model"])
     assert not model.encode_images(batches_of(world, model)[0].pixels_N3SS).requires_grad
