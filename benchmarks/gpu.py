@@ -1,7 +1,8 @@
 """Everything that only a GPU can prove, in one command of less than nine minutes: `make gpu`.
 
 A GPU is often rented for minutes, without a network. So each part has its own time limit, one that fails does not stop
-the next, and all output and measurements lie in one folder.
+the next, and all output and measurements lie in one folder. `python -m benchmarks gpu --device cpu` tries every part out
+beforehand, with tiny models and nothing compiled.
 """
 
 import os
@@ -16,29 +17,36 @@ from mmllm.errors import UserError
 from mmllm.runtime.console import print_rank0
 
 BENCH = ("-m", "benchmarks")
+GPU_TESTS = ("tests/inference/test_engine.py", "tests/kernels/test_triton_int8.py")
 
 
-def parts(folder: Path) -> dict[str, tuple[int, list[str]]]:
-    """The time limit in seconds and the command of each part by name; 530 seconds in all."""
-    rows, models = ["--out", str(folder)], ["--models", str(folder / "models")]
-    run = ["data.batch_size=64", "stage1.gradient_accumulation_steps=1", "stage2.gradient_accumulation_steps=1"]
+def parts(folder: Path, device: str) -> dict[str, tuple[int, list[str]]]:
+    """The time limit in seconds and the command of each part by name; 530 seconds in all. On a CPU with tiny models."""
+    rows, models = ["--device", device, "--out", str(folder)], ["--models", str(folder / "models")]
+    rounds, samples, few = "5", "256", []
+    if device == "cpu":
+        rounds, samples, few = "1", "64", ["--precision", "int8", "--batch", "1", "--batch", "2", "--new-tokens", "4"]
+        rows += ["--size", "tiny"]
+    run = ["data.batch_size=64", *(f"stage{n}.gradient_accumulation_steps=1" for n in (1, 2))]
+    run += ["stage1.epochs=1", "stage2.epochs=1"] if device == "cpu" else []
     return {
-        "tests": (90, ["-m", "pytest", "-m", "gpu"]),
-        "train": (120, [*BENCH, "train", "--device", "cuda", "--rounds", "5", *rows]),
-        "generate": (170, [*BENCH, "generate", "--device", "cuda", *rows, *models]),
-        "run": (120, [*BENCH, "rehearse", "--device", "cuda", "--samples", "256", *rows, *models, *run]),
-        "memory": (30, [*BENCH, "memory", "--device", "cuda", "--case", "stage 2, full", "--bf16-only", *rows]),
+        "tests": (90, ["-m", "pytest", "-m", "gpu", *GPU_TESTS]),
+        "train": (120, [*BENCH, "train", "--rounds", rounds, *rows]),
+        "generate": (170, [*BENCH, "generate", *few, *rows, *models]),
+        "run": (120, [*BENCH, "rehearse", "--samples", samples, *rows, *models, *run]),
+        "memory": (30, [*BENCH, "memory", "--case", "stage 2, full", "--bf16-only", *rows]),
     }
 
 
-def measure_all(folder: Path) -> int:
+def measure_all(folder: Path, device: str = "cuda") -> int:
     """Run the parts in turn, with the output of each in `folder`/NAME.txt; returns the exit code, 1 when one failed."""
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("make gpu measures on a CUDA GPU, and there is none here; make bench measures on the CPU")
-    return run_parts(parts(folder), folder)
+    dry = {"TORCHDYNAMO_DISABLE": "1"} if device == "cpu" else {}
+    return run_parts(parts(folder, device), folder, **dry)
 
 
-def run_parts(commands: dict[str, tuple[int, list[str]]], folder: Path) -> int:
+def run_parts(commands: dict[str, tuple[int, list[str]]], folder: Path, **environment: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name, (limit, command) in commands.items():
@@ -51,7 +59,7 @@ def run_parts(commands: dict[str, tuple[int, list[str]]], folder: Path) -> int:
                     stderr=subprocess.STDOUT,
                     timeout=limit,
                     check=False,
-                    env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                    env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
                 ).returncode
             except subprocess.TimeoutExpired:
                 code = None

@@ -4,7 +4,7 @@ Nobody types a figure into docs/benchmarks.md. `python -m benchmarks table` make
 benchmarks/, and a test compares the two, so no figure stands without its machine, commit and command.
 
 A row belongs to a kind ("train", "generate", "memory", "rehearse"), a device ("cpu", "cuda"), a case and a contestant; a
-newer row replaces an older one.
+newer row replaces an older one. The ratios of goals outlive their rows in history.jsonl.
 """
 
 import datetime
@@ -12,8 +12,10 @@ import json
 import os
 import platform
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -22,6 +24,7 @@ from mmllm.runtime.files import read_json_lines
 from mmllm.runtime.machine import commit
 
 KEY = ("device", "case", "contestant")
+HISTORY = "history"
 
 
 def machine(device: torch.device) -> dict:
@@ -52,11 +55,15 @@ def stamped(rows: list[dict], device: torch.device, arguments: list[str]) -> lis
 
 def save_rows(folder: Path, kind: str, rows: list[dict]) -> Path:
     """Writes the rows into `folder`/`kind`.jsonl, where each replaces an older one of the same key."""
+    kept = {key(row): row for row in read_rows(folder, kind)} | {key(row): row for row in rows}
+    return write_rows(folder, kind, kept.values())
+
+
+def write_rows(folder: Path, kind: str, rows: Iterable[dict]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}.jsonl"
-    kept = {key(row): row for row in read_rows(folder, kind)} | {key(row): row for row in rows}
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept.values()), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(path)
     return path
 
@@ -91,25 +98,58 @@ class Goal:
         top, bottom = found.get(self.row), 1.0 if self.over is None else found.get(self.over)
         return top / bottom if top is not None and bottom else None
 
-    def line(self, rows: list[dict]) -> tuple[str, str, str, str]:
-        """What is measured, its value, the goal, and whether it is reached."""
+    def usual(self, values: list[float]) -> float | None:
+        """The median of the earlier `values` if the last two are both over 10 % worse; else None."""
+        if len(values) < 3:
+            return None
+        *earlier, before, last = values
+        usual = median(earlier)
+        is_worse = min(before, last) > 1.1 * usual if self.at_most else max(before, last) < 0.9 * usual
+        return usual if is_worse else None
+
+    def line(self, rows: list[dict], history: list[dict]) -> tuple[str, str, str, str]:
+        """What is measured, its value, the goal, and whether it is reached and worse than before."""
         value, bound = self.value(rows), f"{'at most' if self.at_most else 'at least'} {self.bound:g}"
         if value is None:
             return self.text, "not measured", bound, "-"
-        is_met = value <= self.bound if self.at_most else value >= self.bound
-        return self.text, f"{value:.3g}", bound, "yes" if is_met else "no"
+        usual = self.usual([entry["value"] for entry in measured(self, history)])
+        is_met = "yes" if (value <= self.bound if self.at_most else value >= self.bound) else "no"
+        return self.text, f"{value:.3g}", bound, is_met + (f"; {WORSE} {usual:.3g}" if usual else "")
 
 
-def goal_lines(goals: tuple[Goal, ...], kind: str, rows: list[dict], device: str) -> list[tuple[str, str, str, str]]:
-    return [goal.line(rows) for goal in goals if (goal.kind, goal.device) == (kind, device)]
+WORSE = "over 10 % worse in two runs than before:"
+
+
+def goal_lines(
+    goals: tuple[Goal, ...], kind: str, rows: list[dict], device: str, history: list[dict] = ()
+) -> list[tuple[str, str, str, str]]:
+    return [goal.line(rows, history) for goal in goals if (goal.kind, goal.device) == (kind, device)]
+
+
+# History --------------------------------------------------------------------------------------------------------------
+
+
+def remember(folder: Path, kind: str, goals: tuple[Goal, ...]) -> None:
+    """Adds the ratios of the rows to history.jsonl, where both sides were measured in one run, in turns."""
+    runs: dict[tuple[str, ...], list[dict]] = {}
+    for row in read_rows(folder, kind):
+        runs.setdefault((row["date"], row["commit"], row["command"], row["device"]), []).append(row)
+    found = [
+        {"date": date, "commit": commit, "device": device, "ratio": goal.text, "value": round(value, 4)}
+        for (date, commit, _, device), rows in runs.items()
+        for goal in goals
+        if goal.over and goal.kind == kind and (value := goal.value(rows)) is not None
+    ]
+    known = read_rows(folder, HISTORY)
+    write_rows(folder, HISTORY, known + [entry for entry in found if entry not in known])
+
+
+def measured(goal: Goal, history: list[dict]) -> list[dict]:
+    """What history.jsonl has of a goal, the oldest first."""
+    return [entry for entry in history if (entry["device"], entry["ratio"]) == (goal.device, goal.text)]
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
-
-
-def amount(value: float | None, form: str, scale: float = 1.0) -> str:
-    """The number as text, or a dash where there is none."""
-    return "-" if value is None else format(value * scale, form)
 
 
 def origin(rows: list[dict]) -> str:

@@ -12,9 +12,10 @@ from benchmarks import caption as bench_caption
 from benchmarks import generate as bench_generate
 from benchmarks import gpu as bench_gpu
 from benchmarks import load as bench_load
+from benchmarks import runner
 from benchmarks import train as bench_train
 from benchmarks.random_model import prompt_ids, random_tokenizer, sizes, write_model
-from benchmarks.rows import BEGIN, END, Goal, goal_lines, read_rows, rewritten, save_rows
+from benchmarks.rows import BEGIN, END, Goal, goal_lines, read_rows, remember, rewritten, save_rows
 from benchmarks.runner import compete, speeds
 from benchmarks.table import tables
 from benchmarks.train import OURS, PEER
@@ -94,7 +95,8 @@ def test_the_model_of_a_benchmark_is_the_published_one_in_shape():
 
 
 @pytest.mark.slow
-def test_contestants_in_processes_of_their_own_take_turns_and_a_dead_one_is_named(tmp_path):
+def test_contestants_in_processes_of_their_own_take_turns_and_a_dead_one_is_named(monkeypatch):
+    monkeypatch.setattr(runner, "Here", runner.Contestant)
     spec = SPEC | {"case": "stage 1", "contestant": OURS, "layers": 1, "turns": [{"case": "stage 1"}]}
     (row,) = compete([spec], rounds=2)
     assert (row["case"], row["turns"]) == ("stage 1", 2)
@@ -187,10 +189,22 @@ def test_a_part_of_make_gpu_that_fails_or_hangs_does_not_stop_the_next(tmp_path,
 
 
 def test_the_parts_of_make_gpu_take_less_than_nine_minutes(tmp_path):
-    assert sum(limit for limit, _ in bench_gpu.parts(tmp_path).values()) < 9 * 60
-    for _, command in bench_gpu.parts(tmp_path).values():
+    parts = bench_gpu.parts(tmp_path, "cuda")
+    assert sum(limit for limit, _ in parts.values()) < 9 * 60
+    for _, command in parts.values():
         if command[1] == "benchmarks":
-            bench.parse(command[2:])
+            assert bench.parse(command[2:]).device == "cuda"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_every_part_of_make_gpu_runs_on_a_cpu_with_tiny_models(tmp_path, capsys):
+    assert bench.main(["gpu", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count(": ok, ") == 5
+    contestants = {row["contestant"] for row in read_rows(tmp_path, "generate")}
+    assert {"mmllm int8 compiled", "transformers bfloat16 compiled"} <= contestants
+    for file in bench_gpu.GPU_TESTS:
+        assert "mark.gpu" in (ROOT / file).read_text()
 
 
 def test_a_row_takes_the_place_of_an_older_one_of_the_same_key(tmp_path):
@@ -210,6 +224,44 @@ def test_a_goal_is_a_bound_on_one_row_over_another(bound, at_most, reached):
     words = "at most" if at_most else "at least"
     assert goal_lines((goal,), "train", rows, "cpu") == [("speed", "2", f"{words} {bound:g}", reached)]
     assert goal_lines((goal,), "train", rows[:1], "cpu") == [("speed", "not measured", f"{words} {bound:g}", "-")]
+
+
+def made_up_runs(folder, *ratios):
+    """Runs of stage 1 in which ours is so many times as fast as the other."""
+    for number, ratio in enumerate(ratios):
+        row = ROW | {"commit": f"{number}234567", "steps_per_s": ratio}
+        save_rows(folder, "train", [row, row | {"contestant": PEER, "steps_per_s": 1.0}])
+        remember(folder, "train", bench_train.GOALS[:1])
+
+
+def test_the_history_keeps_a_ratio_of_each_run_once(tmp_path):
+    made_up_runs(tmp_path, 1.9, 2.0)
+    remember(tmp_path, "train", bench_train.GOALS[:1])
+    about = {"date": "2026-01-01", "device": "cpu", "ratio": "stage 1: speed against transformers + peft"}
+    wanted = [about | {"commit": "0234567", "value": 1.9}, about | {"commit": "1234567", "value": 2.0}]
+    assert read_rows(tmp_path, "history") == wanted
+    assert "| stage 1: speed against transformers + peft | 1.9 (0234567), 2 (1234567) |" in tables(tmp_path)
+    save_rows(tmp_path, "train", [ROW | {"steps_per_s": 9.0, "commit": "2"}])
+    remember(tmp_path, "train", bench_train.GOALS[:1])
+    assert read_rows(tmp_path, "history") == wanted, "the two sides are of different runs"
+
+
+@pytest.mark.parametrize("ratios, before", [((2, 2.2, 1.8, 1.9), None), ((2, 2.2, 1.8, 1.8), "2.1"), ((2, 1), None)])
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_ratio_over_10_percent_worse_in_two_runs_is_marked_and_red(
+    ratios, before, is_terminal, tmp_path, capsys, monkeypatch
+):
+    made_up_runs(tmp_path, *ratios)
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    assert bench.main(["table", "--out", str(tmp_path), "--page", str(page)]) == 0
+    said = f"over 10 % worse in two runs than before: {before}"
+    assert (f"| yes; {said} |" in page.read_text()) == bool(before)
+    line = f"stage 1: speed against transformers + peft: 1.8, {said}\n"
+    out = capsys.readouterr().out
+    assert (line in out) == (bool(before) and not is_terminal)
+    assert (f"\033[31m{line[:-1]}\033[0m\n" in out) == (bool(before) and is_terminal)
 
 
 def test_an_unknown_case_is_refused_with_those_there_are():
@@ -257,7 +309,7 @@ def test_captions_for_a_folder_are_measured_beside_one_at_a_time(tmp_path):
 def test_make_bench_ends_with_the_tables():
     recipe = (ROOT / "Makefile").read_text().partition("\nbench:")[2].partition("\n\n")[0]
     commands = [part.split()[0] for part in recipe.split("benchmarks ")[1:]]
-    assert commands == ["train", "generate", "memory", "table"]
+    assert commands == ["train", "generate", "caption", "memory", "table"]
 
 
 def test_the_tables_hold_every_goal():
