@@ -10,7 +10,8 @@ from conftest import ROOT
 
 def requirements(file: str) -> list[Requirement]:
     lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
-    return [Requirement(line) for line in lines if line and not line.startswith("-")]
+    found = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
 
 
 def reached(start: list[Requirement]) -> set[str]:

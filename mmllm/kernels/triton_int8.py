@@ -2,7 +2,7 @@
 
 torch has no product of bfloat16 rows with int8 weights that reads only the int8, and widening the matrix first writes
 twice what int8 saves. The kernel multiplies what it has just read and applies the scale last.
-It has not been run on a GPU yet.
+It has not been run on a GPU yet; tests interpret it, and compile it for three GPUs.
 
 M rows, O outputs, K inputs.
 """
