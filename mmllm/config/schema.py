@@ -76,6 +76,7 @@ class ModelConfig(Section):
     image_size: Count | None = (
         None  # pixels a side; None: the vision tower's. Its positions are interpolated to another
     )
+    image_fit: Literal["crop", "stretch", "pad"] | None = None  # how it becomes a square; None: as for the tower
     system_prompt: str = "You are a helpful assistant."
     use_lora: bool = False
     lora_config: LoraConfig = Field(default_factory=LoraConfig)

@@ -6,7 +6,7 @@ before they are resized.
 
 The arithmetic is that of transformers' `CLIPImageProcessor` on PIL, bit for bit: convert to RGB, resize the shortest edge
 to `size` by bicubic on uint8, centre crop with offsets rounded down, then (u8 / 255 - mean) / std in float32. SigLIP's
-resizes both edges to `size`, whatever the aspect ratio.
+resizes both edges to `size`, whatever the aspect ratio; LLaVA's can pad the image to a square first.
 """
 
 import base64
@@ -37,6 +37,7 @@ LARGE_MEGAPIXELS = 16  # of a bounded image; beyond it, shrink while decoding: p
 LARGE_SIDE = 896  # pixels that a shrunk side keeps, where it has them
 BAND = 32  # rows of a large image that are converted together
 MAX_SCANS = 100  # of a progressive JPEG, which usually has 10; each costs a pass over all pixels
+PADDED_SIDE = 4000  # of a square that an image is padded to; a longer image shrinks first: pixels may differ slightly
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")  # bytes 4 to 12 of such a file
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
@@ -55,6 +56,7 @@ ImageLike = str | Path | bytes | Image.Image  # a path or data URI, a path, enco
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 Positive = Annotated[float, Field(gt=0)]
+PROCESSORS = {"crop": "CLIPImageProcessor", "stretch": "SiglipImageProcessor", "pad": "LlavaImageProcessor"}
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ class _PixelFields:
 class ImageProcessor:
     """`processor(image)` returns float32 pixels (3, size, size). The defaults are CLIP's.
 
-    `fit` "crop" resizes the shortest edge and cuts out the center; "stretch" resizes both edges.
+    `fit` "crop" resizes the shortest edge and cuts out the center; "stretch" resizes both edges; "pad" resizes the longest
+    edge and fills the rest with the mean color.
     """
 
     size: int = 224
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
-    fit: Literal["crop", "stretch"] = "crop"
+    fit: Literal["crop", "stretch", "pad"] = "crop"
     resample: int = 3  # Pillow's number: 2 is bilinear, 3 bicubic
 
     @classmethod
@@ -89,17 +92,14 @@ class ImageProcessor:
         config = config.get("image_processor") or config
         if not isinstance(config, dict):
             raise CheckpointError(f"{where}: image_processor is {shown(config)}; it must be a group of settings")
-        wanted = {
-            "do_resize": True,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "do_pad": False,
-        }
         size, crop = config.get("size") or cls.size, config.get("crop_size")
         fit = "stretch" if isinstance(size, dict) and "height" in size else "crop"
-        refuse_other(config, wanted | ({"do_center_crop": True} if fit == "crop" else {}), where)
-        if fit == "crop":
+        if str(config.get("image_processor_type")).startswith(PROCESSORS["pad"]) and config.get("do_pad"):
+            fit = "pad"
+        wanted = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+        wanted |= {"rescale_factor": 1 / 255, "do_pad": fit == "pad"}
+        refuse_other(config, wanted | ({"do_center_crop": True} if fit != "stretch" else {}), where)
+        if fit != "stretch":
             crop = crop or cls.size
         elif not config.get("do_center_crop"):
             crop = None
@@ -111,15 +111,16 @@ class ImageProcessor:
         return cls(found.size, found.image_mean, found.image_std, fit, found.resample)
 
     def to_dict(self) -> dict:
-        is_crop = self.fit == "crop"
+        is_stretch = self.fit == "stretch"
         square = {"height": self.size, "width": self.size}
         return {
-            "image_processor_type": "CLIPImageProcessor" if is_crop else "SiglipImageProcessor",
+            "image_processor_type": PROCESSORS[self.fit],
             "do_convert_rgb": True,
+            **({"do_pad": True} if self.fit == "pad" else {}),
             "do_resize": True,
-            "size": {"shortest_edge": self.size} if is_crop else square,
+            "size": square if is_stretch else {"shortest_edge": self.size},
             "resample": self.resample,
-            **({"do_center_crop": True, "crop_size": square} if is_crop else {}),
+            **({} if is_stretch else {"do_center_crop": True, "crop_size": square}),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -135,7 +136,9 @@ class ImageProcessor:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """An RGB image of `size` x `size`: the central square of `image`, or all of it."""
-        if self.fit == "stretch":
+        if self.fit == "pad":
+            image = pad(image, tuple(int(255 * value) for value in self.mean))
+        elif self.fit == "stretch":
             return image.resize((self.size, self.size), self.resample)
         width, height = image.size
         short, long = min(width, height), max(width, height)
@@ -148,6 +151,15 @@ class ImageProcessor:
         if wanted != image.size:
             image = image.resize(wanted, self.resample)
         return center_crop(image, self.size, self.size)
+
+
+def pad(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """`image` in the middle of a square of `color`; offsets are rounded down."""
+    image = image.reduce(-(-max(image.size) // PADDED_SIDE))
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def center_crop(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -9,7 +9,7 @@
 `MultimodalLLM` has these functions as methods; the class to build is an argument, so that no import is circular.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -148,6 +148,7 @@ def from_towers(
     *,
     features: str = "patch",
     image_size: int | None = None,
+    image_fit: str | None = None,
     system: str = DEFAULT_SYSTEM,
     seed: int = 0,
     device: Device = "cpu",
@@ -155,12 +156,14 @@ def from_towers(
 ) -> Model:
     """Two published models, each a folder, a hub name or OpenAI's file, and a new projector drawn with `seed`.
 
-    `image_size` None: that of the vision tower; with another one its positions are interpolated.
+    `image_size` None: that of the vision tower; with another one its positions are interpolated. `image_fit`: the `fit` of
+    the image processor, if not that of the tower.
     """
     vision, qwen_folder = read_vision(clip), locate(qwen)
     vision = resized(vision, image_size) if image_size else vision
     text = text_config(qwen_folder)
     tokenizer = Tokenizer(qwen_folder)
+    images = replace(vision.images, fit=image_fit or vision.images.fit)
     config = MultimodalConfig(vision.config, text, features, tokenizer.image_id)
     model = without_memory(cls, config)
     for tower, tensors, where in (
@@ -176,7 +179,7 @@ def from_towers(
         torch.manual_seed(seed)
         projector = Projector(config.feature_shape[1], text.hidden_size)
     model.multi_modal_projector = projector.to(device, dtype)
-    return with_processor(model, ChatProcessor(tokenizer, vision.images, config.num_image_tokens, system), qwen_folder)
+    return with_processor(model, ChatProcessor(tokenizer, images, config.num_image_tokens, system), qwen_folder)
 
 
 class WithoutValues(TorchFunctionMode):

@@ -143,7 +143,7 @@ def load_model(
     if source:
         model = MultimodalLLM.from_pretrained(source, device=place, dtype=dtype)
         found = {"features": model.config.features, "system_prompt": model.processor.system}
-        found["image_size"] = model.config.vision.image_size
+        found |= {"image_size": model.config.vision.image_size, "image_fit": model.processor.image_processor.fit}
         for name, value in found.items():
             if f"model.{name}" in origins and config.get(f"model.{name}") != value:
                 raise ConfigError(f"model.{name} is {config.get(f'model.{name}')!r}, but {source} has {value!r}")
@@ -153,6 +153,7 @@ def load_model(
             settings.qwen,
             features=settings.features,
             image_size=settings.image_size,
+            image_fit=settings.image_fit,
             system=settings.system_prompt,
             seed=config.seed,
             device=place,

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from PIL.GifImagePlugin import GifImageFile
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mmllm.data import image as module
 from mmllm.data.image import ImageProcessor, decode, decode_base64
@@ -351,6 +352,7 @@ def test_the_configuration_of_clip_is_read_in_both_its_forms():
         ({"size": [224], "crop_size": [224]}, "size is"),
         ({"do_resize": False}, "do_resize is False; only True"),
         ({"do_center_crop": False}, "do_center_crop is False; only True"),
+        ({"do_pad": True}, "do_pad is True; only False"),
         ({"do_rescale": False}, "do_rescale is False; only True"),
         ({"do_normalize": False}, "do_normalize is False; only True"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784"),
@@ -374,6 +376,28 @@ def test_the_pixels_of_siglip_are_those_of_transformers(resample):
         image = Image.effect_noise(size, 80).convert("RGB")
         wanted = theirs(image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(ours(image), wanted), size
+
+
+@pytest.mark.parametrize("mean", [module.MEAN, (0.5, 0.5, 0.5)], ids=["CLIP", "SigLIP"])
+def test_the_pixels_of_a_padded_image_are_those_of_transformers_llava(mean):
+    square = {"height": 48, "width": 48}
+    theirs = LlavaImageProcessorPil(size={"shortest_edge": 48}, crop_size=square, do_pad=True, image_mean=mean)
+    ours = ImageProcessor(48, mean, fit="pad")
+    for content in (theirs.to_dict(), ours.to_dict()):
+        assert ImageProcessor.from_dict(content) == ours
+    for size in ((50, 40), (31, 200), (48, 48), (3, 3), (1, 200), (640, 481)):
+        image = noise(*size)
+        assert torch.equal(ours(image), theirs(image, return_tensors="pt")["pixel_values"][0]), size
+
+
+def test_a_long_image_shrinks_before_it_is_padded(monkeypatch):
+    """Padded whole, an image of 20 megapixels could take 4 gigapixels."""
+    monkeypatch.setattr(module, "PADDED_SIDE", 400)
+    made, new = [], Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *rest: made.append(size) or new(mode, size, *rest))
+    image = ImageProcessor(48, fit="pad").crop(new("RGB", (2000, 200), "red"))
+    assert made == [(400, 400)]
+    assert image.getpixel((0, 24))[0] > 200 and image.getpixel((24, 0)) == (122, 116, 104)
 
 
 def test_the_warnings_of_pillow_are_left_as_they_were():

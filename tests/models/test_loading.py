@@ -48,6 +48,18 @@ def test_a_saved_model_loads_as_the_same_model(tmp_path, features, towers):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("write", [write_clip, write_siglip])
+def test_images_are_padded_as_transformers_processor_of_the_saved_model_does(tmp_path, write):
+    towers = write(tmp_path / "tower"), write_qwen(tmp_path / "qwen")
+    model = MultimodalLLM.from_towers(*towers, image_size=48, image_fit="pad")
+    model.save_pretrained(tmp_path / "model")
+    theirs = AutoProcessor.from_pretrained(tmp_path / "model").image_processor
+    images = MultimodalLLM.from_pretrained(tmp_path / "model").processor.image_processor
+    image = Image.effect_noise((90, 40), 80).convert("RGB")
+    assert images == model.processor.image_processor and images.fit == "pad"
+    assert torch.equal(theirs(image, return_tensors="pt")["pixel_values"][0], images(image))
+
+
 @pytest.mark.parametrize("write, images", [(write_clip, 3), (write_siglip, 1)])
 def test_a_tower_takes_images_of_another_size_as_transformers_interpolates_them(tmp_path, write, images):
     tower, qwen = write(tmp_path / "tower"), write_qwen(tmp_path / "qwen")

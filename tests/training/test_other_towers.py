@@ -61,11 +61,13 @@ def test_a_run_with_siglip_and_qwen3_learns_and_its_model_answers(world, tmp_pat
 def test_clips_of_other_patches_are_trained_with_all_else(world, tmp_path, sizes, image_size, tokens):
     config = world.config(tmp_path, stage1=StageConfig(epochs=0))
     config.model.clip, config.model.image_size = str(write_clip(tmp_path / "clip", **sizes)), image_size
+    config.model.image_fit = "pad"
     config.training.stage2.train = ("projector", "language_model", "vision_tower")
     assert architecture(config.model).num_image_tokens == tokens
     assert train(config) == 0
     model = load_pipeline(directory_of(config) / "best_model", device="cpu", dtype="float32").model
     untrained = MultimodalLLM.from_towers(config.model.clip, config.model.qwen, image_size=image_size)
+    assert model.processor.image_processor.fit == "pad" and untrained.processor.image_processor.fit == "crop"
     assert model.config == untrained.config and model.config.num_image_tokens == tokens
     after, before = model.vision_tower.state_dict(), untrained.vision_tower.state_dict()
     assert not any(torch.equal(after[name], before[name]) for name in before if "position_embedding" in name)
