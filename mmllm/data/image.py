@@ -98,13 +98,13 @@ class ImageProcessor:
             fit = "pad"
         wanted = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
         wanted |= {"rescale_factor": 1 / 255, "do_pad": fit == "pad"}
-        refuse_other(config, wanted | ({"do_center_crop": True} if fit != "stretch" else {}), where)
         if fit != "stretch":
-            crop = crop or cls.size
+            crop, wanted["do_center_crop"] = crop or cls.size, True
         elif not config.get("do_center_crop"):
             crop = None
-        groups = [group if isinstance(group, dict) else {"side": group} for group in (size, crop)]
-        sides = [side for group in groups for side in group.values() if side is not None]
+        refuse_other(config, wanted, where)
+        groups = [group.values() if isinstance(group, dict) else [group] for group in (size, crop)]
+        sides = [side for group in groups for side in group if side is not None]
         if not sides or any(side != sides[0] for side in sides):
             raise CheckpointError(f"{where}: size {size} and crop_size {crop}; only one square size is supported")
         found = typed(_PixelFields, config | {"size": sides[0]}, where)

@@ -26,8 +26,16 @@ LLAVA = {  # what the architecture fixes of LLaVA's settings
 }
 
 
+@dataclass(frozen=True)
 class VisionConfig:
     """What the configurations of both vision towers have in common."""
+
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Size = 12
+    image_size: Size = 224
+    patch_size: Size = 16
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
@@ -48,11 +56,6 @@ class VisionConfig:
 class CLIPVisionConfig(VisionConfig):
     """The vision tower; the defaults are ViT-B/32."""
 
-    hidden_size: Size = 768
-    intermediate_size: Size = 3072
-    num_hidden_layers: Layers = 12
-    num_attention_heads: Size = 12
-    image_size: Size = 224
     patch_size: Size = 32
     projection_dim: Size = 512
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"  # LAION's CLIPs use the exact one
@@ -74,12 +77,6 @@ class CLIPVisionConfig(VisionConfig):
 class SigLIPVisionConfig(VisionConfig):
     """SigLIP's vision tower, and SigLIP2's of a fixed size; the defaults are B/16 at 224 pixels."""
 
-    hidden_size: Size = 768
-    intermediate_size: Size = 3072
-    num_hidden_layers: Layers = 12
-    num_attention_heads: Size = 12
-    image_size: Size = 224
-    patch_size: Size = 16
     hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
     layer_norm_eps: Positive = 1e-6
     model_type: ClassVar = "siglip_vision_model"
