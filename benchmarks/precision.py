@@ -6,6 +6,7 @@ how often another token comes first, and how far apart the distributions are at 
 M labelled positions, V vocabulary.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -35,7 +36,23 @@ def compare(source: str | Path, batches: list[Batch], precisions: tuple[str, ...
     for precision in precisions:
         got_MV, _ = labelled_logits(load_model(source, precision=precision), batches)
         rows.append({"precision": precision, "tokens": len(targets_M)} | distance(got_MV, wanted_MV, targets_M))
+    if importlib.util.find_spec("gguf"):
+        got_MV, _ = labelled_logits(as_q4_0_(load_model(source)), batches)
+        rows.append({"precision": "llama.cpp Q4_0"} | distance(got_MV, wanted_MV, targets_M))
     return rows
+
+
+@torch.no_grad()
+def as_q4_0_(model: MultimodalLLM) -> MultimodalLLM:
+    """Rounds every matrix of a float language model to llama.cpp's Q4_0, as our GGUF files do; activations stay float32."""
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType.Q4_0
+    for parameter in model.language_model.parameters():
+        if parameter.ndim > 1:
+            stored = quants.quantize(parameter.numpy(), kind)
+            parameter.copy_(torch.from_numpy(quants.dequantize(stored, kind)))
+    return model
 
 
 @torch.inference_mode()

@@ -40,6 +40,7 @@ typedef int8_t Chars __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 16, GROUP = 32;
+constexpr int CUTS = 12;  // int4 scales to choose from
 constexpr int32_t MAX_ACTIVATION_16 = 0x7f7f;    // what two signed bytes hold
 constexpr int32_t MAX_ACTIVATION_8 = 127;
 #if defined(__AVX512F__)
@@ -72,6 +73,14 @@ static inline void put(float* to, Floats value, int64_t width) {
     memcpy(to, &value, sizeof(value));
   else
     memcpy(to, &value, width * sizeof(float));
+}
+
+static inline float sum_of(Floats x) {
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  const Eight eight = load<Eight>(&x) + load<Eight>((float*)&x + 8);
+  const Four four = load<Four>(&eight) + load<Four>((float*)&eight + 4);
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // The largest |x|; infinite or NaN where one of them is.
@@ -447,18 +456,34 @@ static std::tuple<Tensor, Tensor> int4_pack(const Tensor& weight) {
   at::BFloat16* scale_of = (at::BFloat16*)scales.mutable_data_ptr();
   each_row(weight, [&](const float* w, int64_t p, int64_t lane) {
     for (int64_t g = 0; g < groups; g++, w += GROUP) {
-      float peak = 0;
+      float peak = 0, least = 0;
       for (int64_t k = 0; k < GROUP; k++)
         if (std::abs(w[k]) > std::abs(peak) || w[k] != w[k]) peak = w[k];  // NaN stays
-      at::BFloat16 rounded(peak / -8.f);
-      if (float(rounded) == 0) rounded = 1.f;
-      scale_of[(p * groups + g) * LANES + lane] = rounded;
+      at::BFloat16 best(1.f);
+      const auto whole = [&](int64_t k, float scale) {  // q of 16 columns, ties to even
+        Floats q = load<Floats>(w + k) / scale + 0x1.8p23f - 0x1.8p23f;
+        q = q < -8.f ? Floats{} - 8.f : q;
+        return q > 7.f ? Floats{} + 7.f : q;
+      };
+      for (int cut = 0; cut < CUTS; cut++) {
+        at::BFloat16 scale(peak / -(8 + cut / 4.f));
+        if (float(scale) == 0) scale = 1.f;
+        const auto off = [&](int64_t k) {
+          return (Floats)((Ints)(whole(k, scale) * float(scale) - load<Floats>(w + k)) & ~0xfff);
+        };
+        const Floats low = off(0), high = off(LANES);
+        const float error = sum_of(low * low + high * high);
+        if (cut > 0 && !(error < least)) continue;
+        least = error;
+        best = scale;
+      }
+      scale_of[(p * groups + g) * LANES + lane] = best;
+      Chars q[2];
+      for (int64_t h = 0; h < 2; h++) q[h] = __builtin_convertvector(whole(h * LANES, best) + 8.f, Chars);
       uint8_t* bytes = out + (p * groups + g) * 256 + lane * 4;
       for (int64_t j = 0; j < 4; j++)
-        for (int64_t i = 0; i < 4; i++) {
-          auto q = [&](float v) { return int(std::min(7.f, std::max(-8.f, __builtin_rintf(v / float(rounded))))) + 8; };
-          bytes[j * 64 + i] = uint8_t(q(w[8 * j + i]) | q(w[8 * j + 4 + i]) << 4);
-        }
+        for (int64_t i = 0; i < 4; i++)
+          bytes[j * 64 + i] = uint8_t(q[j / 2][8 * (j % 2) + i] | q[j / 2][8 * (j % 2) + 4 + i] << 4);
     }
   });
   return {panels, scales};
@@ -513,14 +538,6 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t K) {
     x[k] = low * cos[k] + high * sin[k];
     x[k + K / 2] = high * cos[k + K / 2] + low * sin[k + K / 2];
   }
-}
-
-static inline float sum_of(Floats x) {
-  typedef float Eight __attribute__((vector_size(32)));
-  typedef float Four __attribute__((vector_size(16)));
-  const Eight eight = load<Eight>(&x) + load<Eight>((float*)&x + 8);
-  const Four four = load<Four>(&eight) + load<Four>((float*)&eight + 4);
-  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // Attention of one head's query (K, a multiple of 16 and at most 256) over `end` positions, `step` numbers apart: out (K).

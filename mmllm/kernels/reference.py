@@ -2,9 +2,10 @@
 
 Weights: int8 is symmetric with a scale per row, as in https://github.com/pytorch-labs/gpt-fast (quantize.py); int4 is like
 Q4_0 of https://github.com/ggml-org/llama.cpp, where the number of largest magnitude in a group becomes -8, whatever its
-sign. An int8 scale is rounded up to 16 bits of mantissa: then q * scale is exact in float32, and quantising that product
-gives the same q and scale again. So a checkpoint of a quantised model holds plain float32 weights and resumes bit for
-bit. An int4 scale is bfloat16, to the same effect.
+sign; here a smaller scale is taken where the squared error is less (on normal weights the error falls by 4 %). An int8 scale
+is rounded up to 16 bits of mantissa: then q * scale is exact in float32, and quantising that product gives the same q and
+scale again. So a checkpoint of a quantised model holds plain float32 weights and resumes bit for bit. An int4 scale is
+bfloat16, to the same effect.
 
 Activations: a row becomes integers of 16 bits or 8 ("int8-dynamic"), cut into signed bytes whose products are summed
 without rounding. So a row does not depend on other rows, on threads or on the processor. The rounding of the weights moves
@@ -20,6 +21,7 @@ from torch import Tensor
 MAX_INT8 = 127
 SCALE_BITS = 16  # of an int8 scale's mantissa: with 7 bits of q they fit the 24 of float32
 GROUP = 32  # weights that share an int4 scale
+CUTS = 12  # scales to choose from
 DIGIT_BITS = 8  # of one signed digit of an activation
 MAX_ACTIVATION = {16: 0x7F7F, 8: 127}  # as an integer, by its bits; as in cpu.cpp
 
@@ -34,12 +36,34 @@ def quantize_int8(weight_OK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(weight_OK: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (O, K) of -8 .. 7 and bfloat16 scales (O, K/32), which may be negative."""
-    groups = weight_OK.float().unflatten(1, (-1, GROUP))
+    """int8 (O, K) of -8 .. 7 and bfloat16 scales (O, K/32), which may be negative.
+
+    The scale of a group makes its peak -8, or -8.25 .. -10.75 and cuts it off: the one with the least squared error.
+    """
+    parts = [quantize_groups(part.float().unflatten(1, (-1, GROUP))) for part in weight_OK.split(256)]  # fit the cache
+    q, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    return q.flatten(1), scale
+
+
+def quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scale = (peak / -8).bfloat16()
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (groups / scale.float()).round().clamp(-8, 7).to(torch.int8).flatten(1), scale[..., 0]
+    best_q = best_scale = least = None
+    for quarters in range(CUTS):
+        scale = (peak / -(8 + quarters / 4)).bfloat16().float()
+        scale = torch.where(scale == 0, 1, scale)
+        q = (groups / scale).round().clamp(-8, 7)
+        difference = (q * scale - groups).view(torch.int32) & ~0xFFF  # 12 bits, whose squares are exact:
+        error = difference.view(torch.float32).square()  # a fused multiply-add in cpu.cpp gives the same bits
+        while error.shape[-1] > 1:
+            low, high = error.chunk(2, -1)
+            error = low + high
+        if least is None:
+            best_q, best_scale, least = q, scale, error
+            continue
+        is_less = error < least
+        best_q, best_scale = torch.where(is_less, q, best_q), torch.where(is_less, scale, best_scale)
+        least = torch.where(is_less, error, least)
+    return best_q.to(torch.int8), best_scale[..., 0].bfloat16()
 
 
 def int4_matrix(q_OK: Tensor, scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import __main__ as command
@@ -31,3 +32,5 @@ def test_more_bits_are_nearer(tmp_path, capsys):
     assert error["float32"] == 0 and rows["float32"]["same_first"] == 1
     assert error["bfloat16"] < error["int8"] < error["int8-dynamic"] < error["int4"]
     assert rows["int8"]["divergence"] < rows["int4"]["divergence"]
+    pytest.importorskip("gguf")
+    assert error["int4"] < rows["llama.cpp Q4_0"]["error"]
