@@ -22,7 +22,6 @@ from benchmarks import transformers_peer as peers
 from benchmarks.random_model import image, prompt_ids, sizes, write_model
 from benchmarks.rows import Goal
 from benchmarks.runner import Work, compete, speeds
-from mmllm.config.schema import PRECISIONS
 from mmllm.errors import RunError
 from mmllm.inference.engine import Engine
 from mmllm.inference.optimize import make_int8_
@@ -34,7 +33,7 @@ from mmllm.runtime.device import choose_device
 from mmllm.runtime.memory import peak_memory
 
 CAPTION_TOKENS = 20
-PRECISIONS_OF = {"cpu": PRECISIONS, "cuda": ("float32", "bfloat16", "int8")}
+PRECISIONS_OF = {"cpu": ("bfloat16", "int8", "int8-dynamic", "int4"), "cuda": ("float32", "bfloat16", "int8")}
 BATCHES = {"cpu": (1, 4, 8, 16), "cuda": (1, 4, 16, 64)}
 WARM_TOKENS = 4  # before each turn, not measured
 READ, READ_S = "memory read", 1.0  # seconds of reading in a turn
