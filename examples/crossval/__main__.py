@@ -36,6 +36,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folds", type=at_least_one, default=5, metavar="N", help=shown)
     parser.add_argument("--num-beams", type=at_least_one, default=5, metavar="N", help=shown)
     parser.add_argument("--max-new-tokens", type=at_least_one, default=30, metavar="N", help=shown)
+    parser.add_argument("--copies", type=at_least_one, default=20, metavar="N", help=f"of a training image {shown}")
+    parser.add_argument("--noise", type=float, default=1.0, metavar="STD", help=f"of each number of a copy {shown}")
     parser.add_argument("--qwen", metavar="DIR", help="a language model, in place of the one made from captions")
     parser.add_argument("--width", type=int, default=192, metavar="N", help=f"of the language model {shown}")
     parser.add_argument("--layers", type=at_least_one, default=3, metavar="N", help=shown)

@@ -61,10 +61,10 @@ class CaptionSpace:
         return x_W / max(np.linalg.norm(x_W), 1e-9)
 
 
-def noisy(embedding_F: Tensor, seed: int) -> Tensor:
-    """The embedding with noise of a quarter of its variance: what a projector makes of an image is not exact."""
+def noisy(embedding_F: Tensor, seed: int, deviation: float = NOISE) -> Tensor:
+    """The embedding with noise, by default of a quarter of its variance: what a projector makes of an image is not exact."""
     rng = torch.Generator().manual_seed(seed)
-    return embedding_F + NOISE * torch.randn(embedding_F.shape, generator=rng)
+    return embedding_F + deviation * torch.randn(embedding_F.shape, generator=rng)
 
 
 def each_by_the_others(captions: Sequence[str]) -> list[tuple[list[str], str]]:

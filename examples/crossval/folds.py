@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from examples.crossval.caption_space import noisy
 from examples.crossval.language_model import make_language_model, trained, write_run
 from examples.crossval.table import Captions, copied, deal, read_captions, read_features, standardised
 from mmllm.config.schema import ExperimentConfig
@@ -51,12 +52,26 @@ def cross_validate(options: argparse.Namespace) -> None:
         training = [name for name in names if name not in set(tested)]
         known = standardised(features, training)
         texts = {name: captions[name] for name in training}
-        run = write_run(out / f"fold{number}", texts, known, training[:: round(1 / VALIDATION_SHARE)], config)
+        validation = training[:: round(1 / VALIDATION_SHARE)]
+        texts, seen = with_noise(texts, known, validation, options)
+        run = write_run(out / f"fold{number}", texts, seen, validation, config)
         rows = by_the_model(trained(run), [known[name] for name in tested], options, config.device)
         rows |= copied(features, captions, tested, training)
         for row, answers in rows.items():
             said[row] = said.get(row, {}) | dict(zip(tested, answers, strict=True))
     report(out, said, captions, names, options, config, time.perf_counter() - began)
+
+
+def with_noise(
+    texts: Captions, features: dict[str, Tensor], validation: list[str], options: argparse.Namespace
+) -> tuple[Captions, dict[str, Tensor]]:
+    """The captions and embeddings of the `validation` images, and of the other images many copies with noise."""
+    said, seen = {name: texts[name] for name in validation}, {name: features[name] for name in validation}
+    for name in [name for name in texts if name not in said]:
+        for copy in range(options.copies):
+            said[f"{name}#{copy}"] = texts[name]
+            seen[f"{name}#{copy}"] = noisy(features[name], len(seen), options.noise)
+    return said, seen
 
 
 def by_the_model(model: Path, images: list[Tensor], options: argparse.Namespace, device: str) -> dict[str, list[str]]:

@@ -1,3 +1,4 @@
+import argparse
 import json
 import random
 
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 
 from examples.crossval import __main__ as command
 from examples.crossval.caption_space import CaptionSpace, each_by_the_others, noisy
+from examples.crossval.folds import with_noise
 from examples.crossval.table import consensus, deal, nearest, read_captions, read_features, standardised
 from mmllm.errors import DataError, UserError
 from mmllm.evaluation.cider import CiderD
@@ -40,7 +42,7 @@ def world(tmp_path):
 QUICK = ["num_sample_captions=0", "eval_steps=1000", "save_steps=1000", "log_steps=1000", "data.batch_size=8"]
 QUICK += ["stage1.epochs=6", "stage1.learning_rate=1e-2", "stage2.epochs=1", "stage2.learning_rate=2e-3"]
 QUICK += ["--width=64", "--layers=1", "--vocab-size=320", "--caption-features=4", "--text-epochs=40"]
-QUICK += ["--max-new-tokens=10"]
+QUICK += ["--max-new-tokens=10", "--copies=1", "--noise=0.1"]
 
 
 def run(world, *more: str) -> dict[str, float]:
@@ -66,7 +68,7 @@ def test_captions_follow_the_embeddings_and_change_with_them(world, capsys):
     for fold in ("fold1", "fold2"):  # nothing of a fold is trained on, nor known to its choice of a checkpoint
         files = [world / "out" / fold / name for name in ("train.jsonl", "val.jsonl")]
         seen = {json.loads(line)["image"] for file in files for line in file.read_text().splitlines()}
-        assert len(seen) == 30
+        assert len({name.partition("#")[0] for name in seen}) == 30
 
 
 @pytest.mark.slow
@@ -139,6 +141,14 @@ def test_standardisation_uses_the_training_images_alone():
     known = standardised(features, ["a", "b"])
     assert torch.stack([known["a"], known["b"]]).mean(0).tolist() == [0, 0]
     assert known["tested"][0].item() == pytest.approx(98 / 2**0.5)
+
+
+def test_the_images_of_a_validation_have_no_noise_and_the_others_have_copies():
+    texts, features = {"a": ("one",), "b": ("two",)}, {"a": torch.zeros(4000), "b": torch.zeros(4000)}
+    said, seen = with_noise(texts, features, ["b"], argparse.Namespace(copies=2, noise=3.0))
+    assert said == {"a#0": ("one",), "a#1": ("one",), "b": ("two",)} and seen.keys() == said.keys()
+    assert not seen["b"].any() and not torch.equal(seen["a#0"], seen["a#1"])
+    assert seen["a#1"].std().item() == pytest.approx(3, abs=0.1)
 
 
 def test_the_noise_is_a_function_of_the_seed():
