@@ -6,7 +6,7 @@ The model's own files do not know of this: layers of the built model are replace
     bfloat16       on a CPU with our kernels only the weights are rounded; elsewhere everything
     int8           the linear layers of both towers, one scale per row, and the embedding and head
     int8-dynamic   the language model's activations too: faster with many rows, at twice the divergence
-    int4           experimental: the language model's layers with one scale per 32 weights; the rest as in int8
+    int4           the language model's layers with one scale per 32 weights; the rest as in int8
 
 T tokens, D hidden size, P patch size, S image side.
 """
