@@ -45,8 +45,9 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] = state["step"].cpu() + 1
         update, size = int(state["step"]), PIECE.get(p.device.type, LARGEST_PIECE)
         noise = rounding_noise(min(size, p.numel()), update * 1_000_003 + number, p.device)
+        grad = p.grad.contiguous()
         for piece in pieces(p.numel(), size):
-            grad_KL, p_KL = blocks(p.grad, piece), blocks(p.data, piece)
+            grad_KL, p_KL = blocks(grad, piece), blocks(p.data, piece)
             first_KL, second_KL = read_moments(state, piece)
             first_KL.lerp_(grad_KL, 1 - beta1)
             second_KL.mul_(beta2).addcmul_(grad_KL, grad_KL, value=1 - beta2)

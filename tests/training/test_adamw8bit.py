@@ -97,10 +97,10 @@ def test_the_last_block_may_be_shorter_and_zeros_stay_zeros():
 def test_a_step_in_pieces_is_that_of_torch_until_a_moment_has_been_rounded(monkeypatch):
     monkeypatch.setitem(adamw8bit.PIECE, "cpu", 1024)
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(4096 + 300)) for _ in range(2)]
+    parameters = [nn.Parameter(torch.randn(4, (4096 + 300) // 4)) for _ in range(2)]
     parameters[1].data.copy_(parameters[0].data)
     for kind, p in zip((torch.optim.AdamW, AdamW8bit), parameters, strict=True):
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        p.grad = torch.randn(p.T.shape, generator=torch.Generator().manual_seed(1)).T  # not contiguous
         kind([{"params": [p], "weight_decay": 0.1}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8).step()
     assert_close(parameters[1], parameters[0], atol=1e-6, rtol=0)
 
