@@ -9,7 +9,7 @@ bfloat16, to the same effect.
 
 Activations: a row becomes integers of 16 bits or 8 ("int8-dynamic"), cut into signed bytes whose products are summed
 without rounding. So a row does not depend on other rows, on threads or on the processor. The rounding of the weights moves
-the logits, and 24 bits instead of 16 change that by 0.2 % at most (docs/benchmarks.md).
+the logits, and 24 bits instead of 16 change that by 0.2 % at most (docs/weights.md).
 
 M rows, O outputs, K inputs.
 """
