@@ -41,6 +41,17 @@ def pipeline(folder):
     return load_pipeline(folder, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def client(pipeline):
+    """A client of a server of that model."""
+    from starlette.testclient import TestClient
+
+    from server_process import app, wait_until_loaded
+
+    with TestClient(app(pipeline), raise_server_exceptions=False) as client:
+        yield wait_until_loaded(client)
+
+
 @pytest.fixture
 def shared():
     """A function: name of a file of real inputs -> its path; the test is skipped, by that name, where it is absent."""

@@ -3,19 +3,12 @@
 import base64
 import time
 
-import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
 from mmllm.data.chat import user
 from mmllm.inference.request import GenerationConfig
 from server_process import BASE64, IMAGE, app, encode, error_of, post_chat, post_image, wait_until_loaded
-
-
-@pytest.fixture(scope="module")
-def client(pipeline):
-    with TestClient(app(pipeline), raise_server_exceptions=False) as client:
-        yield wait_until_loaded(client)
 
 
 def test_a_caption_is_that_of_the_pipeline_with_its_metadata(client, pipeline):

@@ -22,12 +22,6 @@ from server_process import (
 )
 
 
-@pytest.fixture(scope="module")
-def client(pipeline):
-    with TestClient(app(pipeline), raise_server_exceptions=False) as client:
-        yield wait_until_loaded(client)
-
-
 @pytest.mark.parametrize(
     "method, path, status, code",
     [

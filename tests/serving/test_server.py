@@ -41,12 +41,6 @@ from server_process import (
 )
 
 
-@pytest.fixture(scope="module")
-def client(pipeline):
-    with TestClient(app(pipeline), raise_server_exceptions=False) as client:
-        yield wait_until_loaded(client)
-
-
 def busy_and_waiting(client: TestClient) -> tuple[int, int]:
     health = client.get("/health").json()
     return health["slots"]["busy"], health["queue"]["waiting"]
