@@ -13,6 +13,8 @@ posix_only = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals o
 BEGIN = """
 import os, pathlib, signal, sys, time
 from mmllm.runtime.signals import StopSignal
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 def send(number):
     os.kill(os.getpid(), number)
     time.sleep(0.01)
