@@ -142,7 +142,7 @@ def test_decoding_token_by_token_gives_what_the_whole_text_gives(request, towers
         for t in range(12):
             positions = torch.full((2, 1), t)
             got = language_model(x_BTD[:, t : t + 1], positions, cache=PerSlot(cache, slots, [t, t]))
-            assert (got[:, 0] - wanted[:, t]).abs().max() < 3e-3, "float32, and digits that fall to either side"
+            assert (got[:, 0] - wanted[:, t]).abs().max() < 2e-3, "float32, and digits that fall to either side"
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_the_one_call_gives_what_the_layers_give_and_its_rows_the_same_bits_in_a
         language_model = model.language_model
         wanted = language_model.logits(language_model(language_model.embed(ids)))[:, 38:].transpose(0, 1).flatten(0, 1)
         got = logits(1)
-        assert distance(got, wanted) <= max(DISTANCE[precision], 1e-3)
+        assert distance(got, wanted) <= 2 * DISTANCE[precision]
         assert torch.equal(logits(2, 1, 9, 10, 27), got)
 
 
@@ -201,7 +201,7 @@ def test_int8_needs_no_compiler_for_the_same_bits(folder, int8_folder, monkeypat
     monkeypatch.setattr(kernels, "native", lambda: False)
     for source, before in zip((folder, int8_folder), wanted, strict=True):
         model = load_model(source, precision="int8")
-        assert (some_logits(model, num_images=0) - before).abs().max() < 3e-3
+        assert (some_logits(model, num_images=0) - before).abs().max() < 1e-4
         layer, x = model.language_model.model.layers[0].mlp.down_proj, torch.randn(3, 160)
         assert torch.equal(layer(x), native.model.layers[0].mlp.down_proj(x))
     for precision, bound in (("bfloat16", 0.02), ("int8-dynamic", 0.02), ("int4", 0.01)):
@@ -296,4 +296,4 @@ def test_adapters_are_merged_into_float_weights_and_stay_beside_int8_ones(folder
     wanted = some_logits(round_by_formula_(plain, precision))
     model = load_model(tmp_path / "adapted", precision=precision)
     assert bool(adapters(model)) == is_int8
-    assert distance(some_logits(model), wanted) <= 2e-4
+    assert distance(some_logits(model), wanted) <= DISTANCE["int8"]
