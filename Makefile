@@ -57,7 +57,7 @@ serve: $(STAMP)  ## serve the newest trained model on http://127.0.0.1:8000
 load: $(STAMP)  ## measure a server under load: answers, refusals, times, memory (90 seconds on 2 cores; ARGS="--url ..." for one that runs)
 	$(PYTHON) -m benchmarks load $(ARGS)
 
-bench: $(STAMP)  ## measure training, answers, captions and memory beside other programs (by calculation 17 minutes on 2 cores)
+bench: $(STAMP)  ## measure training, answers, captions and memory beside other programs (under 10 minutes on 2 cores)
 	$(PYTHON) -m benchmarks train --rounds 1 --case "stage 1" --case "stage 2, full" --case "stage 2, LoRA" $(ARGS)
 	$(PYTHON) -m benchmarks generate --new-tokens 64 --batch 1 --batch 4 --batch 8 $(ARGS)
 	$(PYTHON) -m benchmarks caption --rounds 2 --images 16 $(ARGS)
