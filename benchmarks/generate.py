@@ -24,7 +24,7 @@ from benchmarks.rows import Goal
 from benchmarks.runner import Work, compete, speeds
 from mmllm.errors import RunError
 from mmllm.inference.engine import Engine
-from mmllm.inference.optimize import make_int8_
+from mmllm.inference.optimize import make_packed_
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.inference.request import GenerationConfig, Handle, Prompt
 from mmllm.models.multimodal import MultimodalLLM
@@ -88,11 +88,14 @@ def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, 
     spec = spec | {"bench": "generate", "model": str(write_model(folder / name / "model", config))}
     turns = [{"case": batch(rows), "rows": rows, "new_tokens": spec["new_tokens"]} for rows in batches]
     specs = [spec | {"contestant": READ, "kind": "read", "turns": [{"case": READ}]}]
-    packed = {} if not {"int8", "int8-dynamic"} & set(precisions) else {"model": str(packed_model(Path(spec["model"])))}
+    packed = {}  # int4 is loaded from int4, int8-dynamic from int8
+    for precision in precisions:
+        if (stored := precision.removesuffix("-dynamic")) in ("int8", "int4"):
+            packed[precision] = {"model": str(packed_model(Path(spec["model"]), stored))}
     for precision in precisions:
         caption = {"case": CAPTION, "rows": 1, "new_tokens": CAPTION_TOKENS}
         mine = spec | {"contestant": ours(precision), "kind": "ours", "precision": precision, "compiled": False}
-        mine |= packed if precision.startswith("int8") else {}
+        mine |= packed.get(precision, {})
         specs.append(mine | {"turns": [*turns, caption]})
         if precision == "int8" and spec["device"] == "cpu":
             specs.append(mine | {"contestant": AT_LOAD, "model": spec["model"], "turns": [caption]})
@@ -101,7 +104,7 @@ def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, 
     specs += peer_specs(spec, turns)
     rows = compete(specs, rounds)
     for precision in precisions:
-        rows.append(cold_start(spec | {"precision": precision} | (packed if precision.startswith("int8") else {})))
+        rows.append(cold_start(spec | {"precision": precision} | packed.get(precision, {})))
     (bandwidth,) = [row["bytes_per_s"] for row in rows if row["contestant"] == READ]
     for row in rows:
         if "steps_per_s" in row:
@@ -115,12 +118,12 @@ def compiles(spec: dict) -> bool:
     return spec["device"] == "cuda" or spec["size"] == "tiny"
 
 
-def packed_model(source: Path) -> Path:
-    """The model with int8 weights on disk, as `convert_weights.py --int8` writes it; kept when it is there already."""
-    folder = source.with_name(f"{source.name}-int8")
+def packed_model(source: Path, precision: str) -> Path:
+    """The model in int8 or int4 on disk, as `convert_weights.py --int8` writes it; kept when it is there already."""
+    folder = source.with_name(f"{source.name}-{precision}")
     if not folder.is_dir():
         model = MultimodalLLM.from_pretrained(source, dtype=None)
-        make_int8_(model)
+        make_packed_(model, precision)
         model.save_pretrained(folder)
     return folder
 

@@ -31,8 +31,8 @@ def refuse_what_vllm_cannot_read(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: LoRA adapters; merge them with `mmllm convert --model {folder} --merge --out DIR`"
         )
-    if info.is_packed:
-        raise CheckpointError(f"{folder}: int8 weights, which only mmllm reads; name the directory they were made from")
+    if info.packed:
+        raise CheckpointError(f"{folder}: {info.packed} weights, only for mmllm; name the model they were made from")
 
 
 def answer(model: Path, images: list[tuple[str, Path]], questions: list[str], max_new_tokens: int) -> Iterator:

@@ -25,8 +25,8 @@ class Captioner:
         from mmllm.inference.pipeline import load_pipeline
 
         self.options, self.config = options, generation_config(options)
-        dtype = options.dtype or (None if options.gpus else "int8")
-        self.pipeline = load_pipeline(options.model, device="cuda" if options.gpus else "cpu", dtype=dtype)
+        device = "cuda" if options.gpus else "cpu"
+        self.pipeline = load_pipeline(options.model, device=device, dtype=options.dtype, dtype_on_cpu="int8")
 
     def __call__(self, batch: dict) -> dict:
         from mmllm.inference.captioner import answer_images

@@ -91,7 +91,7 @@ def load(options: argparse.Namespace, device: str):
     from mmllm.inference.pipeline import load_pipeline
 
     is_cpu = device == "cpu"
-    pipeline = load_pipeline(options.model, device=device, dtype=options.dtype or ("int8" if is_cpu else None))
+    pipeline = load_pipeline(options.model, device=device, dtype=options.dtype, dtype_on_cpu="int8")
     return pipeline, generation_config(options), options.slots or (8 if is_cpu else 64)
 
 

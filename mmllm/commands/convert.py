@@ -3,6 +3,7 @@
     mmllm convert --clip openai/clip-vit-base-patch32 --qwen Qwen/Qwen2.5-0.5B-Instruct --out models/start
     mmllm convert --clip ./clip-folder --qwen ./qwen-folder --out models/start --features pooled
     mmllm convert --model outputs/demo/best_model --int8 --out models/demo-int8   # to answer with half the memory
+    mmllm convert --model outputs/demo/best_model --int4 --out models/demo-int4   # with a third of it, a little coarser
     mmllm convert --model outputs/own/best_model --merge --out models/own         # adapters added to the weights
     mmllm convert --model outputs/own/best_model --language-model --out models/own-qwen   # the tuned Qwen2.5 alone
     mmllm convert --model outputs/own/best_model --gguf Q8_0 --out models/own-gguf        # for llama.cpp and ollama
@@ -18,7 +19,8 @@ from pathlib import Path
 from mmllm.commands import make_parser
 from mmllm.errors import UserError
 
-FORMS = ("int8", "merge", "language_model", "gguf")
+PACKED = ("int8", "int4")
+FORMS = (*PACKED, "merge", "language_model", "gguf")
 GGUF_KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
@@ -32,7 +34,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", help="the system text that is saved with the model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: every tensor as its file has it)")
     forms = parser.add_mutually_exclusive_group()
-    forms.add_argument("--int8", action="store_true", help="int8 weights: to answer, not to train")
+    for precision in PACKED:
+        forms.add_argument(f"--{precision}", action="store_true", help=f"{precision} weights: to answer, not to train")
     forms.add_argument("--merge", action="store_true", help="with --model: add the adapters to the weights")
     forms.add_argument(
         "--language-model", action="store_true", help="with --model: its Qwen2.5 alone, for transformers"
@@ -44,11 +47,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     form = next((name for name in FORMS if getattr(options, name)), None)
     if options.model and not form:
-        parser.error("--model is a model already; say what to make of it: --int8, --merge, --language-model or --gguf")
-    if form not in (None, "int8") and not options.model:
+        parser.error("--model is a model already; say what to make of it: --int8, --int4, --merge, ...")
+    if form not in (None, *PACKED) and not options.model:
         parser.error(f"--{form.replace('_', '-')} needs --model DIR")
-    if form in ("int8", "gguf") and options.dtype:
+    if form in (*PACKED, "gguf") and options.dtype:
         parser.error(f"--{form} and --dtype exclude each other")
+    options.packed = form if form in PACKED else None
     return options
 
 
@@ -83,7 +87,10 @@ def load(options: argparse.Namespace):
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.model:
-        return MultimodalLLM.from_pretrained(options.model, dtype=None)
+        model = MultimodalLLM.from_pretrained(options.model, dtype=None)
+        if packed := model.form.packed:
+            raise UserError(f"{options.model}: its weights are {packed}, to answer with; name the model they came from")
+        return model
     return MultimodalLLM.from_towers(
         options.clip,
         options.qwen,
@@ -98,13 +105,13 @@ def write(model, options: argparse.Namespace) -> str:
     """Writes the form that is asked for; returns the command to go on with."""
     import torch
 
-    from mmllm.inference.optimize import make_int8_
+    from mmllm.inference.optimize import make_packed_
     from mmllm.models.export import merge_adapters_, save_language_model
     from mmllm.models.gguf import write_gguf
     from mmllm.storage.atomic import atomic_directory
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    if model.form.lora and not options.int8:
+    if model.form.lora and not options.packed:
         print(merge_adapters_(model, dtype), file=sys.stderr)
     elif options.merge:
         raise UserError(f"{options.model}: has no adapters to merge")
@@ -116,10 +123,10 @@ def write(model, options: argparse.Namespace) -> str:
     if options.language_model:
         save_language_model(model, options.out, replace=options.force)
         return f'AutoModelForCausalLM.from_pretrained("{options.out}") of transformers'
-    if options.int8:
-        make_int8_(model)
+    if options.packed:
+        make_packed_(model, options.packed)
     model.save_pretrained(options.out, replace=options.force)
-    then = f"sample --model {options.out} --image x.jpg" + " --dtype int8" * options.int8
-    if not options.model and not options.int8:
+    then = f"sample --model {options.out} --image x.jpg"
+    if not options.model and not options.packed:
         then = f"train full model.pretrained={options.out} data.train_data_path=..."
     return f"python -m mmllm {then}"

@@ -67,8 +67,8 @@ def joined(folder: Path) -> list[tuple[str, str]]:
     lines += [*tower(info.config.vision), *tower(info.config.text)]
     lines.append(("image", f"{info.config.num_image_tokens} tokens ({info.config.features} features)"))
     lines += weights(read_tensors(folder))
-    if info.rounding or info.is_packed:
-        lines.append(("stored for", f"{info.rounding} under adapters" if info.rounding else "answering in int8"))
+    if kind := info.packed or info.rounding:
+        lines.append(("stored for", f"answering in {kind}" if info.packed else f"{kind} under adapters"))
     if info.has_adapters:
         lora, _, _ = read_adapter(folder)
         lines.append(("adapters", f"LoRA r={lora.r}, alpha={lora.lora_alpha}: {', '.join(lora.target_modules)}"))

@@ -97,16 +97,16 @@ def make_app(settings, *, is_shared: bool = False):
     def load():
         # on a CPU float32 gains nothing from answering side by side; our int8 products do
         is_cpu = choose_device(settings.device).type == "cpu"
-        dtype = settings.dtype or ("int8" if is_cpu and kernels.native() else None)
-        source = settings.model
-        if is_shared and is_cpu and dtype == "int8":
-            from mmllm.inference.int8_copy import int8_copy
+        default = "int8" if is_cpu and kernels.native() else "float32"
+        dtype, source = settings.dtype or default, settings.model
+        if is_shared and is_cpu and dtype in ("int8", "int4"):
+            from mmllm.inference.packed_copy import packed_copy
 
-            source = int8_copy(source)
-        pipeline = load_pipeline(source, device=settings.device, dtype=dtype)
+            source = packed_copy(source, dtype)
+        pipeline = load_pipeline(source, device=settings.device, dtype=settings.dtype, dtype_on_cpu=default)
         return_freed_memory()
-        if dtype != settings.dtype:
-            message = "weights in int8, the server's default on a CPU (--dtype float32 for full precision)"
+        if is_cpu and not settings.dtype:
+            message = f"weights in {pipeline.model.form.precision}, as no --dtype is given (float32 is full precision)"
             logging.getLogger("mmllm.serving").info(message)
         return pipeline
 

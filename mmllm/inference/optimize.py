@@ -44,8 +44,9 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
         )
     is_float = precision == "float32" or (precision == "bfloat16" and not (device.type == "cpu" and kernels.native()))
     model = MultimodalLLM.from_pretrained(source, device=device, dtype=getattr(torch, precision) if is_float else None)
-    if model.form.is_packed and precision not in packed.BITS:
-        raise UserError(f"{source}: its weights are int8, not {precision}; use dtype int8 or int8-dynamic")
+    if (stored := model.form.packed) and not precision.startswith(stored):
+        possible = " or ".join(name for name in PRECISIONS if name.startswith(stored))
+        raise UserError(f"{source}: its weights are {stored}, not {precision}; use dtype {possible}")
     merge_where_possible_(model)
     if not is_float:
         pack_towers_(model, precision)
@@ -57,16 +58,16 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
     return model
 
 
-def make_int8_(model: MultimodalLLM) -> None:
-    """Makes a float model int8, for `save_pretrained` to write a directory that only answers."""
+def make_packed_(model: MultimodalLLM, precision: str) -> None:
+    """Makes a float model int8 or int4, for `save_pretrained` to write a directory that only answers."""
     merge_where_possible_(model)
-    pack_towers_(model, "int8")
+    pack_towers_(model, precision)
 
 
 def merge_where_possible_(model: MultimodalLLM) -> None:
     """Merges adapters into float weights; on rounded weights they stay, as rounding would lose them."""
     form = model.form
-    if form.lora and not form.rounding and not form.is_packed:
+    if form.lora and not form.rounding and not form.packed:
         merge_lora_(model.language_model)
         model.form = replace(form, lora=None)
 
@@ -74,17 +75,18 @@ def merge_where_possible_(model: MultimodalLLM) -> None:
 @torch.no_grad()
 def pack_towers_(model: MultimodalLLM, precision: str) -> None:
     """Packs the linear layers of both towers; the vision tower is int8 where the language model is int8 or int4."""
-    if model.form.is_packed:
-        packed.to_device_layout_(model, packed.BITS["int8"])
-        packed.to_device_layout_(model.language_model, packed.BITS[precision])
+    bits = packed.BITS.get(precision, packed.BITS["int8"])
+    if model.form.packed:
+        packed.to_device_layout_(model)
+        packed.to_device_layout_(model.language_model, bits)
     elif precision == "bfloat16":
         packed.replace_linear_(model.vision_tower, packed.Bf16Packed)
         packed.pack_(model.language_model, packed.Bf16Packed, packed.Bf16Packed)
     else:
-        int8 = partial(packed.Int8Packed.of, bits=packed.BITS.get(precision, packed.BITS["int8"]))
-        packed.pack_(model.language_model, packed.Int4Packed if precision == "int4" else int8, int8)
+        int8 = partial(packed.Int8Packed.of, bits=bits)
+        packed.pack_(model.language_model, packed.Int4Packed.of if precision == "int4" else int8, int8)
         packed.replace_linear_(model.vision_tower, packed.Int8Packed.of)
-    model.form = replace(model.form, rounding=None, is_packed=precision not in ("bfloat16", "int4"))
+    model.form = replace(model.form, rounding=None, packed=precision.removesuffix("-dynamic"))
 
 
 def cast_rest_(model: MultimodalLLM) -> None:
@@ -117,7 +119,7 @@ def step_of(language_model: Qwen2) -> torch.ScriptObject | None:
     norms += [norm for layer in layers for norm in layer.self_attn.children() if isinstance(norm, RMSNorm)]
     return torch.classes.mmllm.Step(
         [linear.panels for linear in linears],
-        [getattr(linear, "scale", None) for linear in linears],
+        [linear.scale for linear in linears],
         [linear.bias for linear in linears],
         [linear.out_features for linear in linears],
         [norm.weight.detach() for norm in norms],

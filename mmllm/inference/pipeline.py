@@ -125,11 +125,17 @@ def default_model(outputs: str | Path = "outputs") -> Path:
 
 
 def load_pipeline(
-    source: str | Path | None = None, *, device: str = "auto", dtype: str | None = None, is_compiled: bool = False
+    source: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    dtype_on_cpu: str = "float32",
+    is_compiled: bool = False,
 ) -> MultimodalInferencePipeline:
     """A pipeline for a directory or hub name (None: `default_model`, named on stderr), on a device given by name.
 
-    `dtype` is one of PRECISIONS; None means int8 for int8 weights, else bfloat16 on CUDA and float32 elsewhere.
+    `dtype` is one of PRECISIONS; None means that of packed weights, else bfloat16 on CUDA, `dtype_on_cpu` on a CPU, and
+    float32 elsewhere.
     """
     where = choose_device(device)
     if source is None:
@@ -137,7 +143,7 @@ def load_pipeline(
         stderr_rank0(f"model: {source}, the last one trained here; --model names another")
     source = locate(source)
     if dtype is None:
-        dtype = "int8" if read_info(source).is_packed else "bfloat16" if where.type == "cuda" else "float32"
+        dtype = read_info(source).packed or {"cuda": "bfloat16", "cpu": dtype_on_cpu}.get(where.type, "float32")
     model = load_model(source, device=where, precision=dtype)
     if is_compiled and where.type == "cpu" and dtype != "float32" and kernels.native():
         stderr_rank0("the step is not compiled: on a CPU that is slower than our own kernels")

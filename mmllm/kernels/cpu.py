@@ -128,6 +128,21 @@ def rows_of_panels(panels: Tensor, rows: Tensor) -> Tensor:
     return (panels[rows // 16, :, rows % 16].flatten(-2) ^ 128).view(torch.int8)
 
 
+def int4_panels(q_OK: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Results of `quantize_int4` as the kernel reads them: q + 8 in (O/16, K/32, 4, 64), two in a byte, and (O/16, K/32, 16)."""
+    rows = -q_OK.shape[0] % 16
+    raised = (F.pad(q_OK, (0, 0, 0, rows)) + 8).view(torch.uint8).unflatten(0, (-1, 16)).unflatten(2, (-1, 4, 2, 4))
+    low, high = raised.permute(4, 0, 2, 3, 1, 5).flatten(-2)
+    return low | high << 4, F.pad(scale, (0, 0, 0, rows)).unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+
+
+def rows_of_int4_panels(panels: Tensor, scale: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` rows of what `int4_panels` was given."""
+    halves = torch.stack([panels & 15, panels >> 4]).unflatten(-1, (16, 4))
+    q_OK = halves.permute(1, 4, 2, 3, 0, 5).flatten(2).flatten(0, 1).view(torch.int8) - 8
+    return q_OK[:count], scale.transpose(1, 2).flatten(0, 1)[:count]
+
+
 def bf16_panels(weight_OK: Tensor) -> Tensor:
     """bfloat16 (O, K) as (O/16, K, 16), K padded to an even number."""
     rows, columns = -weight_OK.shape[0] % 16, -weight_OK.shape[1] % 2

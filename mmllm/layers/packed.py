@@ -27,20 +27,20 @@ class Packed(nn.Module):
 
     mixes_rows = False
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, panels: Tensor, scale: Tensor | None = None):
         super().__init__()
         self.in_features, self.out_features, self.training = layer.in_features, layer.out_features, False
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+        self.register_buffer("panels", panels)
+        self.register_buffer("scale", scale)
 
 
 class Int8Packed(Packed):
     """int8 rows: `panels` where the kernels run, plain rows `q` elsewhere. A state dict always holds panels."""
 
     def __init__(self, layer: nn.Module, panels: Tensor, scale: Tensor, bits: int = BITS["int8"]):
-        super().__init__(layer)
+        super().__init__(layer, panels, scale)
         self.bits = bits
-        self.register_buffer("panels", panels)
-        self.register_buffer("scale", scale)
         self.register_buffer("q", None, persistent=False)
 
     @classmethod
@@ -93,30 +93,36 @@ class Int4Packed(Packed):
     def mixes_rows(self) -> bool:
         return not is_native(self.panels)
 
-    def __init__(self, layer: nn.Module):
-        super().__init__(layer)
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Int4Packed":
         weight = weight_of(layer)
         if weight.shape[1] % reference.GROUP:
             raise UserError(
                 f"int4 needs rows of a multiple of {reference.GROUP} weights, this model has {weight.shape[1]}; use int8"
             )
-        pack = torch.ops.mmllm.int4_pack if is_native(weight) else reference.quantize_int4
-        panels, scale = pack(weight)
-        self.register_buffer("panels", panels)
-        self.register_buffer("scale", scale)
+        if is_native(weight):
+            return cls(layer, *torch.ops.mmllm.int4_pack(weight))
+        return cls(layer, *kernels.int4_panels(*reference.quantize_int4(weight)))
+
+    @classmethod
+    def empty(cls, layer: nn.Module) -> "Int4Packed":
+        """Only the shapes, to load into."""
+        count, groups = -(-layer.out_features // 16), layer.in_features // reference.GROUP
+        panels = torch.empty(count, groups, 4, 64, dtype=torch.uint8, device="meta")
+        return cls(layer, panels, torch.empty(count, groups, 16, dtype=torch.bfloat16, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
         if is_native(x):
             return torch.ops.mmllm.int4_linear(x, self.panels, self.scale, self.bias, self.out_features)
-        return reference.int4_linear(x, reference.int4_matrix(self.panels, self.scale), self.bias)
+        q, scale = kernels.rows_of_int4_panels(self.panels, self.scale, self.out_features)
+        return reference.int4_linear(x, reference.int4_matrix(q, scale), self.bias)
 
 
 class Bf16Packed(Packed):
     """bfloat16 weights under float32 activations."""
 
     def __init__(self, layer: nn.Module):
-        super().__init__(layer)
-        self.register_buffer("panels", torch.ops.mmllm.bf16_pack(weight_of(layer)))
+        super().__init__(layer, torch.ops.mmllm.bf16_pack(weight_of(layer)))
 
     def rows(self, numbers: Tensor) -> Tensor:
         return self.panels[numbers // 16, :, numbers % 16].float()[..., : self.in_features]
@@ -179,9 +185,10 @@ def as_linear(embedding: nn.Embedding) -> nn.Linear:
     return layer
 
 
-def empty_(model: nn.Module) -> None:
-    """The shapes of an int8 model, to load its file into."""
-    pack_(model.language_model, Int8Packed.empty, Int8Packed.empty)
+def empty_(model: nn.Module, precision: str) -> None:
+    """The shapes of a model packed in int8 or int4, to load its file into."""
+    layer = Int4Packed if precision == "int4" else Int8Packed
+    pack_(model.language_model, layer.empty, Int8Packed.empty)
     replace_linear_(model.vision_tower, Int8Packed.empty)
 
 

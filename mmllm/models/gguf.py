@@ -44,7 +44,7 @@ def write_gguf(model: nn.Module, folder: Path, kind: str) -> None:
         raise CheckpointError(
             f"a model of {found} and {config.text.model_type} has no GGUF form; only CLIP's patches with Qwen2.5"
         )
-    if model.form.is_packed or model.form.rounding or adapters(model):
+    if model.form.packed or model.form.rounding or adapters(model):
         raise CheckpointError("only a float model without adapters has a GGUF form; merge the adapters first")
     write_language_model(model, folder / "model.gguf", kind)
     write_image_encoder(model, folder / "mmproj.gguf", "F32" if kind == "F32" else "F16")

@@ -35,6 +35,7 @@ from mmllm.storage.weights import load_strict_, read_tensors, refuse_integers, w
 
 Device = str | torch.device
 Model = TypeVar("Model", bound=nn.Module)
+PACKED = {"int8": "packed", "int4": "packed-int4"}  # what mmllm.json calls them
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
@@ -44,7 +45,7 @@ class ModelForm:
 
     lora: LoraConfig | None = None  # adapters beside the language model's layers
     rounding: str | None = None  # "int8" or "int4": the frozen weights under the adapters (layers/quantized.py)
-    is_packed: bool = False  # both towers are int8, for inference only (layers/packed.py)
+    packed: str | None = None  # the precision of both towers, for inference only (layers/packed.py)
     precision: str | None = None  # set by inference.optimize.load_model; such a model is not saved
 
 
@@ -54,7 +55,7 @@ class ModelInfo:
 
     config: MultimodalConfig
     system_prompt: str
-    is_packed: bool
+    packed: str | None  # "int8" or "int4", to answer only
     rounding: str | None
     has_adapters: bool
 
@@ -74,14 +75,14 @@ def read_info(folder: str | Path) -> ModelInfo:
     is_ours = file.exists() or not config.exists()  # else a LLaVA of other makers
     ours = typed(_SavedForm, read_json(file), file) if is_ours else _SavedForm(1)
     surgery = ours.surgery
-    if ours.format_version != 1 or not set(surgery) <= {*ROUNDINGS, "packed", "lora"}:
+    if ours.format_version != 1 or not set(surgery) <= {*ROUNDINGS, *PACKED.values(), "lora"}:
         raise CheckpointError(f"{file}: written by a newer mmllm; update this one")
     if ("lora" in surgery) != (folder / lora.CONFIG_FILE).exists():
         raise CheckpointError(f"{folder}: mmllm.json and {lora.CONFIG_FILE} disagree on whether there are adapters")
     return ModelInfo(
         config=MultimodalConfig.from_dict(read_json(config), config),
         system_prompt=ours.system_prompt,
-        is_packed="packed" in surgery,
+        packed=next((kind for kind, name in PACKED.items() if name in surgery), None),
         rounding=next((kind for kind in surgery if kind in ROUNDINGS), None),
         has_adapters="lora" in surgery,
     )
@@ -99,14 +100,14 @@ def from_pretrained(
     info = read_info(folder)
     processor = load_processor(folder, info.config.num_image_tokens, info.system_prompt)
     model = without_memory(cls, info.config)
-    if info.is_packed:
-        load_packed_(model, folder, device, dtype)
+    if info.packed:
+        load_packed_(model, folder, info.packed, device, dtype)
     elif info.rounding:
         load_quantized_(model, folder, info.rounding, device, dtype)
     else:
         load_float_(model, folder, device, dtype)
     adapters = lora.load_adapter_(model, folder) if info.has_adapters else None
-    model.form = ModelForm(adapters, info.rounding, info.is_packed)
+    model.form = ModelForm(adapters, info.rounding, info.packed)
     return with_processor(model, processor, folder)
 
 
@@ -132,9 +133,9 @@ def load_quantized_(model: nn.Module, folder: Path, rounding: str, device: Devic
         parameter.data = parameter.data.to(device, dtype or torch.float32)
 
 
-def load_packed_(model: nn.Module, folder: Path, device: Device, dtype: torch.dtype | None) -> None:
-    """int8 weights in the kernels' layout; `dtype` is that of the other parameters."""
-    empty_(model)
+def load_packed_(model: nn.Module, folder: Path, packed: str, device: Device, dtype: torch.dtype | None) -> None:
+    """int8 or int4 weights in the kernels' layout; `dtype` is that of the other parameters."""
+    empty_(model, packed)
     load_strict_(model, {name: value.to(device) for name, value in read_tensors(folder).items()}, folder)
     to_device_layout_(model)
     for parameter in model.parameters():
@@ -246,7 +247,7 @@ def write_small_files(model: nn.Module, folder: Path) -> None:
         "format_version": 1,
         "features": model.config.features,
         "system_prompt": model.processor.system,
-        "surgery": [*filter(None, ("packed" * form.is_packed, form.rounding, "lora" * bool(form.lora)))],
+        "surgery": [*filter(None, (PACKED.get(form.packed), form.rounding, "lora" * bool(form.lora)))],
     }
     write_json(folder / "config.json", model.config.to_dict())
     write_json(folder / "mmllm.json", ours)

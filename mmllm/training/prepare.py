@@ -56,8 +56,10 @@ def prepare(model: MultimodalLLM, config: ExperimentConfig) -> None:
 
 def apply_rounding_(model: MultimodalLLM, config: ExperimentConfig) -> None:
     """Quantize the language model to int8 or int4 where the configuration asks for it."""
-    if model.form.is_packed:
-        raise ConfigError("model.pretrained holds int8 weights for inference only; train from the model they came from")
+    if packed := model.form.packed:
+        raise ConfigError(
+            f"model.pretrained holds {packed} weights to answer with; train from the model they came from"
+        )
     settings = {"int8": "model.load_in_8bit", "int4": "model.load_in_4bit"}
     wanted = next((kind for kind, name in settings.items() if config.get(name)), None)
     if model.form.rounding and model.form.rounding != wanted:

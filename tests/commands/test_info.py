@@ -40,12 +40,12 @@ def test_a_model_directory_shows_its_towers_weights_and_origin(tmp_path, capsys)
     assert shown(tmp_path / "run", capsys) == got | {"kind": got["kind"]}
 
 
-def test_int8_and_adapters_are_shown(tmp_path, capsys):
+def test_packed_weights_and_adapters_are_shown(tmp_path, capsys):
     folder = write_model(tmp_path / "model")
-    convert.main(["--model", str(folder), "--int8", "--out", str(tmp_path / "int8")])
+    convert.main(["--model", str(folder), "--int4", "--out", str(tmp_path / "int4")])
     capsys.readouterr()
-    got = shown(tmp_path / "int8", capsys)
-    assert got["stored for"] == "answering in int8" and " uint8, " in got["weights"]
+    got = shown(tmp_path / "int4", capsys)
+    assert got["stored for"] == "answering in int4" and " uint8, " in got["weights"]
     model = MultimodalLLM.from_pretrained(folder)
     config = LoraConfig(r=4, target_modules=("q_proj", "v_proj"))
     add_lora_(model.language_model, config)

@@ -33,7 +33,7 @@ def test_the_help_names_every_option(capsys):
     "features, surgery, message",
     [
         ("pooled", [], "pooled features, which vLLM has no class for"),
-        ("patch", ["int8", "packed"], "int8 weights, which only mmllm reads"),
+        ("patch", ["packed-int4"], "int4 weights, only for mmllm"),
         ("patch", ["lora"], "LoRA adapters; merge them with"),
     ],
 )

@@ -1,11 +1,14 @@
 """Models prepared for answering: against the formulas, in every precision, from every kind of directory."""
 
 import json
+import shutil
 from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -14,11 +17,12 @@ from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
 from mmllm.errors import CheckpointError, ConfigError, UserError
 from mmllm.inference.model_runner import ModelRunner, Piece
 from mmllm.inference.optimize import load_model
+from mmllm.inference.packed_copy import packed_copy
 from mmllm.inference.pipeline import load_pipeline
 from mmllm.kernels import cpu as kernels
 from mmllm.kernels.reference import int4_linear, int4_matrix, int8_linear, quantize_int4, quantize_int8
 from mmllm.layers.lora import adapters, add_lora_, merge_lora_
-from mmllm.layers.packed import Int8Packed
+from mmllm.layers.packed import Int4Packed, Int8Packed
 from mmllm.layers.quantized import quantize_
 from mmllm.models.kv_cache import KVCache, PerSlot
 from mmllm.models.loading import ModelForm
@@ -80,10 +84,12 @@ def siglip_qwen3(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def int8_folder(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("int8") / "model"
-    convert.main(["--model", str(folder), "--int8", "--out", str(out)])
-    return out
+def packed_folders(folder, tmp_path_factory):
+    """The model packed on disk, by precision."""
+    out = tmp_path_factory.mktemp("packed")
+    for kind in ("int8", "int4"):
+        convert.main(["--model", str(folder), f"--{kind}", "--out", str(out / kind)])
+    return {kind: out / kind for kind in ("int8", "int4")}
 
 
 @torch.no_grad()
@@ -195,7 +201,8 @@ def test_patches_as_a_product_are_those_of_the_convolution(request, towers):
         assert_close(convolution(pixels), wanted, atol=1e-6 * float(wanted.abs().max()), rtol=0)  # up to 45
 
 
-def test_int8_needs_no_compiler_for_the_same_bits(folder, int8_folder, monkeypatch):
+def test_int8_needs_no_compiler_for_the_same_bits(folder, packed_folders, monkeypatch):
+    int8_folder = packed_folders["int8"]
     wanted = [some_logits(load_model(f, precision="int8"), num_images=0) for f in (folder, int8_folder)]
     native = load_model(folder, precision="int8").language_model
     monkeypatch.setattr(kernels, "native", lambda: False)
@@ -211,52 +218,103 @@ def test_int8_needs_no_compiler_for_the_same_bits(folder, int8_folder, monkeypat
 
 # On disk --------------------------------------------------------------------------------------------------------------
 
+packed_kinds = pytest.mark.parametrize("kind", ["int8", "int4"])
 
-def test_an_int8_directory_is_loaded_without_packing_and_answers_the_same(folder, int8_folder, monkeypatch):
-    wanted = some_logits(load_model(folder, precision="int8"))
+
+@packed_kinds
+def test_a_packed_directory_is_loaded_without_packing_and_answers_the_same(folder, packed_folders, kind, monkeypatch):
+    precisions = [name for name in PRECISIONS if name.startswith(kind)]
+    wanted = [some_logits(load_model(folder, precision=precision)) for precision in precisions]
     with monkeypatch.context() as patch:
         patch.setattr(Int8Packed, "of", None)
-        assert torch.equal(some_logits(load_model(int8_folder, precision="int8")), wanted)
-    assert json.loads((int8_folder / "mmllm.json").read_text())["surgery"] == ["packed"]
-    assert load_pipeline(int8_folder, device="cpu").model.form.precision == "int8"
-    dynamic = some_logits(load_model(int8_folder, precision="int8-dynamic"))
-    assert torch.equal(dynamic, some_logits(load_model(folder, precision="int8-dynamic")))
+        patch.setattr(Int4Packed, "of", None)
+        for precision, logits in zip(precisions, wanted, strict=True):
+            assert torch.equal(some_logits(load_model(packed_folders[kind], precision=precision)), logits)
+    pipeline = load_pipeline(packed_folders[kind], device="cpu")
+    assert pipeline.model.form.precision == kind, "its own precision without --dtype"
+    image = Image.new("RGB", (40, 32), (200, 90, 20))
+    answers = [p.chat("What is it?", image) for p in (pipeline, load_pipeline(folder, device="cpu", dtype=kind))]
+    assert answers[0] == answers[1]
 
 
-def test_an_int8_directory_is_written_from_where_there_is_no_compiler(folder, int8_folder, tmp_path, monkeypatch):
+@packed_kinds
+def test_a_packed_directory_is_the_same_file_where_there_is_no_compiler(
+    folder, packed_folders, kind, tmp_path, monkeypatch
+):
+    wanted = some_logits(load_model(packed_folders[kind], precision=kind))
     monkeypatch.setattr(kernels, "native", lambda: False)
     out = tmp_path / "out"
-    convert.main(["--model", str(folder), "--int8", "--out", str(out)])
-    assert (out / "model.safetensors").read_bytes() == (int8_folder / "model.safetensors").read_bytes()
+    convert.main(["--model", str(folder), f"--{kind}", "--out", str(out)])
+    assert (out / "model.safetensors").read_bytes() == (packed_folders[kind] / "model.safetensors").read_bytes()
+    assert distance(some_logits(load_model(out, precision=kind)), wanted) <= DISTANCE[kind]
 
 
-def test_an_int8_directory_is_half_of_bfloat16(folder, int8_folder):
-    language = sum(p.numel() for p in MultimodalLLM.from_pretrained(folder).language_model.parameters())
-    model = MultimodalLLM.from_pretrained(int8_folder)
-    packed = sum(b.nbytes for b in model.language_model.buffers()) + sum(
-        p.nbytes for p in model.language_model.parameters()
-    )
-    assert packed < 1.15 * language, "scales, biases and norms are 15 % of so small a model"
+def test_mmllm_json_names_the_precision_and_an_older_version_refuses_what_it_does_not_know(packed_folders):
+    surgery = {kind: json.loads((out / "mmllm.json").read_text())["surgery"] for kind, out in packed_folders.items()}
+    assert surgery == {"int8": ["packed"], "int4": ["packed-int4"]}
 
 
-def test_int8_weights_are_not_loaded_in_another_precision(int8_folder):
-    with pytest.raises(UserError, match="its weights are int8, not bfloat16; use dtype int8"):
-        load_model(int8_folder, precision="bfloat16")
+@packed_kinds
+def test_a_packed_file_holds_what_the_formula_says(folder, packed_folders, kind):
+    """int8: a byte a weight and 4 a row. int4: half a byte a weight and 2 for 32 of them; head and vision are int8."""
+    got, wanted = load_file(packed_folders[kind] / "model.safetensors"), load_file(folder / "model.safetensors")
+    for name, weight in wanted.items():
+        layer = name.removesuffix(".weight").replace("embed_tokens", "lm_head").replace(".model.lm_head", ".lm_head")
+        if f"{layer}.panels" in got:
+            outputs, inputs = weight.shape
+            is_int4 = kind == "int4" and ".layers." in name and "language_model" in name
+            size = outputs * inputs // 2 + outputs * inputs // 16 if is_int4 else outputs * inputs + 4 * outputs
+            assert got[f"{layer}.panels"].nbytes + got[f"{layer}.scale"].nbytes == size, name
+    assert len([name for name in got if name.endswith(".panels")]) == 4 * 7 + 1 + 3 * 6
 
 
-def test_int8_weights_are_not_trained(int8_folder):
-    with pytest.raises(ConfigError, match="int8 weights for inference only; train from the model they came from"):
-        prepare(MultimodalLLM.from_pretrained(int8_folder), ExperimentConfig())
+@pytest.mark.parametrize(
+    ("kind", "precision", "possible"),
+    [("int8", "bfloat16", "int8 or int8-dynamic"), ("int8", "int4", "int8 or int8-dynamic"), ("int4", "int8", "int4")],
+)
+def test_packed_weights_are_not_loaded_in_another_precision(packed_folders, kind, precision, possible):
+    with pytest.raises(UserError, match=f"its weights are {kind}, not {precision}; use dtype {possible}$"):
+        load_model(packed_folders[kind], precision=precision)
 
 
-def test_a_truncated_int8_file_is_refused(int8_folder, tmp_path):
-    (tmp_path / "model").mkdir()
-    for file in int8_folder.iterdir():
-        (tmp_path / "model" / file.name).write_bytes(
-            file.read_bytes()[: -100 if file.suffix == ".safetensors" else None]
-        )
+@packed_kinds
+def test_packed_weights_are_neither_trained_nor_converted(packed_folders, kind, tmp_path):
+    with pytest.raises(ConfigError, match=f"{kind} weights to answer with; train from the model they came from"):
+        prepare(MultimodalLLM.from_pretrained(packed_folders[kind]), ExperimentConfig())
+    for form in ("--int8", "--int4", "--merge", "--language-model", "--gguf=F16"):
+        with pytest.raises(UserError, match=f"weights are {kind}, to answer with; name the model they came from"):
+            convert.main(["--model", str(packed_folders[kind]), form, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@packed_kinds
+def test_a_truncated_or_altered_packed_file_is_refused(packed_folders, kind, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(packed_folders[kind], folder)
+    weights, ours = folder / "model.safetensors", folder / "mmllm.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        load_model(tmp_path / "model", precision="int8")
+        load_model(folder, precision=kind)
+    tensors = load_file(packed_folders[kind] / "model.safetensors")
+    name = "language_model.model.layers.0.mlp.up_proj.panels"
+    save_file(tensors | {name: tensors[name][:-1].clone()}, weights, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"1 of another shape, first {name} "):
+        load_model(folder, precision=kind)
+    weights.write_bytes(whole)
+    other = {"int8": "packed-int4", "int4": "packed"}[kind]
+    ours.write_text(json.dumps(json.loads(ours.read_text()) | {"surgery": [other]}))
+    with pytest.raises(CheckpointError, match="of another shape, first language_model.model.layers.0"):
+        MultimodalLLM.from_pretrained(folder)
+
+
+def test_a_copy_for_several_workers_is_made_once_in_each_precision(folder, packed_folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    copies = {kind: packed_copy(folder, kind) for kind in packed_folders}
+    assert copies == {kind: packed_copy(folder, kind) for kind in packed_folders} and len(set(copies.values())) == 2
+    for kind, copy in copies.items():
+        assert torch.equal(*(some_logits(load_model(f, precision=kind)) for f in (copy, packed_folders[kind])))
+        assert packed_copy(packed_folders[kind], "int8") == packed_folders[kind], "packed already"
 
 
 def test_a_model_prepared_for_answering_is_not_saved(folder, tmp_path):

@@ -150,13 +150,9 @@ def test_packing_in_cpp_gives_the_numbers_of_the_formulas(dtype):
     assert torch.equal(panels, kernels.panels(q)) and torch.equal(scales, scale[:, 0])
     assert torch.equal(kernels.rows_of_panels(panels, torch.arange(37)), q)
     assert torch.equal(torch.ops.mmllm.bf16_pack(weight), kernels.bf16_panels(weight.bfloat16()))
-    panels, scales = torch.ops.mmllm.int4_pack(weight)
-    q, scale = quantize_int4(weight)
-    halves = torch.stack([panels & 15, panels >> 4], dim=3).view(
-        3, 2, 4, 2, 16, 4
-    )  # panel, group, piece, half, row, byte
-    assert torch.equal(halves.permute(0, 4, 1, 2, 3, 5).reshape(48, 64)[:37].int() - 8, q.int())
-    assert torch.equal(scales.transpose(1, 2).reshape(48, 2)[:37], scale)
+    packed, rounded = torch.ops.mmllm.int4_pack(weight), quantize_int4(weight)
+    assert all(map(torch.equal, packed, kernels.int4_panels(*rounded)))
+    assert all(map(torch.equal, kernels.rows_of_int4_panels(*packed, 37), rounded))
 
 
 @needs_compiler

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmllm.commands import convert
 from mmllm.data.chat import user
-from mmllm.errors import CheckpointError
+from mmllm.errors import CheckpointError, UserError
 from mmllm.models.gguf import write_gguf
 from mmllm.models.multimodal import MultimodalLLM
 from official import write_model
@@ -96,7 +96,7 @@ def test_a_model_without_such_a_form_is_refused(directory, tmp_path):
     with pytest.raises(CheckpointError, match="pooled features and qwen2 has no GGUF form"):
         export(tmp_path / "pooled", tmp_path / "out", "F32")
     convert.main(["--model", str(directory), "--int8", "--out", str(tmp_path / "int8")])
-    with pytest.raises(CheckpointError, match="only a float model"):
+    with pytest.raises(UserError, match="its weights are int8, to answer with; name the model they came from"):
         export(tmp_path / "int8", tmp_path / "out", "F32")
     assert not (tmp_path / "out").exists()
 
