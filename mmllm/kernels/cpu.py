@@ -138,8 +138,9 @@ def int4_panels(q_OK: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def rows_of_int4_panels(panels: Tensor, scale: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` rows of what `int4_panels` was given."""
-    halves = torch.stack([panels & 15, panels >> 4]).unflatten(-1, (16, 4))
-    q_OK = halves.permute(1, 4, 2, 3, 0, 5).flatten(2).flatten(0, 1).view(torch.int8) - 8
+    four_columns = panels.view(torch.int32)
+    halves = torch.stack([four_columns, four_columns >> 4]).bitwise_and_(0x0F0F0F0F)
+    q_OK = halves.permute(1, 4, 2, 3, 0).flatten(2).flatten(0, 1).view(torch.int8).sub_(8)
     return q_OK[:count], scale.transpose(1, 2).flatten(0, 1)[:count]
 
 
