@@ -4,6 +4,7 @@
     mmllm convert --clip ./clip-folder --qwen ./qwen-folder --out models/start --features pooled
     mmllm convert --model outputs/demo/best_model --int8 --out models/demo-int8   # to answer with half the memory
     mmllm convert --model outputs/demo/best_model --int4 --out models/demo-int4   # with a third of it, a little coarser
+    mmllm convert --model outputs/demo/best_model --int4 --calibrate train.json --out models/demo-int4   # less coarse
     mmllm convert --model outputs/own/best_model --merge --out models/own         # adapters added to the weights
     mmllm convert --model outputs/own/best_model --language-model --out models/own-qwen   # the tuned Qwen2.5 alone
     mmllm convert --model outputs/own/best_model --gguf Q8_0 --out models/own-gguf        # for llama.cpp and ollama
@@ -21,6 +22,7 @@ from mmllm.errors import UserError
 
 PACKED = ("int8", "int4")
 FORMS = (*PACKED, "merge", "language_model", "gguf")
+CALIBRATION_SAMPLES = 100
 GGUF_KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
@@ -41,6 +43,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--language-model", action="store_true", help="with --model: its Qwen2.5 alone, for transformers"
     )
     forms.add_argument("--gguf", choices=GGUF_KINDS, help="with --model: files for llama.cpp and ollama")
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="with --int4: samples, a hundred of which it is rounded for"
+    )
+    parser.add_argument("--image-dir", metavar="DIR", help="where their images are (default: beside FILE)")
     parser.add_argument("--seed", type=int, default=0, help="of the new projector (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="refuse weights that are not finite (reads all of them)")
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
@@ -52,6 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--{form.replace('_', '-')} needs --model DIR")
     if form in (*PACKED, "gguf") and options.dtype:
         parser.error(f"--{form} and --dtype exclude each other")
+    if options.calibrate and not (options.int4 and options.model):
+        parser.error("--calibrate needs --int4 and --model DIR")
     options.packed = form if form in PACKED else None
     return options
 
@@ -69,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     from mmllm.storage.weights import refuse_not_finite
 
     model = load(options)
-    if options.check:
+    if options.check or options.calibrate:
         refuse_not_finite(model.state_dict(), "the model")
     then = write(model, options)
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -87,7 +95,7 @@ def load(options: argparse.Namespace):
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.model:
-        model = MultimodalLLM.from_pretrained(options.model, dtype=None)
+        model = MultimodalLLM.from_pretrained(options.model, dtype=torch.float32 if options.calibrate else None)
         if packed := model.form.packed:
             raise UserError(f"{options.model}: its weights are {packed}, to answer with; name the model they came from")
         return model
@@ -105,6 +113,7 @@ def write(model, options: argparse.Namespace) -> str:
     """Writes the form that is asked for; returns the command to go on with."""
     import torch
 
+    from mmllm.data.samples import load_samples
     from mmllm.inference.optimize import make_packed_
     from mmllm.models.export import merge_adapters_, save_language_model
     from mmllm.models.gguf import write_gguf
@@ -124,7 +133,8 @@ def write(model, options: argparse.Namespace) -> str:
         save_language_model(model, options.out, replace=options.force)
         return f'AutoModelForCausalLM.from_pretrained("{options.out}") of transformers'
     if options.packed:
-        make_packed_(model, options.packed)
+        samples = load_samples(options.calibrate, options.image_dir) if options.calibrate else []
+        make_packed_(model, options.packed, samples[:: -(-len(samples) // CALIBRATION_SAMPLES) or 1])
     model.save_pretrained(options.out, replace=options.force)
     then = f"sample --model {options.out} --image x.jpg"
     if not options.model and not options.packed:

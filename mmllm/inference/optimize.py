@@ -11,6 +11,7 @@ The model's own files do not know of this: layers of the built model are replace
 T tokens, D hidden size, P patch size, S image side.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.config.schema import PRECISIONS
+from mmllm.data.batches import ordered_batches
+from mmllm.data.samples import Sample
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
 from mmllm.layers import packed
 from mmllm.layers.lora import has_adapter, merge_lora_
+from mmllm.layers.quantized import linear_layers
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import Qwen2, RMSNorm
 
@@ -49,7 +53,7 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
         raise UserError(f"{source}: its weights are {stored}, not {precision}; use dtype {possible}")
     merge_where_possible_(model)
     if not is_float:
-        pack_towers_(model, precision)
+        pack_towers_(model, precision, {})
         cast_rest_(model)
         if device.type == "cpu":
             convolution = model.vision_tower.vision_model.embeddings.patch_embedding
@@ -58,10 +62,30 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", precis
     return model
 
 
-def make_packed_(model: MultimodalLLM, precision: str) -> None:
-    """Makes a float model int8 or int4, for `save_pretrained` to write a directory that only answers."""
+def make_packed_(model: MultimodalLLM, precision: str, samples: Sequence[Sample] = ()) -> None:
+    """Makes a float model int8 or int4, for `save_pretrained` to write a directory that only answers.
+
+    int4 is rounded for what the layers read in `samples`, if any; the model is in float32 then.
+    """
     merge_where_possible_(model)
-    pack_towers_(model, precision)
+    pack_towers_(model, precision, second_moments(model, samples))
+
+
+@torch.no_grad()
+def second_moments(model: MultimodalLLM, samples: Sequence[Sample]) -> dict[nn.Module, Tensor]:
+    """x^T x, (K, K), of all rows x that each linear layer of the language model reads in `samples`."""
+    moments: dict[nn.Module, Tensor] = {}
+
+    def add(layer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        x_MK = inputs[0].flatten(0, -2)
+        moments[layer] = moments.get(layer, 0) + x_MK.T @ x_MK
+
+    hooks = [layer.register_forward_hook(add) for layer in linear_layers(model.language_model).values()]
+    for batch in ordered_batches(samples, model.processor, 1, num_workers=0):
+        model(*vars(batch).values())
+    for hook in hooks:
+        hook.remove()
+    return moments
 
 
 def merge_where_possible_(model: MultimodalLLM) -> None:
@@ -73,7 +97,7 @@ def merge_where_possible_(model: MultimodalLLM) -> None:
 
 
 @torch.no_grad()
-def pack_towers_(model: MultimodalLLM, precision: str) -> None:
+def pack_towers_(model: MultimodalLLM, precision: str, moments: dict[nn.Module, Tensor]) -> None:
     """Packs the linear layers of both towers; the vision tower is int8 where the language model is int8 or int4."""
     bits = packed.BITS.get(precision, packed.BITS["int8"])
     if model.form.packed:
@@ -84,7 +108,8 @@ def pack_towers_(model: MultimodalLLM, precision: str) -> None:
         packed.pack_(model.language_model, packed.Bf16Packed, packed.Bf16Packed)
     else:
         int8 = partial(packed.Int8Packed.of, bits=bits)
-        packed.pack_(model.language_model, packed.Int4Packed.of if precision == "int4" else int8, int8)
+        int4 = partial(packed.Int4Packed.of, moments=moments)
+        packed.pack_(model.language_model, int4 if precision == "int4" else int8, int8)
         packed.replace_linear_(model.vision_tower, packed.Int8Packed.of)
     model.form = replace(model.form, rounding=None, packed=precision.removesuffix("-dynamic"))
 

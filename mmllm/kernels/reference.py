@@ -22,6 +22,7 @@ MAX_INT8 = 127
 SCALE_BITS = 16  # of an int8 scale's mantissa: with 7 bits of q they fit the 24 of float32
 GROUP = 32  # weights that share an int4 scale
 CUTS = 12  # scales to choose from
+DAMPING = 0.01  # of the mean second moment, as in gptq.py
 DIGIT_BITS = 8  # of one signed digit of an activation
 MAX_ACTIVATION = {16: 0x7F7F, 8: 127}  # as an integer, by its bits; as in cpu.cpp
 
@@ -64,6 +65,27 @@ def quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
         best_q, best_scale = torch.where(is_less, q, best_q), torch.where(is_less, scale, best_scale)
         least = torch.where(is_less, error, least)
     return best_q.to(torch.int8), best_scale[..., 0].bfloat16()
+
+
+def quantize_int4_for(weight_OK: Tensor, moments_KK: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for inputs of these second moments: later columns are changed to make up for the rounding of earlier ones.
+
+    GPTQ, https://arxiv.org/abs/2210.17323, code https://github.com/IST-DASLab/gptq (gptq.py).
+    """
+    rest_KO, K = weight_OK.T.float().contiguous(), len(moments_KK)
+    damped_KK = moments_KK.double() + DAMPING * moments_KK.diag().mean() * torch.eye(K, device=moments_KK.device)
+    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK))
+    factor_KK = torch.linalg.cholesky(inverse_KK, upper=True).float()
+    q_KO, scales = torch.empty_like(rest_KO, dtype=torch.int8), []
+    for start in range(0, K, GROUP):
+        end = start + GROUP
+        scales.append(quantize_groups(rest_KO[start:end].T[:, None])[1])
+        for k in range(start, end):
+            q_KO[k] = q_O = (rest_KO[k] / scales[-1][:, 0]).round().clamp(-8, 7)
+            rest_KO[k] = (rest_KO[k] - q_O * scales[-1][:, 0]) / factor_KK[k, k]
+            rest_KO[k + 1 : end] -= factor_KK[k, k + 1 : end, None] * rest_KO[k]
+        rest_KO[end:] -= factor_KK[start:end, end:].T @ rest_KO[start:end]
+    return q_KO.T.contiguous(), torch.cat(scales, 1)
 
 
 def int4_matrix(q_OK: Tensor, scale: Tensor) -> Tensor:

@@ -94,12 +94,15 @@ class Int4Packed(Packed):
         return not is_native(self.panels)
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Int4Packed":
+    def of(cls, layer: nn.Module, moments: dict[nn.Module, Tensor]) -> "Int4Packed":
+        """`moments`: the second moments (K, K) of what a layer reads, for those to be rounded by them."""
         weight = weight_of(layer)
         if weight.shape[1] % reference.GROUP:
             raise UserError(
                 f"int4 needs rows of a multiple of {reference.GROUP} weights, this model has {weight.shape[1]}; use int8"
             )
+        if layer in moments:
+            return cls(layer, *kernels.int4_panels(*reference.quantize_int4_for(weight, moments[layer])))
         if is_native(weight):
             return cls(layer, *torch.ops.mmllm.int4_pack(weight))
         return cls(layer, *kernels.int4_panels(*reference.quantize_int4(weight)))

@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 from mmllm.commands import convert
 from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
+from mmllm.data.batches import ordered_batches
+from mmllm.data.samples import load_samples
 from mmllm.errors import CheckpointError, ConfigError, UserError
 from mmllm.inference.model_runner import ModelRunner, Piece
 from mmllm.inference.optimize import load_model
@@ -29,6 +31,7 @@ from mmllm.models.loading import ModelForm
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.training.prepare import prepare
 from official import write_model, write_qwen3, write_siglip
+from tiny_run import write_world
 
 # Relative distance of the logits from those of the formulas. Without our kernels bfloat16 rounds the activations too;
 # an activation at the edge of two integers may become either.
@@ -315,6 +318,25 @@ def test_a_copy_for_several_workers_is_made_once_in_each_precision(folder, packe
     for kind, copy in copies.items():
         assert torch.equal(*(some_logits(load_model(f, precision=kind)) for f in (copy, packed_folders[kind])))
         assert packed_copy(packed_folders[kind], "int8") == packed_folders[kind], "packed already"
+
+
+@torch.no_grad()
+def test_an_int4_directory_rounded_for_samples_is_nearer_to_float32_on_others(tmp_path):
+    world = write_world(tmp_path)
+    MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen").save_pretrained(tmp_path / "model")
+    data = ["--calibrate", str(tmp_path / "train.json"), "--image-dir", str(tmp_path / "images")]
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    convert.main(["--model", model, "--int4", *data, "--out", out])
+    found = []
+    for source, precision in ((model, "float32"), (out, "int4"), (model, "int4")):
+        loaded = load_model(source, precision=precision)
+        samples = load_samples(tmp_path / "val.json", tmp_path / "images")
+        (batch,) = ordered_batches(samples, loaded.processor, len(samples), num_workers=0)
+        found.append(loaded.logits(batch.ids_BT, batch.pixels_N3SS))
+    wanted, chosen, plain = found
+    assert 0 < distance(chosen, wanted) < 0.8 * distance(plain, wanted)
+    with pytest.raises(SystemExit):
+        convert.main(["--model", model, "--int8", *data, "--out", out])
 
 
 def test_a_model_prepared_for_answering_is_not_saved(folder, tmp_path):

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from mmllm.kernels.reference import int4_linear, int4_matrix, int8_linear, quantize_int4, quantize_int8
+from mmllm.kernels.reference import (
+    int4_linear,
+    int4_matrix,
+    int8_linear,
+    quantize_int4,
+    quantize_int4_for,
+    quantize_int8,
+)
 
 
 def some_weight() -> torch.Tensor:
@@ -89,3 +96,35 @@ def test_int4_rounds_each_group_of_activations_by_itself():
     y = int4_linear(x, torch.eye(64), None)
     step = x.unflatten(1, (2, 32)).abs().amax(-1).repeat_interleave(32, 1) / 127
     assert ((y - x).abs() <= step * 0.5001)[:2].all() and not y[2].isfinite().any()
+
+
+def correlated_rows(M: int, K: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(M, 8, generator=rng) @ torch.randn(8, K, generator=rng) + 0.3 * torch.randn(M, K, generator=rng)
+
+
+def test_int4_for_known_inputs_changes_the_columns_to_come_by_the_inverse_moments():
+    """The formula of the paper: after each column, the inverse of the moments of those that are left."""
+    weight, x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)), correlated_rows(200, 64)
+    moments = (x.T @ x).double()
+    q, scale = quantize_int4_for(weight, moments.float())
+    damped = moments + 0.01 * moments.diag().mean() * torch.eye(64)
+    rest = weight.double()
+    for k in range(64):
+        if k % 32 == 0:
+            assert torch.equal(quantize_int4(rest[:, k : k + 32].float())[1][:, 0], scale[:, k // 32])
+        step = scale[:, k // 32].double()
+        wanted = (rest[:, k] / step).round().clamp(-8, 7)
+        assert (q[:, k] == wanted).float().mean() > 0.9, "float32 may fall to the other side"
+        inverse = torch.linalg.inv(damped[k:, k:])
+        off = (rest[:, k] - q[:, k] * step) / inverse[0, 0]
+        rest[:, k:] -= off[:, None] * inverse[0]
+
+
+def test_int4_for_known_inputs_is_nearer_on_such_inputs_and_the_same_where_they_are_not_correlated():
+    weight, x = torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), correlated_rows(500, 96)
+    plain = quantize_int4(weight)
+    chosen = quantize_int4_for(weight, x[:400].T @ x[:400])
+    errors = [(x[400:] @ (int4_matrix(*each) - weight).T).norm() for each in (chosen, plain)]
+    assert errors[0] < 0.5 * errors[1]
+    assert all(map(torch.equal, quantize_int4_for(weight, torch.eye(96)), plain))
