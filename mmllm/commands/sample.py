@@ -19,7 +19,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", default="Describe this image.", help="what to ask (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="talk about the images; reads lines from the terminal")
     add_generation_options(parser)
-    parser.add_argument("--compile", action="store_true", help="compile the decoding step: pays in long conversations")
     options = parser.parse_args(arguments)
     if not options.image and not options.chat:
         parser.error("name an image with --image FILE, or talk without one with --chat")
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     from mmllm.inference.pipeline import load_pipeline
 
     config = generation_config(options)
-    pipeline = load_pipeline(options.model, device=options.device, dtype=options.dtype, is_compiled=options.compile)
+    pipeline = load_pipeline(options.model, device=options.device, dtype=options.dtype)
     return chat(pipeline, options, config) if options.chat else answer_each(pipeline, options, config)
 
 

@@ -46,6 +46,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
 
+    def pinned(self) -> "Batch":
+        """The same in memory from which a GPU copies while it computes."""
+        return Batch(*(x if x is None else x.pin_memory() for x in vars(self).values()))
+
 
 def collate(rows: list[Encoded], pixels: list[Tensor], pad_id: int, image_size: int) -> Batch:
     """The batch of encoded conversations and the pixels of their images."""

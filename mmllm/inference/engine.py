@@ -60,7 +60,7 @@ class Engine:
     A step reads only so much of waiting prompts that it takes about `step_s` seconds, as the answers under way stand still
     meanwhile. `store_bytes` bounds what is kept of prompts for later ones (prefix_store.py); then the weights must not
     change. `is_exact` False lets rows share any matrix product: faster on a CPU without our kernels, but near ties may then
-    depend on other requests. `is_compiled` compiles the step (a minute, once per machine). `use_static_step` None means on
+    depend on other requests. `use_static_step` None means on
     CUDA; a sharded model must not use it, because its collectives do not fit into a CUDA graph.
     """
 
@@ -73,13 +73,12 @@ class Engine:
         step_s: float = math.inf,
         store_bytes: int = 0,
         is_exact: bool = True,
-        is_compiled: bool = False,
         use_static_step: bool | None = None,
     ):
         self.model, self.slots, self.step_s = model, slots or SLOTS[model.device.type], step_s
         self.tokenizer = model.processor.tokenizer
-        is_static = is_compiled or (model.device.type == "cuda" if use_static_step is None else use_static_step)
-        self.runner = ModelRunner(model, self.slots, max_length, is_exact, is_compiled, is_static)
+        is_static = model.device.type == "cuda" if use_static_step is None else use_static_step
+        self.runner = ModelRunner(model, self.slots, max_length, is_exact, is_static)
         self.store, self.counters = PrefixStore(store_bytes), Counters()
         self.waiting: deque[Handle] = deque()
         self.active: list[ActiveRequest] = []

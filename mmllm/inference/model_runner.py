@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.inference.optimize import step_of
-from mmllm.inference.static_step import StaticStep, round_up
+from mmllm.inference.static_step import LONGEST, StaticStep, round_up
 from mmllm.layers.lora import has_adapter
 from mmllm.layers.packed import Packed
 from mmllm.layers.quantized import FrozenLinear
@@ -26,7 +26,7 @@ from mmllm.models.multimodal import MultimodalLLM
 from mmllm.models.qwen import rope_tables
 
 ROW_EXACT_BLOCK = 16  # tokens of a block where a piece may end anywhere: the unit in which prefixes are kept
-BLOCKS = {"cpu": 64, "cuda": 256, "mps": 256}  # elsewhere also the piece in which prompts are read
+BLOCKS = {"cpu": 64, "cuda": LONGEST, "mps": 256}  # elsewhere also the piece in which prompts are read
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,12 @@ class Piece:
 class ModelRunner:
     """Computes logits for `slots` slots; the arguments are those of `Engine`, `is_static` its `use_static_step`."""
 
-    def __init__(
-        self, model: MultimodalLLM, slots: int, max_length: int, is_exact: bool, is_compiled: bool, is_static: bool
-    ):
+    def __init__(self, model: MultimodalLLM, slots: int, max_length: int, is_exact: bool, is_static: bool):
         self.model, device = model, model.device
         with torch.inference_mode():
             self.cache = KVCache(model.config.text, slots, round_up(max_length), device=device, dtype=model.dtype)
         self.rope = torch.empty(2, 0)
-        self.static_step = StaticStep(model.language_model, self.cache, slots, is_compiled) if is_static else None
+        self.static_step = StaticStep(model.language_model, self.cache, slots) if is_static else None
         mixes_rows = has_batch_dependent_layer(model.language_model)
         self.is_row_by_row = is_exact and device.type == "cpu" and mixes_rows
         self.step = None if is_static else step_of(model.language_model)
@@ -67,6 +65,8 @@ class ModelRunner:
 
     def encode_image(self, pixels_3SS: Tensor) -> Tensor:
         """The visual tokens of one image, (Q, D): alone, so that its bits do not depend on other images."""
+        if self.static_step is not None:
+            return self.static_step.encode_image(self.model.encode_images, pixels_3SS)
         return self.model.encode_images(pixels_3SS[None])[0]
 
     def embed(self, ids: list[int] | tuple[int, ...], images_ND: Tensor | None = None) -> Tensor:
@@ -89,6 +89,9 @@ class ModelRunner:
         if self.is_row_exact:
             return self._run_together(slots, tokens, positions, pieces)
         (piece,) = pieces
+        if self.static_step is not None and self.static_step.ours is not None:
+            logits_1V = self.static_step.read(piece.slot, piece.start, piece.x_TD)
+            return logits_1V[: piece.is_last]
         x_1TD, cache = piece.x_TD[None], PerSlot(self.cache, [piece.slot], [piece.start])
         positions_1T = torch.arange(piece.start, piece.start + x_1TD.shape[1], device=x_1TD.device)[None]
         return self._logits(x_1TD, positions_1T, cache, [(0, x_1TD.shape[1] - 1)] if piece.is_last else [])

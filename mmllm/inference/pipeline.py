@@ -13,12 +13,10 @@ from mmllm.errors import UserError
 from mmllm.inference.engine import Engine
 from mmllm.inference.optimize import load_model
 from mmllm.inference.request import Generated, GenerationConfig, Handle, Prompt
-from mmllm.kernels import cpu as kernels
 from mmllm.models.loading import read_info
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.runtime.console import stderr_rank0
 from mmllm.runtime.device import choose_device
-from mmllm.runtime.machine import refuse_without_compiler
 from mmllm.storage.hub import locate
 
 # a path, encoded bytes, a data URI, a PIL image, or pixels (3, S, S) as `encode_image` returns them
@@ -41,22 +39,20 @@ class MultimodalInferencePipeline:
 
     What was computed for an image or an earlier turn is used again (STORE_BYTES of it): the weights must not change, or
     call `pipeline.engine.store.clear()`. Every method raises ImageError for an image that cannot be used and UserError for
-    settings out of range. Only one thread at a time may use a pipeline. `is_compiled` compiles the decoding step, so the
-    first answer takes minutes.
+    settings out of range. Only one thread at a time may use a pipeline.
     """
 
-    def __init__(self, model: MultimodalLLM, *, is_compiled: bool = False):
+    def __init__(self, model: MultimodalLLM):
         if model.processor is None:
             raise UserError("the model has no processor; load it with MultimodalLLM.from_pretrained")
         self.model = model.eval()
         self.processor = model.processor
-        self.is_compiled = is_compiled
         self.reset()
 
     @cached_property
     def engine(self) -> Engine:
         """Made when it is first used: a server has one of its own."""
-        return Engine(self.model, 1, store_bytes=STORE_BYTES, is_compiled=self.is_compiled)
+        return Engine(self.model, 1, store_bytes=STORE_BYTES)
 
     def caption_image(
         self, image: ImageSource, prompt: str = DEFAULT_PROMPT, config: GenerationConfig | None = None
@@ -100,8 +96,7 @@ class MultimodalInferencePipeline:
         """The answer. `on_text` gets it in pieces of whole characters; `is_cancelled()` is asked after every token."""
         config = config or GenerationConfig()
         if self.engine.slots < config.num_beams:
-            store_bytes, is_compiled = self.engine.store.limit_bytes, self.is_compiled
-            self.engine = Engine(self.model, config.num_beams, store_bytes=store_bytes, is_compiled=is_compiled)
+            self.engine = Engine(self.model, config.num_beams, store_bytes=self.engine.store.limit_bytes)
         handle = self.engine.submit(Handle(prompt, config, on_text=on_text))
         try:
             self.engine.run([handle], is_cancelled)
@@ -130,7 +125,6 @@ def load_pipeline(
     device: str = "auto",
     dtype: str | None = None,
     dtype_on_cpu: str = "float32",
-    is_compiled: bool = False,
 ) -> MultimodalInferencePipeline:
     """A pipeline for a directory or hub name (None: `default_model`, named on stderr), on a device given by name.
 
@@ -144,10 +138,4 @@ def load_pipeline(
     source = locate(source)
     if dtype is None:
         dtype = read_info(source).packed or {"cuda": "bfloat16", "cpu": dtype_on_cpu}.get(where.type, "float32")
-    model = load_model(source, device=where, precision=dtype)
-    if is_compiled and where.type == "cpu" and dtype != "float32" and kernels.native():
-        stderr_rank0("the step is not compiled: on a CPU that is slower than our own kernels")
-        is_compiled = False
-    if is_compiled:
-        refuse_without_compiler("--compile")
-    return MultimodalInferencePipeline(model, is_compiled=is_compiled)
+    return MultimodalInferencePipeline(load_model(source, device=where, precision=dtype))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
-from mmllm.kernels import reference, triton_int8
+from mmllm.kernels import gpu, reference
 from mmllm.layers.lora import has_adapter, move_adapter_
 from mmllm.layers.quantized import FrozenLinear, linear_layers
 
@@ -82,7 +82,7 @@ class Int8Packed(Packed):
         if self.q is None:
             return torch.ops.mmllm.int8_linear(x, self.panels, self.scale, self.bias, self.bits)
         if x.is_cuda:
-            return triton_int8.int8_linear(x, self.q, self.scale, self.bias)
+            return gpu.int8_linear(x, self.q, self.scale, self.bias)
         return reference.int8_linear(x, self.q, self.scale, self.bias, self.bits)
 
 

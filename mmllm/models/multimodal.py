@@ -26,6 +26,7 @@ from mmllm.models.siglip import SigLIPVisionTower
 TOWERS = {"clip_vision_model": CLIPVisionTower, "siglip_vision_model": SigLIPVisionTower}
 LANGUAGE_MODELS = {"qwen2": Qwen2, "qwen3": Qwen3}
 LOGITS_AT_ONCE = 2**23  # numbers in one piece of logits: 32 MiB in float32
+LOGITS_ON_GPU = 2**27  # where small pieces waste time
 TRAINED_HEAD_FACTOR = 8  # times as many where the head is trained: each piece makes a gradient of the whole head
 
 
@@ -44,6 +45,7 @@ class MultimodalLLM(nn.Module):
         self.language_model = LANGUAGE_MODELS[config.text.model_type](config.text)
         self.processor: ChatProcessor | None = None
         self.form = loading.ModelForm()
+        self.planned_for: str | None = None  # the kind of device, where memory is planned for another one
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +126,7 @@ class MultimodalLLM(nn.Module):
         """Summed cross-entropy of `targets_M`, each predicted from its hidden state and times its factor."""
         weight_VD = self.language_model.lm_head.weight
         numbers = LOGITS_AT_ONCE * (TRAINED_HEAD_FACTOR if weight_VD.requires_grad else 1)
+        numbers = LOGITS_ON_GPU if (self.planned_for or weight_VD.device.type) == "cuda" else numbers
         return cross_entropy_sum(x_MD, weight_VD, targets_M, max(1, numbers // self.config.text.vocab_size), factors_M)
 
     def target_logprobs(self, *inputs: Tensor | None) -> Tensor:

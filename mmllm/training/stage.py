@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from mmllm.config.schema import RewardConfig, StageConfig
-from mmllm.data.batches import Batch, BatchLoader, allowed_broken
+from mmllm.data.batches import Batch, BatchLoader, allowed_broken, make_batch
 from mmllm.data.order import sample_order
 from mmllm.errors import DataError
 from mmllm.layers.quantized import count_parameters, count_weights
@@ -58,7 +58,9 @@ class Stage:
         if position.done:
             disk.load_optimizer_(position.checkpoint, model, self.optimizer, position.updates, run.world)
         self.sampler = self._caption_sampler() if isinstance(settings, RewardConfig) else None
-        is_asked = {"read": read_questions, "collate": lambda questions, _: questions} if self.sampler else {}
+        how = {"read": read_questions, "collate": lambda questions, _: questions} if self.sampler else {}
+        if not self.sampler and run.world.device.type == "cuda":
+            how = {"collate": lambda *rows: make_batch(*rows).pinned()}
         self.loader = BatchLoader(
             run.data.train,
             model.processor,
@@ -72,7 +74,7 @@ class Stage:
             group_by_length=run.config.data.group_by_length,
             rank=run.world.rank,
             world_size=run.world.size,
-            **is_asked,
+            **how,
         )
         self.frozen = frozen_weights(model) if training.bf16 else []
 

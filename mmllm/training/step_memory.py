@@ -146,6 +146,7 @@ def stage_memory(
 
     def build() -> MultimodalLLM:
         model = MultimodalLLM(shape)
+        model.planned_for = kind
         prepare(model, uncompiled(config))
         train_only_(model, trained_parts(stage))
         held["float32"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

@@ -3,7 +3,6 @@
 import math
 import random
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -295,27 +294,16 @@ def test_a_static_step_gives_the_same_answers(model):
     assert [answer.ids for answer in together] == [alone(model, *request).ids for request in requests]
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own parts
-def test_a_compiled_step_gives_the_same_answers(tmp_path, monkeypatch):
-    """Traced and split up as for inductor, but run by torch's operators: its C++ compiler alone takes 15 s."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    model = load_model(write_model(tmp_path / "model", num_hidden_layers=1))
-    requests = [(text_prompt(5, 6), SHORT), (text_prompt(*[9] * 30), SHORT), (image_prompt(model, 0, 7), SHORT)]
-    engine = Engine(model, 2, is_compiled=True)
-    together = run(engine, *[submit(engine, *request) for request in requests])
-    assert [answer.ids for answer in together] == [alone(model, *request).ids for request in requests]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("is_compiled", [False, True])
-def test_cuda_graphs_give_the_answers_of_one_by_one(folder, is_compiled):
-    model = MultimodalLLM.from_pretrained(folder, device="cuda")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_cuda_graphs_give_the_answers_of_one_by_one(folder, dtype):
+    model = load_model(folder, device=torch.device("cuda"), precision=dtype)
     requests = ragged_requests(model)
-    engine = Engine(model, 16, max_length=512, is_compiled=is_compiled)
+    engine = Engine(model, 16, max_length=512)
+    assert engine.runner.static_step.ours is not None
     together = run(engine, *[submit(engine, *request) for request in requests])
-    single = Engine(model, 16, max_length=512, is_compiled=is_compiled)
+    single = Engine(model, 16, max_length=512)
     assert together == [run(single, submit(single, *request))[0] for request in requests]
 
 

@@ -175,7 +175,7 @@ def test_the_one_call_gives_what_the_layers_give_and_its_rows_the_same_bits_in_a
     def logits(threads: int, *cuts: int) -> torch.Tensor:
         """Of the last tokens of two texts, in slots 2 and 0, read in pieces; then one token of each decoded."""
         torch.set_num_threads(threads)
-        runner = ModelRunner(model, 3, 64, is_exact=True, is_compiled=False, is_static=False)
+        runner = ModelRunner(model, 3, 64, is_exact=True, is_static=False)
         assert runner.is_row_exact
         for start, end in pairwise((0, *cuts, 39)):
             both = zip((2, 0), ids, strict=True)

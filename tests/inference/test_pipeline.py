@@ -124,10 +124,3 @@ def test_the_default_model_is_the_one_trained_last(tmp_path):
         (tmp_path / name / "best_model").symlink_to(checkpoint.name)
         os.utime(config, (1e9 - age, 1e9 - age))
     assert default_model(tmp_path) == tmp_path / "newer" / "best_model"
-
-
-def test_compiling_without_a_compiler_is_refused_in_one_line(tmp_path, monkeypatch):
-    folder = write_model(tmp_path / "model")
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="--compile needs a C.. compiler, and there is no no-such-compiler on the PATH"):
-        load_pipeline(folder, device="cpu", dtype="float32", is_compiled=True)

@@ -74,7 +74,7 @@ def as_graph(request, monkeypatch):
 
     def turn(step: StaticStep) -> None:
         if request.param == "graph":
-            step.tokens_S = step.tokens_S.as_subclass(OnCuda)
+            step.inputs_2S = step.inputs_2S.as_subclass(OnCuda)
 
     yield turn
     assert (Graph.replays > 0) == (request.param == "graph")
@@ -85,7 +85,7 @@ def test_logits_are_those_of_the_ordinary_step_on_both_sides_of_every_bucket_edg
     language_model, length = model.language_model, 768
     ids = torch.randint(0, 500, (3, length), generator=torch.Generator().manual_seed(0))
     caches = [KVCache(model.config.text, 3, length, device=CPU, dtype=torch.float32) for _ in range(2)]
-    step = StaticStep(language_model, caches[1], 3, is_compiled=False)
+    step = StaticStep(language_model, caches[1], 3)
     as_graph(step)
 
     def read(cache: KVCache, rows: list[int], ids_BT: torch.Tensor, starts: list[int]) -> torch.Tensor:
