@@ -17,7 +17,7 @@ Every row goes to benchmarks/ as one JSON line with its date, commit, machine an
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.runner import serve_turns
@@ -132,7 +132,7 @@ def memory(options: argparse.Namespace) -> int:
     from benchmarks import memory as bench_memory
 
     spec, variants = spec_of(options, rows=options.rows), bench_memory.VARIANTS[: 2 if options.bf16_only else 4]
-    return finish("memory", bench_memory.measure(options.case or list(bench_memory.CASES), spec, variants), options)
+    return finish("memory", [bench_memory.measure(options.case or list(bench_memory.CASES), spec, variants)], options)
 
 
 def rehearse(options: argparse.Namespace) -> int:
@@ -141,7 +141,7 @@ def rehearse(options: argparse.Namespace) -> int:
     files = [item for item in options.settings if "=" not in item] or ["configs/full.py"]
     settings = [item for item in options.settings if "=" in item]
     rows = bench_rehearse.measure(spec_of(options), files[0], options.samples, settings, options.models)
-    return finish("rehearse", rows, options)
+    return finish("rehearse", [rows], options)
 
 
 def caption(options: argparse.Namespace) -> int:
@@ -151,13 +151,13 @@ def caption(options: argparse.Namespace) -> int:
     rows = bench_caption.measure(
         spec_of(options), precisions, options.images, options.new_tokens, options.slots, options.rounds, options.models
     )
-    return finish("caption", rows, options)
+    return finish("caption", [rows], options)
 
 
 def load(options: argparse.Namespace) -> int:
     from benchmarks import load as bench_load
 
-    return finish("load", bench_load.measure(options.size, options.requests, options.url, options.models), options)
+    return finish("load", [bench_load.measure(options.size, options.requests, options.url, options.models)], options)
 
 
 def precision(options: argparse.Namespace) -> int:
@@ -173,19 +173,19 @@ def gpu(options: argparse.Namespace) -> int:
     return bench_gpu.measure_all(options.out, options.device)
 
 
-def finish(kind: str, rows: list[dict], options: argparse.Namespace) -> int:
-    """Save the rows and their ratios, and print the goals beside them."""
+def finish(kind: str, groups: Iterable[list[dict]], options: argparse.Namespace) -> int:
+    """Save each group of rows as soon as it is measured, then their ratios, and print the goals beside them."""
     from benchmarks.rows import goal_lines, read_rows, remember, save_rows, stamped
     from benchmarks.table import GOALS
     from mmllm.runtime.console import print_rank0
     from mmllm.runtime.device import choose_device
 
     device = choose_device(options.device)
-    path = save_rows(options.out, kind, stamped(rows, device, sys.argv[1:]))
+    for rows in groups:
+        print_rank0(f"{len(rows)} rows in {save_rows(options.out, kind, stamped(rows, device, sys.argv[1:]))}")
     remember(options.out, kind, GOALS)
     for what, measured, goal, is_met in goal_lines(GOALS, kind, read_rows(options.out, kind), device.type):
         print_rank0(f"{what}: {measured} ({goal}: {is_met})")
-    print_rank0(f"{len(rows)} rows in {path}")
     return 0
 
 

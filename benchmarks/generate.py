@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -81,8 +82,11 @@ GOALS = (
 )
 
 
-def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, folder: Path) -> list[dict]:
-    """The rows of all contestants. `folder` keeps the model of random weights from one benchmark to the next."""
+def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, folder: Path) -> Iterator[list[dict]]:
+    """The rows of all contestants, those of the slowest to get ready at the end.
+
+    `folder` keeps the model of random weights from one benchmark to the next.
+    """
     config = sizes(spec["size"], spec["layers"])
     name = f"{spec['size']}-{spec['layers'] or 'all'}-layers"
     spec = spec | {"bench": "generate", "model": str(write_model(folder / name / "model", config))}
@@ -99,21 +103,23 @@ def measure(spec: dict, precisions: list[str], batches: list[int], rounds: int, 
         specs.append(mine | {"turns": [*turns, caption]})
         if precision == "int8" and on_cpu:
             specs.append(mine | {"contestant": AT_LOAD, "model": spec["model"], "turns": [caption]})
-    specs += peer_specs(spec, turns)
-    rows = compete(specs, rounds)
-    for precision in precisions if on_cpu else []:
-        rows.append(cold_start(spec | {"precision": precision} | packed.get(precision, {})))
-    (bandwidth,) = [row["bytes_per_s"] for row in rows if row["contestant"] == READ]
+    yield with_shares(compete(specs + peer_specs(spec, turns), rounds))
+    if on_cpu:
+        yield with_shares([cold_start(spec | {"precision": each} | packed.get(each, {})) for each in precisions])
+    if peers.has_transformers() and (not on_cpu or spec["size"] == "tiny"):
+        theirs = spec | {"kind": "transformers", "precision": "bfloat16", "compiled": True, "turns": turns[:1]}
+        few = [each for each in specs if each["contestant"] in (READ, BF16)]
+        yield with_shares(compete([*few, theirs | {"contestant": f"{HF} compiled"}], rounds))
+
+
+def with_shares(rows: list[dict]) -> list[dict]:
+    """The rows with their shares of the bandwidth, which it prints."""
+    bandwidth = [row["bytes_per_s"] for row in rows if row["contestant"] == READ]
     for row in rows:
         if "steps_per_s" in row:
-            row["bandwidth_share"] = row["steps_per_s"] * row["weight_bytes"] / bandwidth
+            row["bandwidth_share"] = row["steps_per_s"] * row["weight_bytes"] / bandwidth[0]
         print_rank0("  " + console_line(row))
     return rows
-
-
-def compiles(spec: dict) -> bool:
-    """Whether compiled steps take part: on a GPU, and where everything is tried out."""
-    return spec["device"] == "cuda" or spec["size"] == "tiny"
 
 
 def packed_model(source: Path, precision: str) -> Path:
@@ -134,8 +140,6 @@ def peer_specs(spec: dict, turns: list[dict]) -> list[dict]:
         theirs = spec | {"kind": "transformers", "precision": "bfloat16", "turns": alone}
         all_turns = turns if spec["device"] == "cuda" else alone
         specs.append(theirs | {"contestant": HF, "compiled": False, "turns": all_turns})
-        if compiles(spec):
-            specs.append(theirs | {"contestant": f"{HF} compiled", "compiled": True})
     if llama.is_installed():
         for kind in llama.KINDS:
             llama.write_gguf(Path(spec["model"]), kind)  # here, so that it counts to no contestant's peak

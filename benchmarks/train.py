@@ -8,7 +8,7 @@ forward, backward, clipping, AdamW. Each program holds frozen weights in the pre
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,9 +88,8 @@ GOALS = (
 )
 
 
-def measure(names: list[str], spec: dict, rounds: int) -> list[dict]:
-    """The rows of the cases called `names`; `spec` says size, layers, rows of a step, and device."""
-    rows = []
+def measure(names: list[str], spec: dict, rounds: int) -> Iterator[list[dict]]:
+    """The rows of each of the cases called `names`; `spec` says size, layers, rows of a step, and device."""
     for case in (BY_NAME[name] for name in names):
         print_rank0(f"{case.name}:")
         together = not case.is_large or spec["device"] != "cpu" or spec["size"] != "full"
@@ -101,8 +100,7 @@ def measure(names: list[str], spec: dict, rounds: int) -> list[dict]:
                 f"  {row['contestant']}: {row['seconds']:.2f} s a step, {row['tokens_per_s']:.0f} tokens/s, "
                 f"{row['peak_bytes'] / 1e9:.2f} GB at most, loss {row['loss']:.4f}"
             )
-        rows += found
-    return rows
+        yield found
 
 
 def contestants(case: Case, spec: dict) -> list[dict]:

@@ -56,7 +56,7 @@ def project(
 
     first, second = (gate, matrix) if gate else (matrix, None)
     (rows, outs), width = y.shape, matrix.rows.shape[1]
-    block_rows, block_outs, block_width, warps = blocks(rows, outs, width, not first.rows.is_floating_point())
+    block_rows, block_outs, block_width, warps = blocks(rows, outs, width, first.rows.dtype, dtype)
     kernels.project[(-(-outs // block_outs), -(-rows // block_rows))](
         x, norm, first.rows, first.scale, first.bias, second and second.rows, second and second.scale, y,
         rows, outs, width, eps, ADD=is_added, DTYPE=triton_dtype(dtype), ROWS=block_rows,
@@ -65,16 +65,18 @@ def project(
     return y
 
 
-def blocks(rows: int, outs: int, width: int, is_int8: bool) -> tuple[int, int, int, int]:
+def blocks(rows: int, outs: int, width: int, held: torch.dtype, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Rows, outputs, columns and warps of a program of `project`: the fastest of some ten on an H100, at the shapes of
     Qwen2.5-0.5B, where `outs` are at most 1,152 or at least 4,864."""
-    is_wide, is_head = width > 2048, outs > 8192
+    is_wide, is_head, is_int8 = width > 2048, outs > 8192, held == torch.int8
     if rows == 1:
         if is_head:
             return (1, 16, 256, 4) if is_int8 else (1, 4, 512, 2)
         if outs > 2048:
             return (1, 8, 256, 4) if is_int8 else (1, 4, 1024, 4)
         return 1, 2, 1024, 4
+    if dtype == torch.float32:  # whose blocks are twice as large
+        return 16 if rows <= 16 else 64, 32, 64, 4
     if rows <= 16:
         return (16, 64, 128, 4) if outs > 2048 else (16, 16, 512, 4) if is_wide else (16, 16, 128, 2)
     if outs > 2048:

@@ -154,15 +154,19 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(capability, rows, tmp_pa
 
     count = dict.fromkeys(("rows", "outs", "width", "capacity"), "i32") | dict.fromkeys(("eps", "scale"), "fp32")
     parts = 64 // rows
-    forms = [  # what is left out, the type of weights, and whether the result is added
-        (("scale", "w2", "scale2"), "*bf16", False),
-        (("bias",), "*i8", False),
-        (("norm", "scale", "bias", "w2", "scale2"), "*bf16", True),
+    names = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.float32: "*fp32"}
+    forms = [  # what is left out, the types of the weights and of the products' inputs, outputs and inputs
+        (("scale", "scale2"), torch.bfloat16, torch.bfloat16, 4864, 896),
+        (("scale", "scale2"), torch.float32, torch.float32, 4864, 896),
+        (("bias",), torch.int8, torch.bfloat16, 4864, 896),
+        (("norm", "scale", "bias", "w2", "scale2"), torch.bfloat16, torch.bfloat16, 896, 4864),
+        (("norm", "scale", "bias", "w2", "scale2"), torch.float32, torch.float32, 896, 4864),
     ]
-    for absent, kind, is_added in forms:
-        types = count | dict.fromkeys(("w", "w2", "norm", "bias"), "*bf16") | {"w": kind, "w2": kind, "scale": "*fp32"}
-        sizes = zip(("ROWS", "OUTS", "WIDTH"), gpu.blocks(rows, 4864, 896, kind == "*i8")[:3], strict=True)
-        form = dict.fromkeys(absent) | {"ADD": is_added, "DTYPE": gpu.triton_dtype(torch.bfloat16)}
+    for absent, held, dtype, outs, width in forms:
+        weights = dict.fromkeys(("w", "w2"), names[held]) | dict.fromkeys(("norm", "bias"), names[dtype])
+        types = count | weights | {"scale": "*fp32", "x": names[dtype] if "norm" in absent else "*fp32"}
+        sizes = zip(("ROWS", "OUTS", "WIDTH"), gpu.blocks(rows, outs, width, held, dtype)[:3], strict=True)
+        form = dict.fromkeys(absent) | {"ADD": "norm" in absent, "DTYPE": gpu.triton_dtype(dtype)}
         compile_(kernels.project, types, form | dict(sizes))
     shape = {"HEADS": 14, "GROUPS": 2, "HEAD": 64, "PARTS": parts, "QUERIES": 16, "KEYS": gpu.KEYS}
     types = count | {"keys": "*bf16", "values": "*bf16", "slots": "*i64", "positions": "*i64"}
