@@ -564,12 +564,11 @@ static inline __attribute__((always_inline)) void attend(const float* query, con
   for (int64_t k = 0; k < K; k += LANES) put(out + k, sums[k / LANES] / total, LANES);
 }
 
-// The language model of qwen.py on packed matrices, for `PerSlot` caches: tokens of answers and of prompts alike are rows. One
-// parallel region, in which all threads do the same phases and wait for each other after each. No row depends on another but
-// through the cache.
+// The language model of qwen.py on packed matrices, for `PerSlot` caches: tokens of answers and of prompts alike are rows. No row
+// depends on another but through the cache.
 struct Step : torch::CustomClassHolder {
-  std::vector<Tensor> held;       // what the pointers point into
-  std::vector<Matrix> matrices;   // q, k, v, o, gate, up, down of each layer, then the head
+  std::vector<Tensor> held;         // what the pointers point into
+  std::vector<Matrix> matrices;     // q, k, v, o, gate, up, down of each layer, then the head
   std::vector<const float*> norms;  // two a layer, the last one, then those of the queries and keys of each layer, if any
   const int64_t head_dim, bits, layers;
   const double eps;
@@ -585,102 +584,142 @@ struct Step : torch::CustomClassHolder {
     for (const Tensor& norm : norms_) norms.push_back(norm.const_data_ptr<float>());
   }
 
-  // x (M, D) goes to positions `starts` of `slots` in keys and values (L, S, G, C, K); cos and sin (C, K). Returns the logits
-  // of the rows `keep`.
   Tensor run(const Tensor& x_MD, std::vector<int64_t> slots, std::vector<int64_t> starts, std::vector<int64_t> keep,
-             const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values) {
-    const int64_t M = slots.size(), N = keep.size(), D = x_MD.size(1), K = head_dim, H = matrices[0].O / K, G = matrices[1].O / K,
-                  F = matrices[4].O, qkv_width = (H + 2 * G) * K;
-    TORCH_CHECK(x_MD.scalar_type() == at::kFloat && keys.scalar_type() == at::kFloat && values.strides() == keys.strides() &&
-                    keys.size(4) == K && keys.size(2) == G && keys.stride(4) == 1 && cos.size(0) >= keys.size(3) &&
-                    cos.is_contiguous() && sin.is_contiguous(), "float32 caches of this model are needed");
-    for (int64_t m = 0; m < M; m++)
-      TORCH_CHECK(starts[m] < keys.size(3) && slots[m] < keys.size(1), "row ", m, " has no such position");
-    Tensor logits = at::empty({N, matrices.back().O}, x_MD.options()), hidden = x_MD.clone(), kept = at::empty({N, D}, x_MD.options());
-    const Tensor y = at::empty({M, std::max({D, qkv_width, 2 * F})}, x_MD.options());
-    float *x = hidden.mutable_data_ptr<float>(), *out = y.mutable_data_ptr<float>(), *last = kept.mutable_data_ptr<float>();
-    Rows in = rows_for(matrices[0], M, bits), heads = rows_for(matrices[3], M, bits), gated = rows_for(matrices[6], M, bits),
-         final = rows_for(matrices.back(), N, bits);
-    const auto K_of = [](const Rows& rows) { return std::visit([](auto& form) { return form.K; }, rows); };
-    const int64_t most = std::max({K_of(in), K_of(heads), K_of(gated), K_of(final)});
-    const Tensor attended = at::zeros({M, K_of(heads)}, x_MD.options());
-#pragma omp parallel num_threads(at::get_num_threads())
-    {
-      const int64_t t = omp_get_thread_num(), T = omp_get_num_threads();
-      std::vector<float> row(most), scores;
-      const auto each = [&](int64_t count, const auto& body) {
-        for (int64_t i = count * t / T; i < count * (t + 1) / T; i++) body(i);
+             const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values);
+};
+
+// What the threads of one `run` share.
+struct Pass {
+  const Step& model;
+  const std::vector<int64_t>&slots, &starts, &keep;
+  const Tensor &cos, &sin, &keys, &values;
+  const int64_t M = slots.size(), N = keep.size(), K = model.head_dim, D = model.matrices[3].O, H = model.matrices[0].O / K,
+                G = model.matrices[1].O / K, F = model.matrices[4].O, qkv_width = (H + 2 * G) * K;
+  Rows in = rows_for(model.matrices[0], M, model.bits), heads = rows_for(model.matrices[3], M, model.bits),
+       gated = rows_for(model.matrices[6], M, model.bits), final = rows_for(model.matrices.back(), N, model.bits);
+  float *x, *out, *last, *attended;  // (M, D), (M, the widest product), (N, D), (M, columns of `heads`)
+
+  static int64_t columns(const Rows& rows) { return std::visit([](auto& form) { return form.K; }, rows); }
+};
+
+// One of the threads, all of which do the same phases and wait for each other after each.
+struct Worker {
+  Pass& pass;
+  const Step& model = pass.model;
+  const int64_t t = omp_get_thread_num(), T = omp_get_num_threads();
+  std::vector<float> row = std::vector<float>(std::max(
+      {Pass::columns(pass.in), Pass::columns(pass.heads), Pass::columns(pass.gated), Pass::columns(pass.final)}));
+  std::vector<float> scores{};
+
+  void each(int64_t count, const auto& body) {
+    for (int64_t i = count * t / T; i < count * (t + 1) / T; i++) body(i);
 #pragma omp barrier
-      };
-      const auto set = [](Rows& rows, const float* from, int64_t m) { std::visit([&](auto& form) { form.set(from, m); }, rows); };
-      const auto multiply = [&](int64_t first, int64_t count, const Rows& rows, float* to) {
-        int64_t panels = 0;
-        for (int64_t i = first; i < first + count; i++) panels += matrices[i].count();
-        product({&matrices[first], size_t(count)}, rows, to, panels * t / T, panels * (t + 1) / T);
+  }
+
+  void set(Rows& rows, const float* from, int64_t m) { std::visit([&](auto& form) { form.set(from, m); }, rows); }
+
+  // Rows times `count` matrices from `first` on, side by side.
+  void multiply(int64_t first, int64_t count, const Rows& rows, float* to) {
+    int64_t panels = 0;
+    for (int64_t i = first; i < first + count; i++) panels += model.matrices[i].count();
+    product({&model.matrices[first], size_t(count)}, rows, to, panels * t / T, panels * (t + 1) / T);
 #pragma omp barrier
-      };
-      // Adds `more` to rows of x, and their norms are what the next product reads.
-      const auto norm = [&](int64_t rows, float* x, const float* more, const float* weight, Rows& to) {
-        each(rows, [&](int64_t m) {
-          for (int64_t k = 0; more && k < D; k++) x[m * D + k] += more[m * D + k];
-          std::fill(row.begin(), row.end(), 0.f);
-          rms_norm(x + m * D, weight, row.data(), D, eps);
-          set(to, row.data(), m);
-        });
-      };
-      for (int64_t layer = 0; layer < layers; layer++) {
-        const int64_t first = 7 * layer, step = keys.stride(3);
-        float* all_keys = keys.mutable_data_ptr<float>() + layer * keys.stride(0);
-        float* all_values = values.mutable_data_ptr<float>() + layer * keys.stride(0);
-        norm(M, x, layer ? out : nullptr, norms[2 * layer], in);
-        multiply(first, 3, in, out);
-        each(M, [&](int64_t m) {
-          float* qkv = out + m * qkv_width;
-          const int64_t place = slots[m] * keys.stride(1) + starts[m] * step;
-          for (int64_t h = 0; h < H + G; h++) {
-            if (int64_t(norms.size()) > 2 * layers + 1)
-              rms_norm(qkv + h * K, norms[2 * layers + 1 + 2 * layer + (h >= H)], qkv + h * K, K, eps);
-            rotate(qkv + h * K, cos.const_data_ptr<float>() + starts[m] * K, sin.const_data_ptr<float>() + starts[m] * K, K);
-          }
-          for (int64_t g = 0; g < G; g++) {
-            memcpy(all_keys + place + g * keys.stride(2), qkv + (H + g) * K, K * sizeof(float));
-            memcpy(all_values + place + g * keys.stride(2), qkv + (H + G + g) * K, K * sizeof(float));
-          }
-        });
-        each(M * H, [&](int64_t i) {
-          const int64_t m = i / H, h = i % H, place = slots[m] * keys.stride(1) + h / (H / G) * keys.stride(2);
-          const auto head = [&](int64_t size) __attribute__((always_inline)) {
-            attend(out + m * qkv_width + h * K, all_keys + place, all_values + place,
-                   attended.mutable_data_ptr<float>() + m * attended.size(1) + h * K, starts[m] + 1, step, size, scores);
-          };
-          K == 64 ? head(64) : head(K);  // a constant size is twice as fast
-        });
-        each(M, [&](int64_t m) { set(heads, attended.const_data_ptr<float>() + m * attended.size(1), m); });
-        multiply(first + 3, 1, heads, out);
-        const bool is_last = layer == layers - 1;
-        if (is_last) {
-          each(N, [&](int64_t n) {
-            for (int64_t k = 0; k < D; k++) last[n * D + k] = x[keep[n] * D + k] + out[keep[n] * D + k];
-          });
-#pragma omp single
-          for (Rows* rows : {&in, &gated}) std::visit([&](auto& form) { form.M = N; }, *rows);
-        }
-        const int64_t rows = is_last ? N : M;
-        norm(rows, is_last ? last : x, is_last ? nullptr : out, norms[2 * layer + 1], in);
-        multiply(first + 4, 2, in, out);
-        each(rows, [&](int64_t m) {
-          std::fill(row.begin(), row.end(), 0.f);
-          swiglu(out + m * 2 * F, row.data(), F);
-          set(gated, row.data(), m);
-        });
-        multiply(first + 6, 1, gated, out);
+  }
+
+  // Adds `more` to rows of x, and their norms are what the next product reads.
+  void norm(int64_t rows, float* x, const float* more, const float* weight, Rows& to) {
+    const int64_t D = pass.D;
+    each(rows, [&](int64_t m) {
+      for (int64_t k = 0; more && k < D; k++) x[m * D + k] += more[m * D + k];
+      std::fill(row.begin(), row.end(), 0.f);
+      rms_norm(x + m * D, weight, row.data(), D, model.eps);
+      set(to, row.data(), m);
+    });
+  }
+
+  // From queries, keys and values in `out` to the attention of each row in `heads`; the cache takes the new keys and values.
+  void attention(int64_t layer) {
+    const int64_t K = pass.K, H = pass.H, G = pass.G, width = Pass::columns(pass.heads), first = 2 * model.layers + 1;
+    const auto strides = pass.keys.strides();
+    float* keys = pass.keys.mutable_data_ptr<float>() + layer * strides[0];
+    float* values = pass.values.mutable_data_ptr<float>() + layer * strides[0];
+    each(pass.M, [&](int64_t m) {
+      float* qkv = pass.out + m * pass.qkv_width;
+      const int64_t start = pass.starts[m], place = pass.slots[m] * strides[1] + start * strides[3];
+      for (int64_t h = 0; h < H + G; h++) {
+        if (int64_t(model.norms.size()) > first)
+          rms_norm(qkv + h * K, model.norms[first + 2 * layer + (h >= H)], qkv + h * K, K, model.eps);
+        rotate(qkv + h * K, pass.cos.const_data_ptr<float>() + start * K, pass.sin.const_data_ptr<float>() + start * K, K);
       }
-      norm(N, last, out, norms[2 * layers], final);
-      multiply(7 * layers, 1, final, logits.mutable_data_ptr<float>());
+      for (int64_t g = 0; g < G; g++) {
+        memcpy(keys + place + g * strides[2], qkv + (H + g) * K, K * sizeof(float));
+        memcpy(values + place + g * strides[2], qkv + (H + G + g) * K, K * sizeof(float));
+      }
+    });
+    each(pass.M * H, [&](int64_t i) {
+      const int64_t m = i / H, h = i % H, place = pass.slots[m] * strides[1] + h / (H / G) * strides[2];
+      const auto head = [&](int64_t size) __attribute__((always_inline)) {
+        attend(pass.out + m * pass.qkv_width + h * K, keys + place, values + place, pass.attended + m * width + h * K,
+               pass.starts[m] + 1, strides[3], size, scores);
+      };
+      K == 64 ? head(64) : head(K);  // a constant size is twice as fast
+    });
+    each(pass.M, [&](int64_t m) { set(pass.heads, pass.attended + m * width, m); });
+  }
+
+  void run(float* logits) {
+    const int64_t D = pass.D, F = pass.F;
+    int64_t rows = pass.M;
+    float *x = pass.x, *out = pass.out, *more = nullptr;
+    for (int64_t layer = 0; layer < model.layers; layer++) {
+      const int64_t first = 7 * layer;
+      norm(rows, x, more, model.norms[2 * layer], pass.in);
+      multiply(first, 3, pass.in, out);
+      attention(layer);
+      multiply(first + 3, 1, pass.heads, more = out);
+      if (layer == model.layers - 1) {  // only the rows whose logits are asked for go on
+        each(rows = pass.N, [&](int64_t n) {
+          const int64_t m = pass.keep[n];
+          for (int64_t k = 0; k < D; k++) pass.last[n * D + k] = x[m * D + k] + out[m * D + k];
+        });
+        x = pass.last, more = nullptr;
+#pragma omp single
+        for (Rows* each : {&pass.in, &pass.gated}) std::visit([&](auto& form) { form.M = rows; }, *each);
+      }
+      norm(rows, x, more, model.norms[2 * layer + 1], pass.in);
+      multiply(first + 4, 2, pass.in, out);
+      each(rows, [&](int64_t m) {
+        std::fill(row.begin(), row.end(), 0.f);
+        swiglu(out + m * 2 * F, row.data(), F);
+        set(pass.gated, row.data(), m);
+      });
+      multiply(first + 6, 1, pass.gated, more = out);
     }
-    return logits;
+    norm(rows, x, out, model.norms[2 * model.layers], pass.final);
+    multiply(7 * model.layers, 1, pass.final, logits);
   }
 };
+
+// x (M, D) goes to positions `starts` of `slots` in keys and values (L, S, G, C, K); cos and sin (C, K). Returns the logits of
+// the rows `keep`.
+Tensor Step::run(const Tensor& x_MD, std::vector<int64_t> slots, std::vector<int64_t> starts, std::vector<int64_t> keep,
+                 const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values) {
+  Pass pass{*this, slots, starts, keep, cos, sin, keys, values};
+  TORCH_CHECK(x_MD.scalar_type() == at::kFloat && keys.scalar_type() == at::kFloat && values.strides() == keys.strides() &&
+                  keys.size(4) == pass.K && keys.size(2) == pass.G && keys.stride(4) == 1 && cos.size(0) >= keys.size(3) &&
+                  cos.is_contiguous() && sin.is_contiguous(), "float32 caches of this model are needed");
+  for (int64_t m = 0; m < pass.M; m++)
+    TORCH_CHECK(starts[m] < keys.size(3) && slots[m] < keys.size(1), "row ", m, " has no such position");
+  const int64_t widest = std::max({pass.D, pass.qkv_width, 2 * pass.F});
+  const Tensor x = x_MD.clone(), out = at::empty({pass.M, widest}, x.options()), last = at::empty({pass.N, pass.D}, x.options()),
+               attended = at::zeros({pass.M, Pass::columns(pass.heads)}, x.options()),
+               logits = at::empty({pass.N, matrices.back().O}, x.options());
+  pass.x = x.mutable_data_ptr<float>(), pass.out = out.mutable_data_ptr<float>();
+  pass.last = last.mutable_data_ptr<float>(), pass.attended = attended.mutable_data_ptr<float>();
+#pragma omp parallel num_threads(at::get_num_threads())
+  Worker{pass}.run(logits.mutable_data_ptr<float>());
+  return logits;
+}
 
 TORCH_LIBRARY(mmllm, m) {
   m.def("int8_linear(Tensor x, Tensor panels, Tensor scale, Tensor? bias, int bits) -> Tensor");
