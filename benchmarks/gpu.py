@@ -17,7 +17,7 @@ from mmllm.errors import UserError
 from mmllm.runtime.console import print_rank0
 
 BENCH = ("-m", "benchmarks")
-GPU_TESTS = ("tests/inference/test_engine.py", "tests/kernels/test_gpu.py")
+GPU_TESTS = ("tests/inference/test_engine.py", "tests/kernels/test_gpu.py", "tests/training/test_experiment.py")
 
 
 def parts(folder: Path, device: str) -> dict[str, tuple[int, list[str]]]:

@@ -231,6 +231,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world, whole_run, tm
     assert_equal_runs(config, whole_run)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw8bit"}, {"compile": True}], ids=str)
+def test_a_run_on_a_gpu_takes_the_steps_of_one_on_a_cpu_and_goes_on_from_a_checkpoint(
+    world, whole_run, tmp_path, settings
+):
+    config = world.config(tmp_path, save_steps=1, keep_checkpoints=100, **settings)
+    config.device = "cuda"
+    assert train(config) == 0
+    mine, theirs = ([row["loss"] for row in numbers(c) if "loss" in row] for c in (config, whole_run))
+    assert mine == pytest.approx(theirs, rel=0.02 if settings else 1e-3)
+    for checkpoint in disk.checkpoints(directory_of(config)):
+        if disk.step_of(checkpoint) > 3:
+            shutil.rmtree(checkpoint)
+    assert train(config, resume="auto") == 0
+    assert [row["loss"] for row in numbers(config) if "loss" in row] == pytest.approx(mine, rel=1e-3)
+
+
 def test_more_and_smaller_micro_batches_resume_the_same_run(world, whole_run, tmp_path, capsys):
     config = world.config(tmp_path, gradient_accumulation_steps=4)
     config.data.batch_size = 1
