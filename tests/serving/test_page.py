@@ -137,14 +137,14 @@ def test_an_answer_stops_and_is_asked_again(page, server):
     wait_until(lambda: server.busy_and_waiting() == (0, 0))
     set_length(page, 40)
     page.get_by_role("button", name="Retry").click()
-    expect(page.locator(".answer")).to_contain_text("40 tokens")
+    expect(page.locator(".answer")).to_contain_text("40 tokens ·")
 
 
 def test_a_conversation_is_there_after_a_reload_until_it_is_deleted(page, photo, server):
     drop(page, photo)
     ask(page, "What is this?")
     ask(page, "And what else?")
-    expect(page.locator(".answer").nth(1)).to_contain_text("40 tokens")
+    expect(page.locator(".answer").nth(1)).to_contain_text("40 tokens ·")
     said = answers(page).all_text_contents()
     visit(page, server)
     assert answers(page).all_text_contents() == said
@@ -163,7 +163,7 @@ def test_the_curl_command_of_an_answer_gives_that_answer(page, photo, tmp_path):
     drop(page, photo)
     ask(page, 'A "quote", it\'s $HOME, `date` and \\n?')
     ask(page, "Once more")
-    expect(page.locator(".answer").nth(1)).to_contain_text("40 tokens")
+    expect(page.locator(".answer").nth(1)).to_contain_text("40 tokens ·")
     uri = page.locator(".question img").get_attribute("src")
     (tmp_path / "image1.jpg").write_bytes(decode_base64(uri))
     for i in range(2):
@@ -183,7 +183,7 @@ def test_a_photo_from_the_camera_is_asked_about(page):
 def test_text_is_never_taken_for_html(page, tmp_path):
     html = "<img src=x onerror=document.title='broken-in'><b>bold</b>"
     ask(page, html)
-    expect(page.locator(".answer")).to_contain_text("40 tokens")
+    expect(page.locator(".answer")).to_contain_text("40 tokens ·")
     assert html in page.locator(".question").text_content()
     assert page.locator("#log b, #history b").count() == 0 and page.title() == "mmllm"
 
@@ -242,7 +242,7 @@ def test_a_full_server_is_asked_again_after_a_countdown(page, server):
         connection.close()
     wait_until(lambda: server.busy_and_waiting() == (0, 0))
     page.get_by_role("button", name="Try now").click()
-    expect(page.locator(".answer")).to_contain_text("40 tokens")
+    expect(page.locator(".answer")).to_contain_text("40 tokens ·")
 
 
 def test_a_server_that_is_gone_is_asked_again_when_it_is_back(page):
@@ -251,7 +251,7 @@ def test_a_server_that_is_gone_is_asked_again_when_it_is_back(page):
     expect(page.locator(".problem")).to_contain_text("The server cannot be reached. Is it still running? Next try in")
     page.context.set_offline(False)
     page.get_by_role("button", name="Try now").click()
-    expect(page.locator(".answer")).to_contain_text("40 tokens")
+    expect(page.locator(".answer")).to_contain_text("40 tokens ·")
 
 
 def test_a_missing_key_is_asked_for_and_the_question_asked_again(browser, pipeline):
@@ -262,7 +262,7 @@ def test_a_missing_key_is_asked_for_and_the_question_asked_again(browser, pipeli
         expect(page.get_by_label("API key")).to_be_focused()
         page.get_by_label("API key").fill("secret")
         page.get_by_role("button", name="Done").click()
-        expect(page.locator(".answer")).to_contain_text("40 tokens")
+        expect(page.locator(".answer")).to_contain_text("40 tokens ·")
         assert page.evaluate("() => localStorage.mmllm.includes('secret')") is False
         page.close()
 
@@ -280,7 +280,7 @@ def test_everything_that_can_be_operated_has_a_name_for_a_screen_reader(page, ph
     drop(page, photo)
     assert all(names())
     ask(page, "What is this?")
-    expect(page.locator(".answer")).to_contain_text("40 tokens")
+    expect(page.locator(".answer")).to_contain_text("40 tokens ·")
     assert all(names())
     page.get_by_role("tab", name="Batch").click()
     drop(page, photo)
