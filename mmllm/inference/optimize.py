@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.config.schema import PRECISIONS
-from mmllm.data.batches import ordered_batches
+from mmllm.data.batches import make_batch, read_rows
 from mmllm.data.samples import Sample
 from mmllm.errors import UserError
 from mmllm.kernels import cpu as kernels
@@ -81,8 +81,8 @@ def second_moments(model: MultimodalLLM, samples: Sequence[Sample]) -> dict[nn.M
         moments[layer] = moments.get(layer, 0) + x_MK.T @ x_MK
 
     hooks = [layer.register_forward_hook(add) for layer in linear_layers(model.language_model).values()]
-    for batch in ordered_batches(samples, model.processor, 1, num_workers=0):
-        model(*vars(batch).values())
+    for sample in samples:
+        model(*vars(make_batch(read_rows(sample, model.processor), model.processor)).values())
     for hook in hooks:
         hook.remove()
     return moments

@@ -73,7 +73,8 @@ def quantize_int4_for(weight_OK: Tensor, moments_KK: Tensor) -> tuple[Tensor, Te
     GPTQ, https://arxiv.org/abs/2210.17323, code https://github.com/IST-DASLab/gptq (gptq.py).
     """
     rest_KO, K = weight_OK.T.float().contiguous(), len(moments_KK)
-    damped_KK = moments_KK.double() + DAMPING * moments_KK.diag().mean() * torch.eye(K, device=moments_KK.device)
+    damping = DAMPING * moments_KK.diag().mean().clamp(min=1e-30)  # inputs may all be 0
+    damped_KK = moments_KK.double() + damping * torch.eye(K, device=moments_KK.device)
     inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK))
     factor_KK = torch.linalg.cholesky(inverse_KK, upper=True).float()
     q_KO, scales = torch.empty_like(rest_KO, dtype=torch.int8), []

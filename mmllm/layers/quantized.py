@@ -117,9 +117,10 @@ def quantize_(language_model: nn.Module, rounding: str = "int8") -> None:
 
 
 def count_weights(module: nn.Module) -> int:
-    """Number of parameters, including those that are held as int8 or int4."""
-    frozen = (layer for layer in module.modules() if isinstance(layer, FrozenLinear))
-    return count_parameters(module) + sum(layer.in_features * layer.out_features for layer in frozen)
+    """Number of parameters, including those that are held as int8 or int4, also by layers of packed.py."""
+    held = [each for each in module.modules() if hasattr(each, "out_features") and not isinstance(each, nn.Linear)]
+    biases = sum(layer.out_features for layer in held if "bias" in layer._buffers and layer.bias is not None)
+    return count_parameters(module) + biases + sum(layer.in_features * layer.out_features for layer in held)
 
 
 def count_parameters(module: nn.Module, only_trainable: bool = False) -> int:

@@ -16,7 +16,7 @@ from mmllm.commands import convert
 from mmllm.config.schema import PRECISIONS, ExperimentConfig, LoraConfig
 from mmllm.data.batches import ordered_batches
 from mmllm.data.samples import load_samples
-from mmllm.errors import CheckpointError, ConfigError, UserError
+from mmllm.errors import CheckpointError, ConfigError, ImageError, UserError
 from mmllm.inference.model_runner import ModelRunner, Piece
 from mmllm.inference.optimize import load_model
 from mmllm.inference.packed_copy import packed_copy
@@ -25,7 +25,7 @@ from mmllm.kernels import cpu as kernels
 from mmllm.kernels.reference import int4_linear, int4_matrix, int8_linear, quantize_int4, quantize_int8
 from mmllm.layers.lora import adapters, add_lora_, merge_lora_
 from mmllm.layers.packed import Int4Packed, Int8Packed
-from mmllm.layers.quantized import quantize_
+from mmllm.layers.quantized import count_weights, quantize_
 from mmllm.models.kv_cache import KVCache, PerSlot
 from mmllm.models.loading import ModelForm
 from mmllm.models.multimodal import MultimodalLLM
@@ -320,6 +320,14 @@ def test_a_copy_for_several_workers_is_made_once_in_each_precision(folder, packe
         assert packed_copy(packed_folders[kind], "int8") == packed_folders[kind], "packed already"
 
 
+@pytest.mark.parametrize("towers", ["folder", "siglip_qwen3"])
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+def test_a_packed_model_has_as_many_parameters_as_before(towers, precision, request):
+    source = request.getfixturevalue(towers)
+    wanted = count_weights(MultimodalLLM.from_pretrained(source))
+    assert count_weights(load_model(source, precision=precision)) == wanted
+
+
 @torch.no_grad()
 def test_an_int4_directory_rounded_for_samples_is_nearer_to_float32_on_others(tmp_path):
     world = write_world(tmp_path)
@@ -337,6 +345,11 @@ def test_an_int4_directory_rounded_for_samples_is_nearer_to_float32_on_others(tm
     assert 0 < distance(chosen, wanted) < 0.8 * distance(plain, wanted)
     with pytest.raises(SystemExit):
         convert.main(["--model", model, "--int8", *data, "--out", out])
+    for image in (tmp_path / "images").iterdir():
+        image.unlink()
+    with pytest.raises(ImageError) as missing:
+        convert.main(["--model", model, "--int4", *data, "--out", f"{out}2"])
+    assert str(tmp_path / "images") in str(missing.value) and "bad_samples" not in str(missing.value)
 
 
 def test_a_model_prepared_for_answering_is_not_saved(folder, tmp_path):

@@ -127,4 +127,5 @@ def test_int4_for_known_inputs_is_nearer_on_such_inputs_and_the_same_where_they_
     chosen = quantize_int4_for(weight, x[:400].T @ x[:400])
     errors = [(x[400:] @ (int4_matrix(*each) - weight).T).norm() for each in (chosen, plain)]
     assert errors[0] < 0.5 * errors[1]
-    assert all(map(torch.equal, quantize_int4_for(weight, torch.eye(96)), plain))
+    for moments in (torch.eye(96), torch.zeros(96, 96)):
+        assert all(map(torch.equal, quantize_int4_for(weight, moments), plain))
