@@ -115,12 +115,12 @@ class StaticStep:
 
 
 def step_of(language_model: Qwen2, dtype: torch.dtype) -> gpu.Step | None:
-    """The language model for our kernels; None with layers or a head size that they do not know."""
+    """The language model for our kernels; None with layers, a head size or a dtype that they do not know."""
     size, layers = language_model.config.head_dim, language_model.model.layers
     linears = [*(module for layer in layers for module in layer.modules()), language_model.lm_head]
     linears = [module for module in linears if hasattr(module, "out_features")]
     is_known = all(isinstance(each, nn.Linear | Int8Packed) and not has_adapter(each) for each in linears)
-    if not is_known or size < 16 or size & (size - 1):
+    if not is_known or size < 16 or size & (size - 1) or dtype not in (torch.bfloat16, torch.float32):
         return None
     made = []
     for layer in layers:

@@ -5,6 +5,7 @@ on the same tensors. So a position or a token that a capture had fixed would giv
 for the device inside a capture is an error, as on a GPU.
 """
 
+import copy
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -12,9 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmllm.config.schema import LoraConfig
 from mmllm.inference.engine import Engine
 from mmllm.inference.request import GenerationConfig, Handle, Prompt
-from mmllm.inference.static_step import StaticStep
+from mmllm.inference.static_step import StaticStep, step_of
+from mmllm.layers.lora import add_lora_
+from mmllm.layers.quantized import quantize_
 from mmllm.models.kv_cache import KVCache, PerSlot
 from mmllm.models.multimodal import MultimodalLLM
 from official import write_model
@@ -135,3 +139,13 @@ def test_requests_that_are_cancelled_outgrow_the_cache_or_reuse_a_slot_get_the_a
     assert [answer.ids for answer in got] == [answer.ids for answer in wanted]
     for one, other in zip(got, wanted, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_a_model_that_our_kernels_do_not_know_takes_torchs_operators(model):
+    plain, adapted, quantized = (copy.deepcopy(model.language_model) for _ in range(3))
+    add_lora_(adapted, LoraConfig(r=2))
+    quantize_(quantized)
+    assert step_of(plain, torch.bfloat16) is not None
+    assert step_of(plain, torch.float16) is None
+    assert step_of(adapted, torch.bfloat16) is None
+    assert step_of(quantized, torch.bfloat16) is None

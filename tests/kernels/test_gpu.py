@@ -51,7 +51,7 @@ import torch
 from mmllm.kernels import gpu
 
 cpu = torch.device("cpu")
-for rows in (1, 2, 5, 16, 17, 65):
+for rows in (1, 5, 16, 65):
     attention = gpu.attend_and_formula(rows, cpu) + gpu.attend_and_formula(rows, cpu, is_alone=False)
     for what, got, wanted in gpu.project_and_formula(rows, cpu) + attention:
         error = float((got.double() - wanted).norm() / wanted.norm())
@@ -73,8 +73,11 @@ def test_interpreted_kernels_give_their_formulas_for_any_number_of_rows_and_ever
 
 
 STEP = """
+import itertools
+
 import torch
 
+from mmllm.inference import static_step
 from mmllm.inference.static_step import StaticStep
 from mmllm.kernels import gpu
 from mmllm.layers import packed
@@ -84,12 +87,13 @@ from mmllm.models.qwen import Qwen2
 from mmllm.models.qwen3 import Qwen3
 
 gpu.native = lambda device: True
+static_step.PIECES = 3, 8  # an interpreted row takes long
 packed.is_native = lambda tensor: False
 cpu, shape = torch.device("cpu"), dict(head_dim=16, max_position_embeddings=2048)
 
 
 def check(model, is_int8, slots, bound):
-    "Prompts in two pieces and steps in which now and then a slot takes no part, against the ordinary passes."
+    "Prompts, the first in two pieces, and steps in which now and then a slot takes no part, against the ordinary passes."
     config = model.config
     for name, parameter in model.named_parameters():
         parameter.detach().normal_(1 if "norm" in name else 0, 0.2)
@@ -106,12 +110,12 @@ def check(model, is_int8, slots, bound):
         x = model(model.embed(ids_BT), positions, cache=PerSlot(cache, rows, begin))
         return model.logits(x[:, -1])
 
-    for slot, start in enumerate(starts):  # prompts in two pieces
-        for begin, end in ((0, 3), (3, start)):
+    for slot, cuts in enumerate([(0, 3, 9), (0, 5)][:slots]):
+        for begin, end in itertools.pairwise(cuts):
             wanted = read(caches[0], [slot], ids[slot : slot + 1, begin:end], [begin])
             got = step.read(slot, begin, model.embed(ids[slot, begin:end]))
             assert (got - wanted).norm() < bound * wanted.norm(), (config, slot, begin)
-    for number in range(3):
+    for number in range(slots):
         rows = [slot for slot in range(slots) if slots == 1 or number != 1 + slot]
         tokens, positions = [int(ids[slot, starts[slot]]) for slot in rows], [starts[slot] for slot in rows]
         wanted = read(caches[0], rows, torch.tensor(tokens)[:, None], positions)
@@ -124,7 +128,7 @@ def check(model, is_int8, slots, bound):
 
 with torch.inference_mode(False), torch.no_grad():
     torch.manual_seed(0)
-    two, three = Qwen2Config(90, 48, 100, 1, 6, 2, **shape), Qwen3Config(90, 48, 100, 1, 4, 2, **shape)
+    two, three = Qwen2Config(37, 48, 44, 1, 6, 2, **shape), Qwen3Config(37, 48, 44, 1, 4, 2, **shape)
     check(Qwen3(three), False, 2, 1e-5)
     check(Qwen2(two), True, 1, 1e-3)  # the ordinary step rounds its activations to 16 bits
 """
