@@ -60,8 +60,8 @@ class Engine:
     A step reads only so much of waiting prompts that it takes about `step_s` seconds, as the answers under way stand still
     meanwhile. `store_bytes` bounds what is kept of prompts for later ones (prefix_store.py); then the weights must not
     change. `is_exact` False lets rows share any matrix product: faster on a CPU without our kernels, but near ties may then
-    depend on other requests. `use_static_step` None means on
-    CUDA; a sharded model must not use it, because its collectives do not fit into a CUDA graph.
+    depend on other requests. `use_static_step` None means on CUDA; a sharded model must not use it, because its collectives
+    do not fit into a CUDA graph.
     """
 
     def __init__(
