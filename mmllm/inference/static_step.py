@@ -19,6 +19,7 @@ from mmllm.layers.lora import has_adapter
 from mmllm.layers.packed import Int8Packed
 from mmllm.models.kv_cache import AllSlots, KVCache
 from mmllm.models.qwen import Qwen2, rope_tables
+from mmllm.runtime.console import stderr_rank0
 
 BUCKET = 256  # the cache and the length of attention are multiples of this: few shapes, little waste
 PIECES = 16, 64, 128, 192, 256  # tokens of a piece of a prompt, with padding
@@ -34,7 +35,11 @@ class StaticStep:
 
     def __init__(self, language_model: Qwen2, cache: KVCache, slots: int):
         self.language_model, self.cache, device = language_model, cache, cache.keys.device
-        self.ours = step_of(language_model, cache.keys.dtype) if gpu.native(device) else None
+        self.ours = None
+        if gpu.native(device):
+            self.ours = step_of(language_model, cache.keys.dtype)
+            if self.ours is None:
+                stderr_rank0("kernels: torch's own for this model, whose layers or dtype ours do not know")
         self.inputs_2S = torch.zeros(2, slots, dtype=torch.long, device=device)  # tokens and their positions
         self.slots_S = torch.arange(slots, device=device)
         self.piece_3T = torch.zeros(3, LONGEST, dtype=torch.long, device=device)  # slot, positions, the last of them

@@ -17,6 +17,7 @@ from mmllm.config.schema import LoraConfig
 from mmllm.inference.engine import Engine
 from mmllm.inference.request import GenerationConfig, Handle, Prompt
 from mmllm.inference.static_step import StaticStep, step_of
+from mmllm.kernels import gpu
 from mmllm.layers.lora import add_lora_
 from mmllm.layers.quantized import quantize_
 from mmllm.models.kv_cache import KVCache, PerSlot
@@ -141,7 +142,7 @@ def test_requests_that_are_cancelled_outgrow_the_cache_or_reuse_a_slot_get_the_a
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-def test_a_model_that_our_kernels_do_not_know_takes_torchs_operators(model):
+def test_a_model_that_our_kernels_do_not_know_takes_torchs_operators_and_one_line_says_so(model, monkeypatch, capsys):
     plain, adapted, quantized = (copy.deepcopy(model.language_model) for _ in range(3))
     add_lora_(adapted, LoraConfig(r=2))
     quantize_(quantized)
@@ -149,3 +150,7 @@ def test_a_model_that_our_kernels_do_not_know_takes_torchs_operators(model):
     assert step_of(plain, torch.float16) is None
     assert step_of(adapted, torch.bfloat16) is None
     assert step_of(quantized, torch.bfloat16) is None
+    monkeypatch.setattr(gpu, "native", lambda device: True)
+    step = StaticStep(adapted, KVCache(model.config.text, 1, 16, device=CPU, dtype=torch.float32), 1)
+    assert step.ours is None
+    assert capsys.readouterr().err == "kernels: torch's own for this model, whose layers or dtype ours do not know\n"
