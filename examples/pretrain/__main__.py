@@ -26,23 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clip-batch", type=int, default=64)
     parser.add_argument("--qwen-steps", type=int, default=600)
     parser.add_argument("--word-loss", type=float, default=0.1, help="weight of word prediction (default: %(default)s)")
-    parser.add_argument(
-        "--augment",
-        action="store_true",
-        help="for photographs: random parts of the images, blended in pairs, half of the patches",
-    )
-    parser.add_argument(
-        "--guide-steps", type=int, default=0, help="steps of a small residual network that the tower then learns from"
-    )
-    parser.add_argument(
-        "--plain", action="store_true", help="captions as the words that scores count; writes DIR/captions.jsonl"
-    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.guide_steps and not options.augment:
-        parser.error("--guide-steps needs --augment")
     limit_threads()
     from examples.pretrain.backbones import make_backbones
 
