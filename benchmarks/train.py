@@ -129,7 +129,7 @@ def build(spec: dict) -> tuple[dict, Work]:
     def turn(asked: dict) -> dict:
         if (
             device.type == "cuda"
-        ):  # a step takes less than the others' turns have cooled down, so the last of four counts
+        ):  # the cache was emptied after the last turn, so the last of four steps counts
             *_, (seconds, loss) = [timed_step() for _ in range(4)]
             torch.cuda.empty_cache()  # several programs share its memory
         else:

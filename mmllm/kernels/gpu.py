@@ -1,10 +1,10 @@
 """The Triton kernels as functions of tensors: int8 products, and one decoding step of a language model.
 
-A step in torch's operators is 1,100 kernels of about two microseconds, in which the GPU mostly waits. Here a layer is
-five: queries, keys and values; attention; its projection; gate and up; down. int8 weights are widened in registers, so that a
-step reads half of bfloat16's bytes. Every row is computed alone, whatever the others hold.
+A step in torch's operators is 1,100 kernels of about two microseconds, in which the GPU mostly waits. Here a layer is six:
+queries, keys and values; attention and the sum of its parts; its projection; gate and up; down. int8 weights are widened
+in registers, so that a step reads half of bfloat16's bytes. Every row is computed alone, whatever the others hold.
 
-B rows (S: in a product), D hidden size, O outputs, I inputs, S slots of the cache, C its capacity in tokens, H query heads,
+B rows, D hidden size, O outputs, I inputs, S slots of the cache, C its capacity in tokens, H query heads,
 G key heads, K head size, V vocabulary.
 """
 
@@ -48,7 +48,7 @@ def project(
     x: Tensor, matrix: Matrix, y: Tensor, dtype: torch.dtype, *, norm: Tensor | None = None, eps: float = 0.0,
     gate: Matrix | None = None, is_added: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Writes y (S, O) = x (S, I) times the matrix, its inputs in `dtype`, and returns it; see the kernel.
+    """Writes y (B, O) = x (B, I) times the matrix, its inputs in `dtype`, and returns it; see the kernel.
 
     With `gate`: silu(x gate) * (x matrix).
     """
@@ -156,14 +156,14 @@ class Step:
 
 def int8_linear(x: Tensor, q_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> Tensor:
     """x (..., I) times the int8 rows, scaled: (..., O), in the dtype of x."""
-    x_SI = x.reshape(-1, x.shape[-1])
-    if len(x_SI) <= MAX_ROWS and native(x.device):
-        y_SO = torch.empty(len(x_SI), len(q_OI), device=x.device, dtype=x.dtype)
-        project(x_SI.contiguous(), Matrix(q_OI, scale_O, bias_O), y_SO, x.dtype)
+    x_BI = x.reshape(-1, x.shape[-1])
+    if len(x_BI) <= MAX_ROWS and native(x.device):
+        y_BO = torch.empty(len(x_BI), len(q_OI), device=x.device, dtype=x.dtype)
+        project(x_BI.contiguous(), Matrix(q_OI, scale_O, bias_O), y_BO, x.dtype)
     else:
-        y_SO = F.linear(x_SI, q_OI.to(x.dtype)).float() * scale_O
-        y_SO = y_SO if bias_O is None else y_SO + bias_O
-    return y_SO.to(x.dtype).unflatten(0, x.shape[:-1])
+        y_BO = F.linear(x_BI, q_OI.to(x.dtype)).float() * scale_O
+        y_BO = y_BO if bias_O is None else y_BO + bias_O
+    return y_BO.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 @functools.cache

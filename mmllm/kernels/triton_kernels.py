@@ -1,8 +1,9 @@
-"""The Triton kernels of a decoding step on a GPU: `project`, a matrix product with what surrounds it, and `attend`.
+"""The Triton kernels of a decoding step on a GPU: `project`, a matrix product with what surrounds it, and
+attention: `attend`, before it `store` where several rows are of one slot, after it `join` where it is in parts.
 
 Importing this module needs triton, which is not installed everywhere; gpu.py calls the kernels.
 
-In both, everything but the matrices and the cache is float32. Blocks are sized by the arguments in capitals.
+Everything but the matrices and the cache is float32. Blocks are sized by the arguments in capitals.
 """
 
 import triton
