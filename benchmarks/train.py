@@ -127,9 +127,7 @@ def build(spec: dict) -> tuple[dict, Work]:
         return time.perf_counter() - begin, loss
 
     def turn(asked: dict) -> dict:
-        if (
-            device.type == "cuda"
-        ):  # the cache was emptied after the last turn, so the last of four steps counts
+        if device.type == "cuda":  # the cache was emptied after the last turn, so the last of four steps counts
             *_, (seconds, loss) = [timed_step() for _ in range(4)]
             torch.cuda.empty_cache()  # several programs share its memory
         else:
