@@ -29,6 +29,7 @@
 
 using at::Tensor;
 using std::optional;
+using std::to_string;  // numbers in messages: with libstdc++ linked statically, streams write none
 
 typedef uint8_t Bytes __attribute__((vector_size(64)));    // 16 rows of 4 weights
 typedef int32_t Ints __attribute__((vector_size(64)));     // one sum of 16 rows
@@ -224,8 +225,9 @@ static const float* data_or_null(const optional<Tensor>& bias) {
 
 // x contiguous, its rows padded with zeros to the K of the panels.
 static Tensor padded_rows(const Tensor& x, int64_t K) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat, "float32 rows are needed, these are ", x.scalar_type());
-  TORCH_CHECK(x.size(-1) <= K && K - x.size(-1) < 4, "rows of ", K, " numbers are needed, these have ", x.size(-1));
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "float32 rows are needed, these are ", toString(x.scalar_type()));
+  TORCH_CHECK(x.size(-1) <= K && K - x.size(-1) < 4, "rows of ", to_string(K), " numbers are needed, these have ",
+              to_string(x.size(-1)));
   return x.size(-1) == K ? x.contiguous() : at::constant_pad_nd(x, {0, K - x.size(-1)});
 }
 
@@ -345,7 +347,7 @@ static Rows rows_for(const Matrix& matrix, int64_t M, int64_t bits) {
   if (!matrix.scale) return Rows(std::in_place_type<Plain>, M, matrix.K);
   if (matrix.is_int4()) return Rows(std::in_place_type<Groups>, M, matrix.K, MAX_ROWS);
   if (bits == 8) return Rows(std::in_place_type<Digits8>, M, matrix.K, MAX_ROWS, MAX_ACTIVATION_8);
-  TORCH_CHECK(bits == 16, "bits is ", bits, "; it can be 16 or 8");
+  TORCH_CHECK(bits == 16, "bits is ", to_string(bits), "; it can be 16 or 8");
   return Rows(std::in_place_type<Digits16>, M, matrix.K, MAX_ROWS, MAX_ACTIVATION_16);
 }
 
@@ -450,7 +452,7 @@ static std::tuple<Tensor, Tensor> int8_pack(const Tensor& weight) {
 // The same for int4; the numbers are those of `quantize_int4` in reference.py. K is a multiple of 32.
 static std::tuple<Tensor, Tensor> int4_pack(const Tensor& weight) {
   const int64_t O = weight.size(0), K = weight.size(1), groups = K / GROUP, P = (O + LANES - 1) / LANES;
-  TORCH_CHECK(K % GROUP == 0, "int4 needs rows of a multiple of 32 numbers, these have ", K);
+  TORCH_CHECK(K % GROUP == 0, "int4 needs rows of a multiple of 32 numbers, these have ", to_string(K));
   Tensor panels = at::full({P, groups, 4, 64}, 0x88, at::kByte), scales = at::zeros({P, groups, LANES}, at::kBFloat16);
   uint8_t* out = panels.mutable_data_ptr<uint8_t>();
   at::BFloat16* scale_of = (at::BFloat16*)scales.mutable_data_ptr();
@@ -709,7 +711,7 @@ Tensor Step::run(const Tensor& x_MD, std::vector<int64_t> slots, std::vector<int
                   keys.size(4) == pass.K && keys.size(2) == pass.G && keys.stride(4) == 1 && cos.size(0) >= keys.size(3) &&
                   cos.is_contiguous() && sin.is_contiguous(), "float32 caches of this model are needed");
   for (int64_t m = 0; m < pass.M; m++)
-    TORCH_CHECK(starts[m] < keys.size(3) && slots[m] < keys.size(1), "row ", m, " has no such position");
+    TORCH_CHECK(starts[m] < keys.size(3) && slots[m] < keys.size(1), "row ", to_string(m), " has no such position");
   const int64_t widest = std::max({pass.D, pass.qkv_width, 2 * pass.F});
   const Tensor x = x_MD.clone(), out = at::empty({pass.M, widest}, x.options()), last = at::empty({pass.N, pass.D}, x.options()),
                attended = at::zeros({pass.M, Pass::columns(pass.heads)}, x.options()),
