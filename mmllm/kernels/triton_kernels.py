@@ -1,7 +1,8 @@
 """The Triton kernels of a decoding step on a GPU: `project`, a matrix product with what surrounds it, and
 attention: `attend`, before it `store` where several rows are of one slot, after it `join` where it is in parts.
+And one for training: `adamw8bit`.
 
-Importing this module needs triton, which is not installed everywhere; gpu.py calls the kernels.
+Importing this module needs triton, which is not installed everywhere; gpu.py and adamw8bit.py call the kernels.
 
 Everything but the matrices and the cache is float32. Blocks are sized by the arguments in capitals.
 """
@@ -185,3 +186,43 @@ def join(x, tops, totals, y, HEADS: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.
     sums = tl.sum(tl.load(x + head_at[:, None] * HEAD + d[None, :]) * share[:, None], 0)
     total = tl.sum(tl.load(totals + head_at) * share, 0)
     tl.store(y + (slot * HEADS + head) * HEAD + d, (sums / total).to(y.dtype.element_ty))
+
+
+@triton.jit
+def adamw8bit(
+    p, grad, first, second, first_scale, second_scale, noise, numel, noises, beta1, beta2, eps, kept, correction, rate,
+    OCTAVES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Updates BLOCKS blocks of a parameter and its moments as `AdamW8bit` does; without scales these are float32.
+
+    noise (2, noises): random numbers for both moments, used again after `noises` values.
+    """
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside, is_block = at < numel, block * BLOCK < numel
+    m = tl.load(first + at, mask=inside, other=0).to(tl.float32)
+    v = tl.load(second + at, mask=inside, other=0).to(tl.float32)
+    if first_scale is not None:
+        m *= tl.abs(m) * (tl.load(first_scale + block, mask=is_block, other=0.0) / (127.0 * 127.0))[:, None]
+        scale = tl.load(second_scale + block, mask=is_block, other=0.0)[:, None]
+        v = tl.where(v > 0, tl.exp2((v - 255.0) * (OCTAVES / 254.0)) * scale, 0.0)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    m += (1.0 - beta1) * (g - m)
+    v = v * beta2 + (1.0 - beta2) * g * g
+    if first_scale is None:
+        m_code, v_code = m, v
+    else:
+        m_top, v_top = tl.max(tl.abs(m), 1), tl.max(v, 1)
+        tl.store(first_scale + block, m_top, mask=is_block)
+        tl.store(second_scale + block, v_top, mask=is_block)
+        noise_at = noise + at % noises
+        m_share = tl.abs(m) / tl.maximum(m_top, 1.1754944e-38)[:, None]
+        v_share = v / tl.maximum(v_top, 1.1754944e-38)[:, None]
+        m_code = tl.load(noise_at, mask=inside, other=0.0) + 127.0 * tl.sqrt(m_share)
+        m_code = tl.where(m < 0, -m_code, m_code)  # to an integer: towards zero
+        v_code = tl.load(noise_at + noises, mask=inside, other=0.0) + (254.0 / OCTAVES) * tl.log2(v_share) + 255.0
+        v_code = tl.where(v_share > 0, tl.maximum(v_code, 1.0), 0.0)
+    tl.store(first + at, m_code.to(first.dtype.element_ty), mask=inside)
+    tl.store(second + at, v_code.to(second.dtype.element_ty), mask=inside)
+    moved = tl.load(p + at, mask=inside, other=0.0) * kept + rate * m / (tl.sqrt(v / correction) + eps)
+    tl.store(p + at, moved, mask=inside)

@@ -6,8 +6,8 @@ what counts is its relative error, the same over 24 powers of two. An update cha
 rounding to the nearest would lose it for ever. So codes are rounded up or down at random, right on average, by a generator
 that depends on the update and the parameter alone: a resumed run, and every process, rounds the same way.
 
-A parameter is updated in pieces that stay in the processor's cache. All of its pieces are rounded by the same random
-numbers: to draw them takes longer than the rest, and no value's mean depends on those of others.
+A parameter is updated in pieces that stay in the processor's cache; on a GPU by one kernel. All of its pieces are rounded
+by the same random numbers: to draw them takes longer than the rest, and no value's mean depends on those of others.
 
 Block-wise 8-bit optimizers: https://arxiv.org/abs/2110.02861 (whose codes are those of a table, rounded to the nearest).
 K blocks of L values.
@@ -18,10 +18,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from mmllm.kernels.gpu import native
+
 BLOCK = 256
 SMALLEST = 4096  # values; the moments of smaller parameters, such as biases, stay in float32
 PIECE = {"cpu": 2**17}  # values that are float32 at a time
 LARGEST_PIECE = 2**24  # on other devices, where the start of an operation takes longer than its work
+BLOCKS = 4  # of a program of the fused update
+FUSED_NOISE = 2**20  # random numbers for each moment, which stay in a GPU's cache
 OCTAVES = 24  # the second moment's codes 1 to 255 reach from the largest value of the block to 2**-24 of it; 0 is 0
 
 
@@ -43,9 +47,13 @@ class AdamW8bit(torch.optim.Optimizer):
         if not state:
             state.update(step=torch.zeros(()), **empty_moments(p))
         state["step"] = state["step"].cpu() + 1
-        update, size = int(state["step"]), PIECE.get(p.device.type, LARGEST_PIECE)
-        noise = rounding_noise(min(size, p.numel()), update * 1_000_003 + number, p.device)
+        update, is_fused = int(state["step"]), native(p.device)
+        size = min(FUSED_NOISE if is_fused else PIECE.get(p.device.type, LARGEST_PIECE), p.numel())
+        noise = rounding_noise(size, update * 1_000_003 + number, p.device)
         grad = p.grad.contiguous()
+        if is_fused:
+            fused_update_(p.data.view(-1), grad, state, noise, group, update)
+            return
         for piece in pieces(p.numel(), size):
             grad_KL, p_KL = blocks(grad, piece), blocks(p.data, piece)
             first_KL, second_KL = read_moments(state, piece)
@@ -55,6 +63,19 @@ class AdamW8bit(torch.optim.Optimizer):
             p_KL.mul_(1 - group["lr"] * group["weight_decay"])
             second_KL.div_(1 - beta2**update).sqrt_().add_(group["eps"])
             p_KL.addcdiv_(first_KL, second_KL, value=-group["lr"] / (1 - beta1**update))
+
+
+def fused_update_(p: Tensor, grad: Tensor, state: dict[str, Tensor], noise: Tensor, group: dict, update: int) -> None:
+    """The update of a parameter as one Triton kernel."""
+    from mmllm.kernels.triton_kernels import adamw8bit
+
+    beta1, beta2 = group["betas"]
+    moments = [state.get(name) for name in ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")]
+    adamw8bit[(-(-p.numel() // (BLOCK * BLOCKS)),)](
+        p, grad, *moments, noise, p.numel(), noise.shape[1], beta1, beta2, group["eps"],
+        1 - group["lr"] * group["weight_decay"], 1 - beta2**update, -group["lr"] / (1 - beta1**update),
+        OCTAVES=OCTAVES, BLOCK=BLOCK, BLOCKS=BLOCKS,
+    )  # fmt: skip
 
 
 def empty_moments(p: Tensor) -> dict[str, Tensor]:

@@ -139,6 +139,45 @@ def test_an_interpreted_step_gives_the_logits_and_the_cache_of_the_ordinary_one(
     interpreted(STEP)
 
 
+UPDATE = """
+import torch
+from mmllm.training import adamw8bit
+from mmllm.training.adamw8bit import BLOCK, AdamW8bit
+
+adamw8bit.PIECE["cpu"] = adamw8bit.FUSED_NOISE = 2048
+
+
+def after(steps, is_fused):
+    "Of a matrix in pieces, with a last block that is shorter, and of a bias; an optimizer of each."
+    adamw8bit.native = lambda device: is_fused
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in (33 * BLOCK + 17, 300)]
+    optimizers = [AdamW8bit([{"params": [p], "weight_decay": 0.1}], (0.9, 0.95), 1e-8) for p in parameters]
+    for step in range(steps):
+        for p, optimizer in zip(parameters, optimizers):
+            p.grad = torch.randn(p.shape) * (torch.arange(p.numel()) > 100 * step)  # some gradients become zero
+            optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+            optimizer.step()
+    return [(p.detach(), optimizer.state[p]) for p, optimizer in zip(parameters, optimizers)]
+
+
+for steps in (1, 3):
+    for (p, wanted), (q, found) in zip(after(steps, False), after(steps, True)):
+        whole = slice(p.numel() if steps == 1 or p.numel() < BLOCK * 16 else 33 * BLOCK)  # a short block has other noise
+        torch.testing.assert_close(q[whole], p[whole], atol=1e-6, rtol=0)
+        assert found.keys() == wanted.keys()
+        for name in ("exp_avg", "exp_avg_sq"):
+            codes = [state[name][: 33 * BLOCK].float() for state in (found, wanted)]
+            assert ((codes[0] - codes[1]).abs() > 1e-6).float().mean() < 1e-3, "at most where sums round differently"
+            assert (codes[0] - codes[1]).abs().max() <= 1 and codes[1].unique().numel() > 100
+"""
+
+
+@pytest.mark.slow
+def test_an_interpreted_update_of_8_bit_moments_is_that_of_torchs_operators():
+    interpreted(UPDATE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])  # A100, H100, B200
 @pytest.mark.parametrize("rows", [1, 16, 64])
@@ -176,6 +215,9 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(capability, rows, tmp_pa
     types = count | {"keys": "*bf16", "values": "*bf16", "slots": "*i64", "positions": "*i64"}
     for stores in (True, False):
         compile_(kernels.attend, types, shape | {"q_norm": None, "k_norm": None, "STORES": stores})
+    types = dict.fromkeys(("numel", "noises"), "i32") | {"first": "*i8", "second": "*u8"}
+    types |= dict.fromkeys(("beta1", "beta2", "eps", "kept", "correction", "rate"), "fp32")
+    compile_(kernels.adamw8bit, types, {"OCTAVES": 24, "BLOCK": 256, "BLOCKS": 4})
 
 
 @pytest.mark.gpu
