@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conftest import ROOT
 from mmllm.config.schema import ExperimentConfig, RewardConfig, StageConfig
@@ -23,10 +25,10 @@ from mmllm.data.order import sample_order
 from mmllm.errors import UserError
 from mmllm.models.multimodal import MultimodalLLM
 from mmllm.reporting.metrics import read_metrics
-from mmllm.runtime.distributed import ALONE, World, row_range
+from mmllm.runtime.distributed import ALONE, World, local, row_range
 from mmllm.storage import checkpoint as disk
 from mmllm.training.experiment import train
-from mmllm.training.fsdp import is_wanted
+from mmllm.training.fsdp import is_wanted, shard_
 from mmllm.training.step import accumulate_gradients
 from processes import KINDS, WAYS, model_for
 from tiny_run import break_image, poison, write_world
@@ -122,6 +124,30 @@ def test_one_process_adds_nothing(world):
 def test_the_rows_of_a_process_are_those_of_torch_chunk(rows, ranges):
     worlds = [World(torch.device("cpu"), rank, 2) for rank in (0, 1)]
     assert [row_range(rows, world) for world in worlds] == ranges
+
+
+def test_eight_processes_hold_every_row_once_and_each_can_take_a_step(world):
+    """One process plays all eight in turn: torch's fake group exchanges nothing, so shapes are right and sums are not."""
+    whole = MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen")
+    parts = {name: [] for name, _ in whole.language_model.named_parameters()}
+    for rank in range(8):
+        distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+        try:
+            model = MultimodalLLM.from_towers(world.folder / "clip", world.folder / "qwen")
+            model.vision_tower.requires_grad_(False)
+            shard_(model, World(torch.device("cpu"), rank, 8))
+            for name, p in model.language_model.named_parameters():
+                parts[name].append(local(p).detach().clone())
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            side = model.config.vision.image_size
+            loss, _ = model(torch.arange(6)[None], torch.arange(6)[None], torch.zeros(0, 3, side, side))
+            loss.backward()
+            optimizer.step()
+            assert all(local(p.grad).shape == local(p).shape for p in model.language_model.parameters())
+        finally:
+            distributed.destroy_process_group()
+    for name, p in whole.language_model.named_parameters():
+        assert torch.equal(torch.cat(parts[name]), p), name
 
 
 @pytest.mark.parametrize(
