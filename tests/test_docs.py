@@ -56,7 +56,7 @@ TINY = {  # what is appended to a command line to make it small
     ),
     "examples.pretrain": shlex.split(
         "--image-size 32 --vision-width 64 --vision-layers 1 --vocab-size 300 --text-width 64 --text-layers 1 "
-        "--clip-steps 2 --clip-batch 4 --qwen-steps 2 --device cpu"
+        "--clip-steps 2 --clip-batch 4 --qwen-steps 2 --guide-steps 1 --device cpu"
     ),
     "sample.py": ["--device", "cpu", "--max-new-tokens", "4"],
     "convert_weights.py": ["--force"],

@@ -1,1 +1,1 @@
-"""Small backbones from scratch. Reading order: training, folders, backbones."""
+"""Small backbones from scratch. Reading order: images, training, guide, folders, backbones."""

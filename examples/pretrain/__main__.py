@@ -26,6 +26,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clip-batch", type=int, default=64)
     parser.add_argument("--qwen-steps", type=int, default=600)
     parser.add_argument("--word-loss", type=float, default=0.1, help="weight of word prediction (default: %(default)s)")
+    parser.add_argument(
+        "--guide-steps",
+        type=int,
+        default=0,
+        help="for photographs: steps of a small residual network that the tower then learns from, on augmented images",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,21 +2,20 @@
 
 import argparse
 import random
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from examples.pretrain.folders import build_tokenizer, write_clip, write_qwen
-from examples.pretrain.training import Captions, initialise_, pretrain_clip, pretrain_qwen
+from examples.pretrain.guide import Guide, pretrain_guide
+from examples.pretrain.images import CaptionedImages
+from examples.pretrain.training import initialise_, pretrain_clip, pretrain_qwen
 from mmllm.data.batches import collate
 from mmllm.data.chat import MARK, ChatProcessor, assistant, user
-from mmllm.data.image import ImageProcessor, decode
+from mmllm.data.image import ImageProcessor
 from mmllm.data.samples import Sample, load_samples
 from mmllm.data.tokenizer import Tokenizer
 from mmllm.errors import UserError
@@ -25,39 +24,6 @@ from mmllm.models.config import CLIPVisionConfig, Qwen2Config
 from mmllm.models.qwen import Qwen2
 from mmllm.runtime.console import print_rank0
 from mmllm.runtime.device import choose_device
-
-
-class CaptionedImages:
-    """Images in memory as uint8, a little larger than the tower takes them, and the ids of their captions."""
-
-    def __init__(self, samples: list[Sample], encode: Callable[[str], list[int]], image_processor: ImageProcessor):
-        lists: dict[Path, dict[tuple[str, ...], None]] = {}  # all captions of an image, or the answers of each question
-        for sample in samples:
-            lists.setdefault(sample.images[0], {})[sample.references] = None
-        captions = {path: [text for texts in of_one for text in texts] for path, of_one in lists.items()}
-        self.size = image_processor.size
-        larger = ImageProcessor(self.size * 8 // 7, image_processor.mean, image_processor.std)
-        self.pixels = torch.stack([to_uint8(larger.crop(decode(path))) for path in captions])
-        self.captions = [[encode(text) for text in texts] for texts in captions.values()]
-        said = [{word for text in texts for word in text.lower().split()} for texts in captions.values()]
-        self.can_flip = [not {"left", "right"} & words for words in said]
-        self.mean = torch.tensor(image_processor.mean)[:, None, None]
-        self.std = torch.tensor(image_processor.std)[:, None, None]
-
-    def batch(self, size: int, rng: random.Random) -> tuple[Tensor, Captions]:
-        """A random batch: random crops, half of them mirrored where no caption says left or right, with all captions."""
-        crops, captions = [], []
-        room = self.pixels.shape[-1] - self.size
-        for i in rng.sample(range(len(self.pixels)), size):
-            top, left = rng.randint(0, room), rng.randint(0, room)
-            crop = self.pixels[i, :, top : top + self.size, left : left + self.size]
-            crops.append(crop.flip(-1) if self.can_flip[i] and rng.random() < 0.5 else crop)
-            captions.append(self.captions[i])
-        return (torch.stack(crops).float() / 255 - self.mean) / self.std, captions
-
-
-def to_uint8(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def make_backbones(options: argparse.Namespace) -> None:
@@ -70,7 +36,9 @@ def make_backbones(options: argparse.Namespace) -> None:
     texts, questions = [text for text, _ in pairs], sorted({question for _, question in pairs})
     tokenizer = build_tokenizer([*texts, "system user assistant", *questions], options.vocab_size)
     images = ImageProcessor(options.image_size)
-    captioned = CaptionedImages(samples, lambda text: tokenizer.encode(text.lower()).ids, images)
+    captioned = CaptionedImages(
+        samples, lambda text: tokenizer.encode(text.lower()).ids, images, options.guide_steps > 0
+    )
     print_rank0(f"{len(captioned.pixels)} images, {len(texts)} texts, {tokenizer.get_vocab_size()} tokens")
 
     tower = CLIPVisionTower(vision_config(options), with_projection=True).to(device)
@@ -78,6 +46,7 @@ def make_backbones(options: argparse.Namespace) -> None:
     # With few tokens the fused attention of bfloat16 on a CPU takes half of the time of a step.
     unfused = sdpa_kernel(SDPBackend.MATH) if options.bf16 and device.type == "cpu" else nullcontext()
     with unfused:
+        guide = make_guide(options, captioned, tokenizer.get_vocab_size()) if options.guide_steps else None
         matched = pretrain_clip(
             tower,
             lambda step: captioned.batch(options.clip_batch, rng),
@@ -86,6 +55,7 @@ def make_backbones(options: argparse.Namespace) -> None:
             learning_rate=1e-3,
             text_layers=0,
             word_loss=options.word_loss,
+            guide=guide,
             bf16=options.bf16,
             seed=options.seed,
         )
@@ -107,6 +77,23 @@ def make_backbones(options: argparse.Namespace) -> None:
         f"{out}/clip matches {matched:.0%} of a batch of {options.clip_batch}; {out}/qwen has a loss of {loss:.2f} a token"
     )
     print_rank0(f"next: python train.py CONFIG model.clip={out}/clip model.qwen={out}/qwen")
+
+
+def make_guide(options: argparse.Namespace, captioned: CaptionedImages, vocab_size: int) -> Guide:
+    """A network that learned the words of the images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        guide = Guide(options.patch_size, options.vision_width, vocab_size).to(choose_device(options.device))
+        rng = random.Random(options.seed)
+        pretrain_guide(
+            guide,
+            lambda step: captioned.batch(options.clip_batch, rng),
+            steps=options.guide_steps,
+            learning_rate=2e-3,
+            bf16=options.bf16,
+            seed=options.seed,
+        )
+    return guide
 
 
 def question_of(sample: Sample) -> str:

@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 
 from examples.pretrain import __main__ as command
 from examples.pretrain import training
-from examples.pretrain.backbones import CaptionedImages, question_of
+from examples.pretrain.backbones import question_of
 from examples.pretrain.folders import CONTROL_TOKENS, build_tokenizer
-from examples.pretrain.training import initialise_, pretrain_clip, pretrain_qwen
+from examples.pretrain.guide import Guide, pretrain_guide
+from examples.pretrain.images import CaptionedImages
+from examples.pretrain.training import blended, half_of_the_patches, initialise_, pretrain_clip, pretrain_qwen, rows_of
 from mmllm.data.chat import IGNORED
 from mmllm.data.image import ImageProcessor
 from mmllm.data.samples import load_samples
@@ -126,11 +128,59 @@ def test_an_image_is_mirrored_only_where_no_caption_says_left_or_right(photograp
     assert np.allclose(pixels.std(), 1, atol=0.5)
 
 
-def test_the_command_writes_two_folders_that_can_be_joined(photographs, tmp_path):
+def test_augmented_images_are_other_parts_and_colors_in_the_usual_range(photographs):
+    images = CaptionedImages(
+        load_samples(photographs, None), lambda text: [len(text)], ImageProcessor(16), augment=True
+    )
+    (first, _), (second, _) = images.batch(16, random.Random(0)), images.batch(16, random.Random(1))
+    assert images.pixels.shape == (16, 3, 24, 24) and first.shape == (16, 3, 16, 16)
+    assert not torch.equal(first, second) and first.abs().max() < 3
+    colors = first.mean((2, 3))
+    assert (first - colors[:, :, None, None]).abs().max() < 1e-4, "a wall of one color stays one"
+    assert len({tuple(color) for color in colors.tolist()}) == 16
+
+
+def test_half_of_the_patches_are_kept_and_found_again():
+    kept = half_of_the_patches(3, 8, random.Random(0))
+    assert kept.shape == (3, 4) and all(len(set(row)) == 4 for row in kept.tolist())
+    numbers = torch.arange(8.0).expand(3, 8)[:, :, None].expand(3, 8, 2)
+    assert torch.equal(rows_of(numbers, kept)[:, :, 1], kept.float())
+
+
+def test_a_blend_has_its_share_of_both_images():
+    assert blended(torch.tensor([[0.0, 8.0], [4.0, 0.0]]), 0.75).tolist() == [[1, 6], [3, 2]]
+
+
+def test_a_guide_learns_the_words_and_a_tower_learns_from_it(monkeypatch):
+    """What the guide says of an image is to be seen at each place; it is frozen when the tower learns."""
+    rng = random.Random(0)
+    bright = torch.tensor([[[-2.0]], [[2.0]]]).expand(2, 3, 16)[:, :, :, None].expand(2, 3, 16, 16)
+
+    def next_batch(step):
+        shown = [rng.randrange(2) for _ in range(8)]
+        return bright[shown] + 0.1 * torch.randn(8, 3, 16, 16), [[[i]] for i in shown]
+
+    torch.manual_seed(0)
+    guide = Guide(8, 32, 2, width=8)
+    pretrain_guide(guide, next_batch, steps=60, learning_rate=1e-2)
+    features, logits = guide(bright)
+    assert features.shape == (2, 4, 32)
+    assert (logits.sigmoid() - torch.eye(2)).abs().max() < 0.25
+    before, losses = [x.clone() for x in guide.state_dict().values()], []
+    real = training.distance
+    monkeypatch.setattr(training, "distance", lambda *features: losses.append(real(*features)) or losses[-1])
+    options = {"guide": guide, "word_loss": 0.1}
+    pretrain_clip(tiny_tower(), next_batch, 2, steps=40, learning_rate=3e-3, text_layers=0, **options)
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert all(torch.equal(a, b) for a, b in zip(before, guide.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("options", [[], ["--guide-steps", "2"]])
+def test_the_command_writes_two_folders_that_can_be_joined(photographs, tmp_path, options):
     sizes = "--image-size 16 --patch-size 8 --vision-width 64 --vision-layers 2 --vocab-size 320 --text-width 64"
     steps = "--text-layers 1 --clip-steps 3 --clip-batch 4 --qwen-steps 3 --device cpu"
     arguments = ["--data", str(photographs), "--out", str(tmp_path / "out"), *sizes.split(), *steps.split()]
-    command.main(arguments)
+    command.main(arguments + options)
     model = MultimodalLLM.from_towers(tmp_path / "out" / "clip", tmp_path / "out" / "qwen")
     assert model.config.num_image_tokens == 4
     assert Tokenizer.from_file(str(tmp_path / "out" / "qwen" / "tokenizer.json")).get_vocab_size() <= 320
