@@ -107,6 +107,7 @@ class DataConfig(Section):
     max_val_samples: Count | None = None
     share_images: bool = True  # all captions or questions of an image in one row: the same gradient, cheaper
     group_by_length: bool = False  # rows of similar length in one micro-batch: less padding, the same gradient
+    augment: bool = False  # train on random parts of the images, also mirrored where no text says left or right
     cache_features: bool = False  # run the frozen tower once for each image and keep its output in output_dir/features
     features_path: str | None = None  # safetensors of features by image name; the images are not needed then
 
@@ -248,6 +249,11 @@ class ExperimentConfig(Section):
             raise ConfigError("model.load_in_8bit and model.load_in_4bit are both true; choose one")
         if data.cache_features and data.features_path:
             raise ConfigError("data.cache_features and data.features_path are both set; choose one")
+        if data.augment and (data.cache_features or data.features_path):
+            raise ConfigError(
+                "data.augment shows other parts of an image each time, and features are made once: unset "
+                f"data.{'cache_features' if data.cache_features else 'features_path'}, or augment"
+            )
         if data.val_data_path and data.val_fraction:
             raise ConfigError("data.val_data_path and data.val_fraction are both set; choose one")
         if self.training.early_stop and data.train_data_path and not (data.val_data_path or data.val_fraction):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmllm.config.schema import DataConfig
+from mmllm.data.augment import RandomParts
 from mmllm.data.chat import IGNORED, ChatProcessor, Encoded
 from mmllm.data.order import sample_order
 from mmllm.data.packing import PADDING, encode_shared, rough_length
@@ -109,8 +110,8 @@ class BatchMaker:
         self.read, self.collate = read, collate
         self.broken: dict[int, str] = {}
 
-    def __call__(self, indices: Iterable[int]) -> Item:
-        read_image = cache(self.read_image)
+    def __call__(self, indices: Iterable[int], read_image: ReadImage | None = None) -> Item:
+        read_image = cache(read_image or self.read_image)
         return self.collate([row for index in indices for row in self._rows(index, read_image)], self.processor)
 
     def _rows(self, index: int, read_image: ReadImage) -> list:
@@ -133,7 +134,8 @@ class BatchLoader:
     """Shuffled micro-batches of `samples`, prepared ahead by threads (decoding an image releases the GIL).
 
     Each of `world_size` processes gets its own slice of every global batch; the last samples of an epoch that do not
-    fill a global batch are left out. At most `max_broken` samples may turn out to be broken, see BatchMaker.
+    fill a global batch are left out. At most `max_broken` samples may turn out to be broken, see BatchMaker. With
+    `augment` each epoch shows other parts of the images, see augment.py.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class BatchLoader:
         read_image: ReadImage | None = None,
         accumulation: int = 1,
         group_by_length: bool = False,
+        augment: bool = False,
         read: Callable[..., list] = read_rows,
         collate: Callable[[list, ChatProcessor], Item] = make_batch,
     ):
@@ -164,6 +167,7 @@ class BatchLoader:
         self.accumulation, self.group_by_length = accumulation, group_by_length
         self.make = BatchMaker(samples, processor, max_length, read_image, max_broken, read, collate)
         self.broken = self.make.broken
+        self.parts = RandomParts(processor.image_processor, samples, seed) if augment else None
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, in each process."""
@@ -173,7 +177,10 @@ class BatchLoader:
         """The micro-batches of an epoch from number `start` on."""
         order = sample_order(len(self.samples), self.seed, epoch)
         numbers = range(start, len(self))
-        yield from prefetch(lambda number: self.make(self.indices(order, number)), numbers, self.num_workers)
+        read_image = self.parts.of_epoch(epoch) if self.parts else None
+        yield from prefetch(
+            lambda number: self.make(self.indices(order, number), read_image), numbers, self.num_workers
+        )
 
     def indices(self, order: list[int], number: int) -> list[int]:
         """The samples of this process's micro-batch `number`.

@@ -130,7 +130,9 @@ class ImageProcessor:
 
     def __call__(self, image: ImageLike) -> Tensor:
         """Raises ImageError when `image` cannot be used."""
-        square = self.crop(decode(image))
+        return self.to_pixels(self.crop(decode(image)))
+
+    def to_pixels(self, square: Image.Image) -> Tensor:
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 

@@ -72,6 +72,7 @@ class Stage:
             read_image=run.data.read_image,
             accumulation=settings.gradient_accumulation_steps,
             group_by_length=run.config.data.group_by_length,
+            augment=run.config.data.augment,
             rank=run.world.rank,
             world_size=run.world.size,
             **how,
