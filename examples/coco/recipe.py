@@ -12,6 +12,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from mmllm.data.samples import UNFINISHED
 from mmllm.errors import RunError
 from mmllm.runtime.console import print_rank0
 
@@ -42,7 +43,7 @@ def run_recipe(options: argparse.Namespace) -> None:
     if not start.exists():
         command("convert", "--clip", options.clip, "--qwen", options.qwen, "--out", start)
     for name in DATA:
-        if not (options.data / name / "train.jsonl").exists():
+        if not (options.data / name / "train.jsonl").exists() or (options.data / name / UNFINISHED).exists():
             table = ("--table", options.table) if options.table else ()
             command("prepare", name, "--out", options.data / name, "--image-dir", images, *table)
     train(options, "align", start, ("llava-pretrain",), ALIGN)

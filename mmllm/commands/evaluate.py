@@ -15,6 +15,7 @@ when it is started again.
 """
 
 import argparse
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         of_run = Path(model).parent if (Path(model).parent / "run.json").is_file() else None
         about = {"model": str(model), "checkpoint": Path(model).resolve().name}
     out = Path(options.out or (of_run or Path("outputs")) / "evaluation" / Path(options.data).stem)
+    refuse_other_data(out, options.data)
     with writing(out, MEND, UserError):
         out.mkdir(parents=True, exist_ok=True)
     about |= {"data": str(options.data), "split": options.split, "seed": options.seed}
@@ -87,6 +89,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise RunError(
                 f"{missing} of {len(tasks)} were left out because {why} (see above); the scores are those of the others"
             )
+
+
+def refuse_other_data(out: Path, data: str) -> None:
+    scores = out / "scores.json"
+    if scores.exists() and (before := json.loads(scores.read_text(encoding="utf-8")).get("data")) != str(data):
+        raise UserError(f"{out}: holds the scores of {before}; name another folder with --out, or remove it")
 
 
 def answer(options: argparse.Namespace, model: str, tasks: list, out: Path, about: dict) -> tuple[dict, dict]:
@@ -127,7 +135,7 @@ def report(options: argparse.Namespace, tasks: list, predictions: dict, out: Pat
             write_predictions(out, tasks, texts, suffix="" if name == "true images" else f"_{name.split()[0]}")
         constant = {"best constant": constant_predictions(tasks)} if options.constant else {}
         runs = {name: measure(tasks, texts) for name, texts in (predictions | constant).items()}
-        scores = score_runs(runs, evaluator, options.clip_score)
+        scores = score_runs(runs, evaluator, options.clip_score, options.device)
         unreadable = {task.id for task, text in zip(tasks, predictions["true images"], strict=True) if text is None}
         write_json(out / "scores.json", about | {"unreadable": sorted(unreadable), "scores": scores})
         write_sheet(out / "samples.html", runs["true images"], options.seed)

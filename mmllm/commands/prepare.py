@@ -50,11 +50,16 @@ def parse(arguments: list[str] | None = None):
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if any((options.out / f"{split}.jsonl").exists() for split in SPLITS):
-        raise UserError(f"{options.out}: holds a data set already; name another folder with --out, or remove it")
     from mmllm.data.public import BUILDERS
+    from mmllm.data.samples import UNFINISHED
 
-    if options.data in BUILDERS and not Path(options.data).exists():
+    is_public = options.data in BUILDERS and not Path(options.data).exists()
+    names = [f"{split}.jsonl" for split in SPLITS]
+    if is_public and (options.out / UNFINISHED).exists():
+        return prepare_public(options)  # it goes on there
+    if any((options.out / name).exists() for name in (*names, UNFINISHED)):
+        raise UserError(f"{options.out}: holds a data set already; name another folder with --out, or remove it")
+    if is_public:
         return prepare_public(options)
     from mmllm.data.image import ImageProcessor
     from mmllm.data.order import split_by_image

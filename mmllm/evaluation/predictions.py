@@ -116,4 +116,4 @@ def write_predictions(out: Path, tasks: list[Task], predictions: Predictions, su
 
 
 def number_or_name(name: str) -> int | str:
-    return int(name) if name.isdecimal() else name
+    return int(name) if name.isdecimal() and name == str(int(name)) else name

@@ -65,10 +65,10 @@ def measure_part(name: str, tasks: list[Task], texts: list[str]) -> Part:
 
 
 def score_runs(
-    runs: dict[str, dict[str, Part]], evaluator: MultimodalEvaluator, clip: str | None = None
+    runs: dict[str, dict[str, Part]], evaluator: MultimodalEvaluator, clip: str | None = None, device: str = "auto"
 ) -> dict[str, dict]:
     """The scores of each part of each run, of questions also `by_kind`. The first run has the true images: METEOR, SPICE
-    and intervals are for it alone. `clip` names a CLIP for CLIPScore, always of a caption and the true image."""
+    and intervals are for it alone. `clip` names a CLIP for CLIPScore, always of a caption and the true image, on `device`."""
     scores: dict[str, dict] = {}
     for run, parts in runs.items():
         is_first, scores[run] = not scores, {}
@@ -86,7 +86,7 @@ def score_runs(
                 (task.images[0], text) for task, text in zip(part.tasks, part.texts, strict=True) if task.images
             ]
             if clip and captioned and name == "captions":
-                found["clip_score"] = fmean(clip_scores(clip, *map(list, zip(*captioned, strict=True))))
+                found["clip_score"] = fmean(clip_scores(clip, *map(list, zip(*captioned, strict=True)), device))
     return scores
 
 

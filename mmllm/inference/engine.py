@@ -191,7 +191,7 @@ class Engine:
         if token == NOT_FINITE:
             self._fail_request(request, non_finite_error(len(request.ids)))
         elif token in self.tokenizer.stop_ids:
-            self._finish(request, "stop")
+            self._finish(request, "stop", token)
         else:
             request.ids.append(token)
             request.tokens = [token]
@@ -254,7 +254,7 @@ class Engine:
             self.waiting.remove(handle)
             handle.finish(Generated((), "", "cancelled", len(handle.prompt.ids)))
 
-    def _finish(self, request: ActiveRequest, reason: str) -> None:
+    def _finish(self, request: ActiveRequest, reason: str, end_id: int | None = None) -> None:
         handle, hypotheses = request.handle, ()
         if request.search is not None:
             hypotheses = tuple(request.search.finished[: handle.config.num_return_sequences])
@@ -268,7 +268,7 @@ class Engine:
         logprobs = tuple(request.logprobs) if handle.config.logprobs else ()
         top_logprobs, num_prompt = tuple(request.top_logprobs), len(handle.prompt.ids)
         ids, text = tuple(request.ids), request.text.text
-        answer = Generated(ids, text, reason, num_prompt, hypotheses, logprobs, top_logprobs)
+        answer = Generated(ids, text, reason, num_prompt, hypotheses, logprobs, top_logprobs, end_id)
         self._release(request, answer)
 
     def _fail_request(self, request: ActiveRequest, error: BaseException) -> None:

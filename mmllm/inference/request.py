@@ -114,6 +114,7 @@ class Generated:
     hypotheses: tuple[Hypothesis, ...] = ()
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each token: the likeliest ones, best first
+    end_id: int | None = None  # the end token that was chosen, without beams
 
     @property
     def confidence(self) -> float | None:

@@ -194,7 +194,7 @@ class CaptionSampler:
         ids, image_id = list(answer.ids), self.model.config.image_token_id
         if image_id in ids:
             return ids[: ids.index(image_id)]
-        return ids + [self.model.processor.tokenizer.id("<|im_end|>")] * (answer.finish_reason == "stop")
+        return ids if answer.end_id is None else [*ids, answer.end_id]
 
     def _batch(self, questions: list[Question], said: list[list[Generated]]) -> Batch:
         """The captions of each image in one row or, where `max_length` is too short, a few."""

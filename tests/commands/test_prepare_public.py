@@ -112,6 +112,17 @@ def test_a_preparation_that_broke_off_continues_and_its_folder_is_refused_until_
         run(public, "coco", out)
 
 
+def test_a_preparation_that_broke_off_among_its_splits_continues(public, tmp_path, monkeypatch):
+    out, write = tmp_path / "out", prepare.write_split
+    monkeypatch.setattr(prepare, "write_split", lambda path, *rest: (write(path, *rest), 1 / (path.stem != "train")))
+    with pytest.raises(ZeroDivisionError):
+        run(public, "coco", out)
+    assert (out / "train.jsonl").exists()
+    monkeypatch.undo()
+    run(public, "coco", out)
+    assert load_samples(out / "train.jsonl", out / "images")
+
+
 def test_a_folder_with_other_files_and_a_table_of_another_form_are_refused(public, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files; name an empty folder with --out"):

@@ -6,7 +6,7 @@ import pytest
 from test_results import make_task
 
 from mmllm.errors import DataError
-from mmllm.evaluation.predictions import read_predictions
+from mmllm.evaluation.predictions import read_predictions, write_predictions
 
 
 def write(path, content):
@@ -19,6 +19,14 @@ def write(path, content):
 )
 def test_a_question_finds_its_answer_by_the_official_id(row, tmp_path):
     assert read_predictions(write(tmp_path / "a.json", [row]), [make_task("7")]) == ["red"]
+
+
+@pytest.mark.parametrize("name", ["7", "02930152", "0", "000000033471.jpg"])
+def test_what_was_written_is_found_again(name, tmp_path):
+    write_predictions(tmp_path, [make_task(name)], ["red"], "")
+    assert read_predictions([tmp_path / "answers.json"], [make_task(name)]) == ["red"]
+    (row,) = json.loads((tmp_path / "answers.json").read_text())
+    assert row["question_id"] == (int(name) if name in "70" else name), "official ids are numbers"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`mmllm evaluate` on a tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,15 @@ def test_answers_to_other_questions_are_not_continued(folder, tmp_path, capsys):
     tmp_path.joinpath("unfinished.jsonl").write_text('"of another model"\n["true images", 0, "kept?"]\n')
     run(folder, tmp_path, *with_model(folder), "--no-shuffled")
     assert "kept" not in capsys.readouterr().err and "kept?" not in (tmp_path / "captions.json").read_text()
+
+
+def test_scores_of_other_data_are_not_overwritten(folder, tmp_path):
+    run(folder, tmp_path / "out", *with_model(folder), "--no-shuffled")
+    before = (tmp_path / "out" / "scores.json").read_text()
+    other = shutil.copy(folder / "data.json", folder / "other.json")
+    with pytest.raises(UserError, match=r"out: holds the scores of .*data.json; name another folder with --out"):
+        evaluate.main([f"--data={other}", f"--out={tmp_path / 'out'}", *with_model(folder), "--device=cpu"])
+    assert (tmp_path / "out" / "scores.json").read_text() == before
 
 
 @pytest.mark.slow

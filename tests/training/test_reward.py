@@ -103,7 +103,7 @@ def test_the_gradient_is_that_of_the_written_formula(world, start, way):
         for question, answers in zip(questions, of_questions, strict=True):
             logprobs, rewards = [], []
             for answer, reward in zip(answers, count_some(answers, ()), strict=True):
-                end = [model.processor.tokenizer.id("<|im_end|>")] * (answer.finish_reason == "stop")
+                end = [answer.end_id] * (answer.finish_reason == "stop")
                 ids = torch.tensor([[*question.prompt.ids, *answer.ids, *end]])
                 first = len(question.prompt.ids)
                 now, then = (
@@ -147,8 +147,8 @@ def test_a_placeholder_of_an_image_that_the_model_says_is_not_trained_on(world, 
     model = MultimodalLLM.from_pretrained(start)
     sampler = CaptionSampler(model, None, RewardConfig(), count_some, max_length=512, bf16=False)
     image_id = model.config.image_token_id
-    answers = [Generated(ids, "", "stop", 1) for ids in ((7, image_id, 8), (image_id,), (9,))]
     end = model.processor.tokenizer.id("<|im_end|>")
+    answers = [Generated(ids, "", "stop", 1, end_id=end) for ids in ((7, image_id, 8), (image_id,), (9,))]
     assert [sampler._targets(answer) for answer in answers] == [[7], [], [9, end]]
     sample = load_samples(world.folder / "train.json", world.folder / "images")[0]
     question = read_questions(sample, model.processor, 512, model.processor.image_processor)[0]
