@@ -27,8 +27,14 @@ def tables(folder: Path) -> str:
             parts.append(f"### {title}, {'GPU' if device == 'cuda' else 'CPU'}\n\n{make(mine)}\n\n{origin(mine)}.")
             if lines := goal_lines(GOALS, kind, mine, device, history):
                 parts.append(markdown_table(("goal", "measured", "wanted", "reached"), lines, numbers=True))
-    lines = [(goal.text, ", ".join(f"{run['value']:.3g} ({run['commit'][:7]})" for run in measured(goal, history)[-6:]))
-             for goal in GOALS if measured(goal, history)]  # fmt: skip
+    lines = [
+        (
+            goal.text + " (GPU)" * (goal.device == "cuda"),
+            ", ".join(f"{run['value']:.3g} ({run['commit'][:7]})" for run in measured(goal, history)[-6:]),
+        )
+        for goal in GOALS
+        if measured(goal, history)
+    ]
     if lines:
         parts.append("### Ratios, the oldest first\n\n" + markdown_table(("ratio", "measured at"), lines))
     return "\n\n".join(parts) or "Not measured yet."
