@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_data_options(parser)
     add("--split", default="val", help="part of Karpathy's files (default: %(default)s)")
     add("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
+    add("--short", action="store_true", help="ask for a single word or phrase, as LLaVA's mixture and `make coco` do")
     add("--out", metavar="DIR", help="(default: evaluation/NAME OF THE DATA FILE of the model's run)")
     add("--limit", type=at_least_one, metavar="N", help="only the first N images or questions")
     add("--slots", type=at_least_one, default=16, metavar="N", help="side by side (default: %(default)s)")
@@ -55,6 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     # torch takes two seconds to import: only now that the command line is known to be right
+    from mmllm.data.public import asked_shortly
     from mmllm.data.samples import load_samples
     from mmllm.evaluation.evaluator import MultimodalEvaluator
     from mmllm.evaluation.predictions import MEND, read_predictions
@@ -62,7 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
     from mmllm.inference.pipeline import default_model
 
     evaluator = MultimodalEvaluator(options.meteor, options.spice)  # a missing Java is reported now, not after an hour
-    tasks = tasks_of(load_samples(options.data, options.image_dir, options.split), options.task)[: options.limit]
+    samples = load_samples(options.data, options.image_dir, options.split)
+    if options.short:
+        samples = list(map(asked_shortly, samples))
+    tasks = tasks_of(samples, options.task)[: options.limit]
     if options.predictions:
         model, of_run, about = None, None, {"model": ", ".join(map(str, options.predictions))}
     else:
@@ -74,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     refuse_other_data(out, options.data)
     with writing(out, MEND, UserError):
         out.mkdir(parents=True, exist_ok=True)
-    about |= {"data": str(options.data), "split": options.split, "seed": options.seed}
+    about |= {"data": str(options.data), "split": options.split, "short": options.short, "seed": options.seed}
     if options.predictions:
         predictions = {"true images": read_predictions(options.predictions, tasks)}
     else:

@@ -163,14 +163,13 @@ BUILDERS: dict[str, Callable[[Path, Path], tuple[Splits, Counter]]] = {
 
 
 def asked_shortly(sample: Sample) -> Sample:
-    """The sample with LLaVA's request for a short answer after its question."""
-    return replace(
-        sample,
-        messages=tuple(
-            Message(turn.role, (*turn.parts[:-1], turn.parts[-1] + SHORT)) if turn.role == "user" else turn
-            for turn in sample.messages
-        ),
-    )
+    """The sample with LLaVA's request for a short answer after its questions."""
+
+    def short(turn: Message) -> Message:
+        *before, last = turn.parts
+        return Message(turn.role, (*before, last + SHORT) if isinstance(last, str) else (*turn.parts, SHORT))
+
+    return replace(sample, messages=tuple(short(turn) if turn.role == "user" else turn for turn in sample.messages))
 
 
 def build(name: str, source: Path, images: Path) -> Splits:

@@ -181,6 +181,16 @@ def test_answers_to_other_questions_are_not_continued(folder, tmp_path, capsys):
     assert "kept" not in capsys.readouterr().err and "kept?" not in (tmp_path / "captions.json").read_text()
 
 
+def test_short_answers_are_asked_for_in_the_words_of_llava(folder, tmp_path, monkeypatch):
+    asked, predict = [], predictions.predict
+    monkeypatch.setattr(predictions, "predict", lambda p, tasks, *more: asked.extend(tasks) or predict(p, tasks, *more))
+    run(folder, tmp_path, *with_model(folder), "--no-shuffled", "--short", "--task=question")
+    assert len(asked) == 7
+    assert all(
+        task.messages[-1].text.endswith("\nAnswer the question using a single word or phrase.") for task in asked
+    )
+
+
 def test_scores_of_other_data_are_not_overwritten(folder, tmp_path):
     run(folder, tmp_path / "out", *with_model(folder), "--no-shuffled")
     before = (tmp_path / "out" / "scores.json").read_text()
