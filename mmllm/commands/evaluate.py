@@ -17,7 +17,7 @@ when it is started again.
 import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mmllm.commands import add_data_options, add_model_options, at_least_one, make_parser
@@ -36,7 +36,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_data_options(parser)
     add("--split", default="val", help="part of Karpathy's files (default: %(default)s)")
     add("--task", choices=["auto", "caption", "question"], default="auto", help=TASK_HELP)
-    add("--short", action="store_true", help="ask for a single word or phrase, as LLaVA's mixture and `make coco` do")
+    add(
+        "--short",
+        action="store_true",
+        help="ask questions for a single word or phrase, as LLaVA's mixture and `make coco` do",
+    )
     add("--out", metavar="DIR", help="(default: evaluation/NAME OF THE DATA FILE of the model's run)")
     add("--limit", type=at_least_one, metavar="N", help="only the first N images or questions")
     add("--slots", type=at_least_one, default=16, metavar="N", help="side by side (default: %(default)s)")
@@ -56,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     # torch takes two seconds to import: only now that the command line is known to be right
-    from mmllm.data.public import asked_shortly
+    from mmllm.data.public import shortly
     from mmllm.data.samples import load_samples
     from mmllm.evaluation.evaluator import MultimodalEvaluator
     from mmllm.evaluation.predictions import MEND, read_predictions
@@ -64,10 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     from mmllm.inference.pipeline import default_model
 
     evaluator = MultimodalEvaluator(options.meteor, options.spice)  # a missing Java is reported now, not after an hour
-    samples = load_samples(options.data, options.image_dir, options.split)
+    tasks = tasks_of(load_samples(options.data, options.image_dir, options.split), options.task)[: options.limit]
     if options.short:
-        samples = list(map(asked_shortly, samples))
-    tasks = tasks_of(samples, options.task)[: options.limit]
+        tasks = [task if task.is_caption else replace(task, messages=shortly(task.messages)) for task in tasks]
     if options.predictions:
         model, of_run, about = None, None, {"model": ", ".join(map(str, options.predictions))}
     else:

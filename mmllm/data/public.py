@@ -163,13 +163,17 @@ BUILDERS: dict[str, Callable[[Path, Path], tuple[Splits, Counter]]] = {
 
 
 def asked_shortly(sample: Sample) -> Sample:
-    """The sample with LLaVA's request for a short answer after its questions."""
+    return replace(sample, messages=shortly(sample.messages))
+
+
+def shortly(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages with LLaVA's request for a short answer after each question."""
 
     def short(turn: Message) -> Message:
         *before, last = turn.parts
         return Message(turn.role, (*before, last + SHORT) if isinstance(last, str) else (*turn.parts, SHORT))
 
-    return replace(sample, messages=tuple(short(turn) if turn.role == "user" else turn for turn in sample.messages))
+    return tuple(short(turn) if turn.role == "user" else turn for turn in messages)
 
 
 def build(name: str, source: Path, images: Path) -> Splits:

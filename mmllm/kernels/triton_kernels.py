@@ -216,7 +216,7 @@ def adamw8bit(
         tl.store(first_scale + block, m_top, mask=is_block)
         tl.store(second_scale + block, v_top, mask=is_block)
         noise_at = noise + at % noises
-        m_share = tl.abs(m) / tl.maximum(m_top, 1.1754944e-38)[:, None]
+        m_share = tl.abs(m) / tl.maximum(m_top, 1.1754944e-38)[:, None]  # the smallest normal number: no 0 / 0
         v_share = v / tl.maximum(v_top, 1.1754944e-38)[:, None]
         m_code = tl.load(noise_at, mask=inside, other=0.0) + 127.0 * tl.sqrt(m_share)
         m_code = tl.where(m < 0, -m_code, m_code)  # to an integer: towards zero
