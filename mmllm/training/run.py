@@ -209,10 +209,16 @@ def better(best: dict | None, name: str, scores: dict, metric: str) -> dict | No
 
 def best_of(config: ExperimentConfig, directory: Path, state: dict, sha256: dict[str, str]) -> dict | None:
     """The best checkpoint so far, if it still exists and was measured on the same validation data."""
-    best, training = state.get("best"), config.training
-    is_same = best and state["data_sha256"].get("val") == sha256.get("val") and (directory / best["name"]).is_dir()
-    if training.best_metric != "val_loss":
-        is_same = is_same and state["config"]["training"].get("num_metric_samples") == training.num_metric_samples
+    best = state.get("best")
+    if not best or not (directory / best["name"]).is_dir():
+        return None
+    settings = [("data", "val_split"), ("data", "max_val_samples")]
+    if config.training.best_metric != "val_loss":
+        settings.append(("training", "num_metric_samples"))
+    before = state["config"]
+    is_same = state["data_sha256"].get("val") == sha256.get("val") and all(
+        before[section].get(name) == config.get(f"{section}.{name}") for section, name in settings
+    )
     return best if is_same else None
 
 

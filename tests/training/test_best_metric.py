@@ -110,9 +110,13 @@ def test_the_lower_loss_or_the_higher_metric_is_better(best, scores, metric, win
 def test_the_best_of_another_number_of_samples_is_not_comparable(tmp_path):
     (tmp_path / "a").mkdir()
     best = {"name": "a", "val_loss": 2.0, "cider": 0.5}
-    state = {"best": best, "data_sha256": {}, "config": {"training": {"num_metric_samples": 8}}}
     config = ExperimentConfig()
+    state = {"best": best, "data_sha256": {}, "config": config.to_dict()}
+    state["config"]["training"]["num_metric_samples"] = 8
     assert best_of(config, tmp_path, state, {}) == best
+    config.data.max_val_samples = 100
+    assert best_of(config, tmp_path, state, {}) is None
+    config.data.max_val_samples = None
     config.training.best_metric = "cider"
     assert best_of(config, tmp_path, state, {}) is None
     config.training.num_metric_samples = 8
