@@ -99,7 +99,8 @@ def summed_loss(model: MultimodalLLM, ids_BT: Tensor, targets: int, images: int)
 # A whole stage
 
 # Memory of a process beside its tensors: Python, torch, what they load at the first step, scratch space of the kernels.
-PROCESS_BYTES = {"cpu": 540_000_000, "cuda": 70_000_000, "mps": 0}
+CUDA_LIBRARIES = 500_000_000 if torch.version.cuda else 0  # where the build of torch has them, on a CPU too
+PROCESS_BYTES = {"cpu": 540_000_000 + CUDA_LIBRARIES, "cuda": 70_000_000, "mps": 0}
 GAPS = {"cpu": 1.1, "cuda": 1.0, "mps": 1.0}  # of a step: what the allocator wastes, see runtime/memory.py
 
 

@@ -173,7 +173,7 @@ def test_a_mistake_in_a_python_file_is_named_with_its_line(line, message, tmp_pa
         ('{"data": {"batch_size": 4.5}}', "{}: batch_size is 4.5; it must be a whole number"),
         ('{"data": 4}', "{}: data is 4; it must be a group of settings, written {{...}}"),
         ('{"training": {"stage1": []}}', "{}: stage1 is []; it must be a group of settings, written {{...}}"),
-        ('{"seed": 1,\n}', "{}:2: Expecting property name enclosed in double quotes"),
+        ('{"seed": 1\n"device": "cpu"}', "{}:2: Expecting ',' delimiter"),
         ("[]", "{}: a JSON object is needed, written {{...}}"),
     ],
 )

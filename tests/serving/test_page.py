@@ -55,7 +55,8 @@ def browser():
 def page(browser, server):
     """The page, opened by a new user; an error in its script or a request to another address fails the test."""
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(20_000)  # generous, so that a busy machine fails none
+    expect.set_options(timeout=20_000)
     page = context.new_page()
     errors, addresses = [], []
     page.on("pageerror", lambda error: errors.append(str(error)))
