@@ -61,7 +61,7 @@ for rows in (1, 5, 16, 65):
 
 def interpreted(program: str) -> None:
     """Runs a program whose Triton kernels are interpreted, in a process of its own, for Triton decides it on import."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7")  # earlier interpreters fail with NumPy 2.4
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -179,10 +179,12 @@ def test_an_interpreted_update_of_8_bit_moments_is_that_of_torchs_operators():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])  # A100, H100, B200
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])  # A100, RTX 4090, H100, B200, RTX 5090
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(capability, rows, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
+    if capability == 100 and rows > 1:
+        pytest.importorskip("triton", minversion="3.7")  # 3.6 fails, which the self test finds on such a card
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -193,7 +195,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(capability, rows, tmp_pa
         types = {name: types.get(name, "*fp32") for name in function.arg_names} | dict.fromkeys(constants, "constexpr")
         made = triton.compile(ASTSource(function, types, constants), target=GPUTarget("cuda", capability, 32))
         assert f"sm_{capability}" in made.asm["ptx"] and made.asm["cubin"]
-        assert made.metadata.shared <= 163 * 1024, "what a block of an A100 has"
+        assert made.metadata.shared <= (99 if capability in (89, 120) else 163) * 1024, "what a block has"
 
     count = dict.fromkeys(("rows", "outs", "width", "capacity"), "i32") | dict.fromkeys(("eps", "scale"), "fp32")
     parts = 64 // rows
