@@ -17,7 +17,6 @@ config.model.clip = "backbones/flickr8k/clip"
 config.model.qwen = "backbones/flickr8k/qwen"
 config.data.train_data_path = "data/flickr8k/train/captions.jsonl"
 config.data.val_data_path = "data/flickr8k/dev/captions.jsonl"
-config.data.max_val_samples = 500
 config.data.augment = True
 config.data.batch_size = 16  # images, each with its five captions in one row
 config.training.weight_decay = 0.05
