@@ -122,7 +122,7 @@ def test_a_dry_run_reads_the_sizes_of_local_towers_and_counts_the_steps(tmp_path
     assert lines[-3] == f"20 samples of at most 107 tokens, 15 targets a sample (counted by {tokenizer})"
     assert next(line.split() for line in lines if line.startswith("total")) == ["total", "555,712", "12,416", "131,776"]
     assert lines[-2].startswith("stage 1: 1 epochs, 5 steps of 4 samples (2 x 2); about ")
-    assert lines[-1].startswith("stage 2: 3 epochs, 15 steps of 4 samples (2 x 2); about 0.")
+    assert lines[-1].startswith("stage 2: 3 epochs, 15 steps of 4 samples (2 x 2); about ")
     assert not (tmp_path / "out").exists()
 
 
