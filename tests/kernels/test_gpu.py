@@ -44,6 +44,11 @@ def test_a_kernel_that_does_not_compile_or_is_wrong_is_not_used_and_one_line_say
     monkeypatch.setattr(gpu, "project_and_formula", lambda *_: [])
     with pytest.raises(RunError, match="attention is wrong by 1.1e-01"):
         gpu.self_test(CPU)
+    monkeypatch.setattr(gpu, "attend_and_formula", lambda *_, **__: [])
+    wrong = [("a product", torch.ones(2), torch.ones(2) * 0.9)]
+    monkeypatch.setattr(gpu, "project_and_formula", lambda *given: wrong if torch.bfloat16 in given else [])
+    with pytest.raises(RunError, match="a product is wrong by 1.1e-01"):
+        gpu.self_test(CPU)
 
 
 INTERPRETED = """
